@@ -1,0 +1,47 @@
+"""The errors a user can act on: one line each, exit code 2, no traceback.
+
+Every message says what is wrong (the value and the place), what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BtrmError(Exception):
+    """Something the user can put right; the command line prints it on one line and exits with 2."""
+
+    exit_code = 2
+
+
+class ConfigError(BtrmError):
+    """A setting is unknown, malformed, or contradicts another one."""
+
+
+class FamilyError(BtrmError):
+    """A family is unknown, broken, or gives an answer that breaks the contract of its hook."""
+
+
+class DataError(BtrmError):
+    """A data source cannot be read, or holds nothing that can be trained on."""
+
+
+class CheckpointError(BtrmError):
+    """A model directory is missing something, unfinished, or must not be overwritten."""
+
+
+class TrainingError(BtrmError):
+    """Training cannot go on: the numbers say that something is wrong."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name nearest to `name`, or an empty string.
+
+    >>> did_you_mean("lama3", ["llama3", "gemma"])
+    " Did you mean 'llama3'?"
+    >>> did_you_mean("zzz", ["llama3", "gemma"])
+    ''
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
