@@ -1,0 +1,214 @@
+"""btrm's own arms, and the bare backbone on the same rows.
+
+The btrm arms are the trainer itself: its engine, loader and `fit`, stopped at the gate where it logs a step. The
+backbone arms are the ceiling: forward and backward of the transformers backbone over exactly the rows of `btrm-shared`,
+built beforehand, with no head, loss, metrics, clipping or optimiser.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gate import Gate
+from benchmarks.workload import Pair, Workload
+
+
+class ArrayPairs:
+    """Pairs given as ids, behind the part of `EncodedPairs` that planning, loading and training use."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        from btrm_core.packing import share
+
+        self._groups = [share(pair) for pair in pairs]
+        self.shared_P = np.array([group.shared for group in self._groups], dtype=np.int32)
+        self.chosen_P = np.array([group.tails[0] for group in self._groups], dtype=np.int32)
+        self.rejected_P = np.array([group.tails[1] for group in self._groups], dtype=np.int32)
+        self.weight_P = np.ones(len(pairs), dtype=np.float32)
+        self.margin_P = np.zeros(len(pairs), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def group(self, i: int) -> Any:
+        """The `TokenGroup` of pair i."""
+        return self._groups[i]
+
+
+def run_config(work: Workload, layout: str) -> Any:
+    """The settings for this workload: what every arm shares, and btrm's defaults for the rest."""
+    from btrm_core.config import apply
+    from btrm_core.settings import RunConfig
+
+    s = work.settings
+    values = {
+        "model.name": str(work.model_dir),
+        "model.dtype": s.precision,
+        "model.attention": s.attention,
+        "model.gradient_checkpointing": s.gradient_checkpointing,
+        "train.pairs_per_step": s.pairs_per_step,
+        "train.tokens_per_batch": s.tokens_per_batch,
+        "train.learning_rate": s.learning_rate,
+        "train.weight_decay": 0.0,
+        "train.warmup_ratio": 0.0,
+        "train.epochs": float(s.passes + 1),
+        "train.seed": s.seed,
+        "train.layout": layout,
+    }
+    return apply(RunConfig(), values)
+
+
+def load_model(work: Workload, config: Any, dtype: Any, device: Any) -> Any:
+    """The common starting weights as btrm's reward model."""
+    from btrm_core.model import RewardModel, choose_for
+
+    from btrm_core import basemodel
+
+    hf = basemodel.load_base(config.model, dtype).hf
+    basemodel.set_reward_config(hf, work.pad_id)
+    if config.model.gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return RewardModel(hf, choose_for(hf, config.model.attention, device.type, ()))
+
+
+def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
+    """Train with btrm's own loop on rows of the given layout (shared, packed or padded)."""
+    from btrm_core import distributed
+    from btrm_core.prepare import make_engine
+    from btrm_core.trainer import Callables, Progress, Schedule, fit
+
+    config = run_config(work, layout)
+    stopped = False
+
+    def log(split: str, step: int, figures: dict[str, Any]) -> None:
+        nonlocal stopped
+        if step == steps.start + 1:
+            gate.note_loss(1, figures["loss"])
+        stopped = not gate.step_done()
+
+    with distributed.start(config) as runtime:
+        pairs = ArrayPairs(work.pairs)
+        check_order(work, pairs, layout)
+        model = load_model(work, config, runtime.dtype, runtime.device)
+        model.register_forward_pre_hook(partial(_count, gate))
+        engine = make_engine(model, config, runtime)
+        time_optimizer(engine, gate)
+        plan_of = Schedule(steps.stop, work.settings.steps, warmup_steps=0, peak=work.settings.learning_rate)
+        calls = Callables(
+            log=log, evaluate=lambda step: None, save=lambda progress: None, stop_requested=lambda: stopped
+        )
+        if gate.open():
+            start = Progress(step=steps.start)
+            fit(engine, pairs, config, runtime, plan_of, start, calls, layout=layout, pad_id=work.pad_id)
+        engine.destroy()
+
+
+def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: bool) -> None:
+    """Forward and backward of the backbone over the rows of `btrm-shared`.
+
+    With `own_attention` as btrm runs it (exact). Without, as transformers runs one long causal sequence with SDPA:
+    wrong rewards, but the price of the same tokens with no attention code of btrm's.
+    """
+    import torch
+
+    from btrm_core.distributed import compute_dtype
+    from btrm_core.loader import steps as load_steps
+
+    config = run_config(work, "shared")
+    device = torch.device(work.settings.device)
+    pairs = ArrayPairs(work.pairs)
+    model = load_model(work, config, compute_dtype(work.settings.precision), device).to(device)
+    if not own_attention:
+        model.hf.set_attn_implementation("sdpa")
+    model.train()
+    rows = [
+        [micro.to(device).batch for micro in step.micro_batches]
+        for step in load_steps(
+            pairs,
+            plans_of(work, pairs, "shared"),
+            rank=0,
+            layout="shared",
+            pad_id=work.pad_id,
+            first=steps.start,
+            last=steps.stop,
+            workers=0,
+        )
+    ]
+    forward = model.hidden if own_attention else partial(_causal, model.hf)
+    going = gate.open()
+    for batches in rows:
+        if not going:
+            return
+        for batch in batches:
+            gate.tokens += batch.computed
+            hidden = forward(batch)
+            hidden.backward(torch.ones_like(hidden))
+        for parameter in model.parameters():
+            parameter.grad = None
+        going = gate.step_done()
+
+
+def plans_of(work: Workload, pairs: ArrayPairs, layout: str) -> list[Any]:
+    """The plan of every epoch, as btrm makes it."""
+    from btrm_core.inference import make_plan
+
+    s = work.settings
+    return [
+        make_plan(
+            pairs,
+            layout=layout,
+            pairs_per_step=s.pairs_per_step,
+            tokens_per_batch=s.tokens_per_batch,
+            world=1,
+            seed=s.seed,
+            epoch=epoch,
+        )
+        for epoch in range(s.passes + 1)
+    ]
+
+
+def check_order(work: Workload, pairs: ArrayPairs, layout: str) -> None:
+    """Raise RuntimeError unless btrm's steps hold the pairs that every other arm is given."""
+    made = [
+        set(map(int, plan.step(i).pair_ids)) for plan in plans_of(work, pairs, layout) for i in range(plan.num_steps)
+    ]
+    if made != [set(step) for step in work.steps]:
+        raise RuntimeError(f"btrm's {layout} plan puts other pairs into its steps than the workload: arms differ")
+
+
+def time_optimizer(engine: Any, gate: Gate) -> None:
+    """Let the gate know how much of a step is the optimiser's update (clipping included)."""
+    step = engine.step
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        out = step(*args, **kwargs)
+        gate.parts["optimizer"] = gate.parts.get("optimizer", 0.0) + time.perf_counter() - started
+        return out
+
+    engine.step = timed
+
+
+def _count(gate: Gate, _: Any, args: tuple[Any, ...]) -> None:
+    gate.tokens += args[0].computed
+
+
+def _causal(hf: Any, batch: Any) -> Any:
+    """Hidden states of a row as if it were one causal sequence; the 2-D mask keeps transformers from splitting it."""
+    import torch
+
+    backbone = getattr(hf, hf.base_model_prefix)
+    mask = torch.ones_like(batch.input_ids)
+    out = backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+    return out.last_hidden_state
+
+
+OURS: dict[str, Callable[[Workload, Gate, range], None]] = {
+    **{f"btrm-{layout}": partial(run_btrm, layout=layout) for layout in ("shared", "packed", "padded")},
+    "backbone": partial(run_backbone, own_attention=True),
+    "backbone-causal": partial(run_backbone, own_attention=False),
+}

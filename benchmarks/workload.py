@@ -1,0 +1,271 @@
+"""The same work for every arm: one model directory, one list of token ids, one order of pairs, written once to disk.
+
+Decides: which pairs are measured and in which order, what a truncated model is, and how tokens are counted. Every arm
+loads exactly this, so a difference between arms is a difference of training, not of data, weights or tokenisation.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import flops
+
+Pair = tuple[np.ndarray, np.ndarray]  # chosen ids, rejected ids
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was chosen for a run; it is part of the result."""
+
+    model: str
+    data: tuple[str, ...]
+    family: str | None = None
+    layers: int | None = None
+    random_weights: bool = False
+    precision: str = "fp32"
+    attention: str = "auto"
+    max_length: int = 4096
+    pairs_per_step: int = 16
+    micro_batch: int = 8
+    tokens_per_batch: int = 2048
+    steps: int = 4
+    passes: int = 3
+    warmup: int = 1
+    learning_rate: float = 1e-5
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 2
+
+
+@dataclass
+class Workload:
+    """What an arm is given."""
+
+    settings: Settings
+    directory: Path
+    pairs: list[Pair]
+    steps: list[list[int]]
+    pad_id: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_dir(self) -> Path:
+        """Directory of the prepared model and tokenizer."""
+        return self.directory / "model"
+
+    @property
+    def first_step(self) -> int:
+        """Where an arm begins: the end of epoch 0 is the warm-up, epochs 1 and later are the measured passes."""
+        return self.settings.steps - self.settings.warmup
+
+    def save(self) -> None:
+        """Write pairs, order and settings beside the model."""
+        flat = [ids for pair in self.pairs for ids in pair]
+        lengths = np.array([len(ids) for ids in flat], dtype=np.int64)
+        np.savez(self.directory / "pairs.npz", tokens=np.concatenate(flat), lengths=lengths)
+        record = {"settings": asdict(self.settings), "steps": self.steps, "pad_id": self.pad_id, "facts": self.facts}
+        (self.directory / "workload.json").write_text(json.dumps(record), encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Workload:
+        """Read what `save` wrote."""
+        record = json.loads((directory / "workload.json").read_text(encoding="utf-8"))
+        arrays = np.load(directory / "pairs.npz")
+        flat = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
+        settings = record["settings"]
+        settings["data"] = tuple(settings["data"])
+        return cls(
+            settings=Settings(**settings),
+            directory=directory,
+            pairs=list(zip(flat[::2], flat[1::2], strict=True)),
+            steps=record["steps"],
+            pad_id=record["pad_id"],
+            facts=record["facts"],
+        )
+
+
+def build(settings: Settings, directory: Path) -> Workload:
+    """Encode the data, choose and order the pairs, prepare the model, and write it all to `directory`."""
+    pairs, pad_id, tokenizer, encoding = encode(settings)
+    kept = [pair for pair in pairs if max(map(len, pair)) <= settings.max_length]
+    needed = settings.steps * settings.pairs_per_step
+    if len(kept) < needed:
+        raise ValueError(f"{needed} pairs are needed for {settings.steps} steps, the data has {len(kept)}")
+    order = np.random.default_rng(settings.seed).permutation(len(kept))
+    chosen = [kept[i] for i in order[:needed]]
+    directory.mkdir(parents=True, exist_ok=True)
+    work = Workload(settings, directory, chosen, plan_steps(settings, chosen), pad_id)
+    parameters, config = prepare_model(settings, work.model_dir, tokenizer, pad_id)
+    work.facts = {
+        **encoding,
+        "too_long": len(pairs) - len(kept),
+        "parameters": parameters,
+        "layers": config.num_hidden_layers,
+        "all_data": token_counts([kept[i] for i in order], settings.micro_batch),
+        "measured": token_counts(chosen, settings.micro_batch),
+        "flops_minimal": minimal_flops(config, parameters["backbone_without_embeddings"], chosen),
+    }
+    work.save()
+    return work
+
+
+def plan_steps(settings: Settings, pairs: Sequence[Pair]) -> list[list[int]]:
+    """Pair ids of every step: epoch 0 (its end is the warm-up), then one epoch per pass, each in btrm's seeded order.
+
+    Every arm takes the same pairs in the same step. Inside a step they are shuffled, because the peers cut it into
+    micro-batches as it comes and a sampler's order is random.
+    """
+    from btrm_core.planner import plan
+
+    shared = np.array([common_prefix(pair) for pair in pairs], dtype=np.int32)
+    tails = [np.array([len(ids) for ids in side], dtype=np.int32) - shared for side in zip(*pairs, strict=True)]
+    steps = []
+    for epoch in range(settings.passes + 1):
+        made = plan(
+            shared,
+            *tails,
+            pairs_per_step=settings.pairs_per_step,
+            tokens_per_batch=settings.tokens_per_batch,
+            world=1,
+            seed=settings.seed,
+            epoch=epoch,
+        )
+        random = np.random.default_rng([settings.seed, epoch])
+        steps += [random.permutation(made.step(i).pair_ids).tolist() for i in range(made.num_steps)]
+    return steps
+
+
+def encode(settings: Settings) -> tuple[list[Pair], int, Any, dict[str, Any]]:
+    """Token ids of all pairs, the padding id, the tokenizer, and how they were made.
+
+    With a family, btrm's own encoding; without one, the checkpoint's template through transformers.
+    """
+    from transformers import AutoTokenizer
+
+    rows = list(read_rows(settings.data))
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    if settings.family:
+        from transformers import AutoConfig
+
+        from btrm_core import chat, families
+
+        made = chat.prepare_chat(tokenizer, AutoConfig.from_pretrained(settings.model), families.load(settings.family))
+        tokenizer = made.tokenizer
+        encoded = made.encode([row[side] for row in rows for side in ("chosen", "rejected")])
+        pad_id, how = made.pad_id, f"family {settings.family}"
+    else:
+        conversations = [row[side] for row in rows for side in ("chosen", "rejected")]
+        encoded = tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False)
+        pad_id, how = unused_special_id(tokenizer, encoded), "the checkpoint's own chat template"
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    facts = {"encoding": how, "trl_tokenisation": trl_agreement(tokenizer, rows, arrays)}
+    return list(zip(arrays[::2], arrays[1::2], strict=True)), pad_id, tokenizer, facts
+
+
+def read_rows(sources: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Rows of JSONL or JSONL.gz files in the standard format (`chosen` and `rejected` lists of messages)."""
+    for source in sources:
+        opener = gzip.open if source.endswith(".gz") else open
+        with opener(source, "rt", encoding="utf-8") as lines:
+            yield from (json.loads(line) for line in lines if line.strip())
+
+
+def unused_special_id(tokenizer: Any, encoded: Sequence[Sequence[int]]) -> int:
+    """A special token that occurs in no conversation: padding with it cannot move the position of a reward.
+
+    transformers reads the reward at the last id that differs from padding, so padding with EOS (SmolLM2's default)
+    would make every padded arm read another position than btrm's.
+    """
+    used = {int(i) for ids in encoded for i in ids}
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
+    for candidate in candidates:
+        if candidate is not None and candidate not in used:
+            return int(candidate)
+    raise ValueError("every special token of this tokenizer occurs in the data: none can serve as padding")
+
+
+def trl_agreement(tokenizer: Any, rows: Sequence[dict[str, Any]], ids: Sequence[np.ndarray]) -> dict[str, int] | None:
+    """Over the first 64 pairs: of how many conversations TRL's own tokenisation gives the same ids; None without TRL.
+
+    Training uses our ids in every arm; this only says whether TRL would have trained on the same ones.
+    """
+    try:
+        from trl.data_utils import _tokenize
+    except ImportError:
+        return None
+    conversations = [row[side] for row in rows[:64] for side in ("chosen", "rejected")]
+    theirs = [_tokenize(tokenizer, conversation)["input_ids"] for conversation in conversations]
+    same = sum(list(a) == b.tolist() for a, b in zip(theirs, ids[: len(theirs)], strict=True))
+    return {"compared": len(theirs), "equal": same}
+
+
+def prepare_model(settings: Settings, target: Path, tokenizer: Any, pad_id: int) -> tuple[dict[str, int], Any]:
+    """Write the sequence-classification model all arms start from; returns parameter counts and its text config.
+
+    The head is drawn from N(0, 1/(hidden + 1)) with the run's seed. `layers` keeps the first layers only.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(settings.seed)
+    config = AutoConfig.from_pretrained(settings.model, num_labels=1)
+    text = config.get_text_config()
+    text.pad_token_id = pad_id
+    if settings.layers:
+        text.num_hidden_layers = min(settings.layers, text.num_hidden_layers)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+    if settings.random_weights:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model, config=config, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=(text.hidden_size + 1) ** -0.5)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    backbone = getattr(model, model.base_model_prefix)
+    total = sum(p.numel() for p in backbone.parameters())
+    embeddings = sum(p.numel() for p in backbone.get_input_embeddings().parameters())
+    return {"backbone": total, "backbone_without_embeddings": total - embeddings}, text
+
+
+def common_prefix(pair: Pair) -> int:
+    """Length of the longest common prefix of the two finished sequences."""
+    n = min(map(len, pair))
+    differ = np.flatnonzero(pair[0][:n] != pair[1][:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def token_counts(pairs: Sequence[Pair], micro_batch: int) -> dict[str, int]:
+    """Tokens of `pairs`, in this order, under each way to lay them out.
+
+    `conversations`: both conversations in full. `minimal`: shared prefixes once. `padded`: batches of `micro_batch`
+    pairs, all 2 x `micro_batch` sequences padded to the longest.
+    """
+    longest = np.array([max(map(len, pair)) for pair in pairs])
+    both = sum(len(a) + len(b) for a, b in pairs)
+    groups = [longest[i : i + micro_batch] for i in range(0, len(longest), micro_batch)]
+    return {
+        "pairs": len(pairs),
+        "conversations": both,
+        "minimal": both - sum(map(common_prefix, pairs)),
+        "padded": int(sum(2 * len(group) * group.max() for group in groups)),
+        "longest": int(longest.max()),
+    }
+
+
+def minimal_flops(config: Any, parameters: int, pairs: Sequence[Pair]) -> float:
+    """FLOPs of one forward and backward over `pairs` with every shared token computed once."""
+    entries = {}
+    for window in set(flops.layer_windows(config)):
+        shares = [(common_prefix(pair), pair) for pair in pairs]
+        entries[window] = sum(flops.shared_entries(p, [len(ids) - p for ids in pair], window) for p, pair in shares)
+    return flops.training_flops(config, parameters, token_counts(pairs, 1)["minimal"], entries)

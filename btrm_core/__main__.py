@@ -1,0 +1,6 @@
+"""`python -m btrm_core`, for launchers that start a module (torchrun, accelerate launch, deepspeed)."""
+
+from btrm_core.cli import main
+
+if __name__ == "__main__":
+    main()

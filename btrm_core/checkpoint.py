@@ -1,0 +1,141 @@
+"""The finished model's directory: written whole or not at all, and complete without btrm.
+
+Decides: which files there are, what `btrm.json` says, and that no reader ever sees half a model. A directory is written
+beside its place, flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from btrm_core.chat import ChatFormat
+from btrm_core.errors import CheckpointError
+
+MANIFEST = "btrm.json"
+SHARD_SIZE = "5GB"
+
+
+def is_finished(directory: Path) -> bool:
+    """True if `directory` holds a finished model (`btrm.json` is the last file that is written)."""
+    return (directory / MANIFEST).exists()
+
+
+def refuse_overwrite(directory: Path, overwrite: bool) -> None:
+    """Raise unless `directory` is free, or may be replaced.
+
+    Raises:
+        CheckpointError: a finished model, or something that btrm did not write, is there.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not is_finished(directory):
+        raise CheckpointError(f"{directory} exists and is no btrm model; choose another --output or remove it")
+    if not overwrite:
+        raise CheckpointError(
+            f"{directory} already holds a finished model; choose another --output, or replace it with --overwrite"
+        )
+
+
+def save_model(
+    directory: Path, hf: Any, state_dict: Mapping[str, Any], chat: ChatFormat, manifest: Mapping[str, Any], card: str
+) -> None:
+    """Write a model directory atomically: weights, configuration, tokenizer, template, model card, `btrm.json`.
+
+    Args:
+        directory: Its final place; an older finished model there is replaced at the end.
+        hf: The transformers model whose configuration and class are saved.
+        state_dict: Whole weights by the names transformers gives them.
+        chat: Tokenizer and template.
+        manifest: Content of `btrm.json`.
+        card: Content of `README.md`.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; nothing half-written is left.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        staging.chmod(0o755)
+        hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
+        chat.tokenizer.save_pretrained(staging)
+        (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        publish(staging, directory)
+    except Exception as error:
+        raise explained(error, directory) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Flush a finished directory to disk and rename it to its place, replacing what is there."""
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            _fsync(path)
+    _fsync(staging)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+        target.rename(old / target.name)
+        staging.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        staging.rename(target)
+    _fsync(target.parent)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The content of `btrm.json`, or an empty mapping if the directory has none (another trainer's model).
+
+    Raises:
+        CheckpointError: the file is not valid JSON.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the model directory is damaged") from error
+    return dict(value)
+
+
+def model_directory(path: str) -> Path:
+    """The model directory a user means: the path itself, or `model/` in a run's output directory.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    base = Path(path)
+    for candidate in (base, base / "model"):
+        if (candidate / "config.json").exists():
+            return candidate
+    if base.is_dir():
+        raise CheckpointError(f"{path} holds no model: neither {path}/config.json nor {path}/model/config.json exists")
+    raise CheckpointError(f"there is no model directory {path}")
+
+
+def explained(error: Exception, directory: Path) -> Exception:
+    """Disk errors as one line; anything else as it is. safetensors wraps its own in text."""
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC or "No space left" in str(error):
+        return CheckpointError(f"the disk is full while saving {directory}; nothing was left behind. Free some space")
+    if isinstance(error, OSError):
+        return CheckpointError(f"cannot write {directory}: {error.strerror or error}; nothing was left behind")
+    return error
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

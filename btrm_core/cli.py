@@ -1,0 +1,224 @@
+"""The `btrm` command: one function per subcommand, each a translation of flags into a call.
+
+Decides: names of flags, exit codes, what goes to standard output (results) and standard error (everything else). torch,
+transformers and deepspeed are imported inside the commands that need them, so that `btrm families` and `--help` answer at
+once.
+
+Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 1 for a failed check or a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from btrm_core import config as settings
+from btrm_core.errors import BtrmError
+
+FLAGS: dict[str, str] = {
+    "family": "family",
+    "model": "model.name",
+    "revision": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "output": "output.dir",
+    "overwrite": "output.overwrite",
+    "max_length": "data.max_length",
+    "strict": "data.strict",
+    "pairs_per_step": "train.pairs_per_step",
+    "tokens_per_batch": "train.tokens_per_batch",
+    "learning_rate": "train.learning_rate",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "max_hours": "train.max_hours",
+    "seed": "train.seed",
+    "deepspeed": "distributed.deepspeed",
+    "dtype": "model.dtype",
+    "attention": "model.attention",
+    "kernels": "model.kernels",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "lora_rank": "lora.rank",
+    "auto_budget": "train.auto_budget",
+    "eval_every": "output.eval_every",
+    "save_every": "output.save_every",
+    "keep_best": "output.keep_best",
+    "resume": "output.resume",
+    "force_resume": "output.force_resume",
+    "report_to": "output.report_to",
+    "profile": "output.profile",
+}
+"""Flag of `btrm train` -> setting; what a flag does not say, the configuration file or the family says."""
+
+
+class Commands(click.Group):
+    """Prints errors of the user on one line, and keeps tracebacks for bugs and `--debug`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a subcommand and turn its errors into exit codes."""
+        try:
+            return super().invoke(ctx)
+        except BtrmError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo(f"btrm: {' '.join(str(error).split())}", err=True)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt:
+            click.echo("btrm: interrupted", err=True)
+            raise SystemExit(130) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="btrm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Train, check and use Bradley-Terry reward models."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@main.command()
+@click.option("--family", metavar="NAME", help="Model family; `btrm families` lists them. Default: ask them all.")
+@click.option("--model", metavar="ID|DIR", help="Base model. Default: a tiny model of the family.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the checkpoint.")
+@click.option("--data", metavar="SRC", multiple=True, help="Training pairs; repeat to mix. Default: the sample.")
+@click.option("--eval-data", metavar="SRC", multiple=True, help="Evaluation pairs. Default: held out by prompt.")
+@click.option("--output", metavar="DIR", help="Where to write. Default: runs/FAMILY-MODEL.")
+@click.option("--overwrite", is_flag=True, default=None, help="Replace a finished model.")
+@click.option("--max-length", type=int, help="Longest conversation in tokens.")
+@click.option("--strict", is_flag=True, default=None, help="Stop at the first bad row.")
+@click.option("--pairs-per-step", type=int, help="Pairs of an optimiser step, over all processes.")
+@click.option("--tokens-per-batch", type=int, help="Tokens of a micro-batch on one process (memory only).")
+@click.option("--learning-rate", type=float, help="Peak learning rate.")
+@click.option("--epochs", type=float, help="Passes over the pairs.")
+@click.option("--max-steps", type=int, help="Stop after so many steps.")
+@click.option("--max-hours", type=float, help="Stop cleanly after so many hours.")
+@click.option("--seed", type=int, help="Seed of head and order.")
+@click.option("--deepspeed", metavar="PRESET|FILE", help="zero1, zero2, zero2-offload, zero3, zero3-offload or JSON.")
+@click.option("--gpus", metavar="N|all", help="Start one process per GPU.")
+@click.option("--processes", type=int, help="Start so many processes (CPU).")
+@click.option("--dtype", help="auto, bf16 or fp32.")
+@click.option("--attention", help="auto, flash, varlen, flex, sdpa or eager.")
+@click.option("--kernels", help="auto, liger or torch.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Less memory, more compute.")
+@click.option("--lora-rank", type=int, help="Train low-rank adapters instead of all weights.")
+@click.option("--auto-budget", is_flag=True, default=None, help="Halve the token budget when GPU memory runs out.")
+@click.option("--eval-every", type=int, help="Steps between evaluations.")
+@click.option("--save-every", type=int, help="Steps between resumable checkpoints.")
+@click.option("--keep-best", is_flag=True, default=None, help="Keep the model with the lowest evaluation loss.")
+@click.option("--resume", is_flag=False, flag_value="auto", help="Go on from the last checkpoint, or the one named.")
+@click.option("--force-resume", is_flag=True, default=None, help="Resume although data or settings differ.")
+@click.option("--report-to", metavar="TRACKER", help="none, wandb, tensorboard, ...")
+@click.option("--profile", is_flag=True, default=None, help="Profile a few steps.")
+@click.option("--config", "config_file", metavar="RUN.toml", help="Settings file; flags win over it.")
+@click.option("--set", "assignments", metavar="SECTION.KEY=VALUE", multiple=True, help="Any other setting.")
+@click.option("--dry-run", is_flag=True, help="Print everything resolved and stop.")
+def train(
+    gpus: str | None,
+    processes: int | None,
+    config_file: str | None,
+    assignments: tuple[str, ...],
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Train a reward model.
+
+    With --family alone it trains a tiny model of that family on the sample that comes with btrm.
+    """
+    overrides: dict[str, Any] = {FLAGS[k]: v for k, v in flags.items() if v is not None and v != ()}
+    overrides.update(settings.parse_assignments(assignments))
+    run_config = settings.load_config(config_file, overrides)
+    if (gpus or processes) and "RANK" not in os.environ:
+        from btrm_core.launch import launch
+
+        raise SystemExit(launch(sys.argv[1:], gpus, processes))
+    from btrm_core import run
+
+    if dry_run:
+        click.echo(run.dry_run(run_config))
+        return
+    outcome = run.train(run_config)
+    if outcome.signal is not None:
+        raise SystemExit(130 if outcome.signal == 2 else 0)
+    if int(os.environ.get("RANK", "0")) == 0:
+        click.echo(run.closing_text(outcome))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--model", metavar="ID|DIR", help="Show the answers for this model.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--debug", is_flag=True, help="Show why a family is broken, with its traceback.")
+def families(name: str | None, model: str | None, as_json: bool, debug: bool) -> None:
+    """List the installed families, or show what one answers."""
+    from btrm_core import family_view
+
+    if name is None:
+        entries = family_view.entries(debug=debug)
+        click.echo(_dumps(entries) if as_json else family_view.format_families(entries))
+        return
+    described = family_view.describe(name, model)
+    click.echo(_dumps(described) if as_json else family_view.format_description(described))
+
+
+@main.command()
+@click.argument("model")
+@click.argument("source", metavar="INPUT.jsonl")
+@click.option("-o", "--output", required=True, metavar="OUTPUT.jsonl", help="Where to write, one line per input line.")
+@click.option("--tokens-per-batch", type=int, default=8192, show_default=True)
+@click.option("--dtype", default="auto", help="auto (as saved on a GPU, fp32 on a CPU), bf16 or fp32.")
+@click.option("--attention", default="auto")
+@click.option("--overwrite", is_flag=True, help="Replace a finished output file.")
+def score(
+    model: str, source: str, output: str, tokens_per_batch: int, dtype: str, attention: str, overwrite: bool
+) -> None:
+    """Give every conversation, pair or list of responses in a JSONL file its rewards.
+
+    Keeps the order, shows progress, and goes on where an interrupted call stopped.
+    """
+    from btrm_core.scorer import Scorer
+    from btrm_core.scoring import score_file
+
+    scorer = Scorer(model, dtype=dtype, attention=attention, tokens_per_batch=tokens_per_batch)
+    click.echo(score_file(scorer, source, output, overwrite=overwrite), err=True)
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--data", metavar="SRC", multiple=True, required=True, help="Pairs to evaluate on; repeat for several.")
+@click.option("--tokens-per-batch", type=int, default=8192, show_default=True)
+@click.option("--dtype", default="auto")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(model: str, data: tuple[str, ...], tokens_per_batch: int, dtype: str, as_json: bool) -> None:
+    """Accuracy of a model on preference pairs, with its standard error and the length baseline."""
+    from btrm_core.scorer import Scorer
+    from btrm_core.scoring import evaluate_sources, format_evaluation
+
+    scorer = Scorer(model, dtype=dtype, tokens_per_batch=tokens_per_batch)
+    result = evaluate_sources(scorer, data)
+    click.echo(_dumps(result) if as_json else format_evaluation(result))
+
+
+@main.group()
+def data() -> None:
+    """Look at preference data."""
+
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SRC...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(sources: tuple[str, ...], as_json: bool) -> None:
+    """Count pairs, bad rows with their reasons, duplicates, contradictions and the length baseline."""
+    from btrm_core.data_checks import format_inspection, inspect_sources
+
+    result = inspect_sources(sources)
+    click.echo(_dumps(result) if as_json else format_inspection(result))
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,350 @@
+"""Pairs as tokens: encoded once, stored in Arrow, memory-mapped by every process that reads them.
+
+Decides what a stored pair is (`[shared | chosen tail | rejected tail]`), which pairs cannot be trained on,
+and when an earlier encoding may be used again. What the ids of a conversation are is `chat`'s decision.
+
+The stored bytes do not depend on the number of workers: the pairs are encoded in fixed chunks and written in
+their order.
+
+Shapes: P pairs that are left after encoding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from btrm_core import cache
+from btrm_core.errors import DataError
+from btrm_core.packing import TokenGroup, share
+
+if TYPE_CHECKING:
+    import pyarrow
+    from numpy.typing import NDArray
+
+    from btrm_core.chat import ChatFormat, EncodedGroup
+    from btrm_core.data import PairData
+
+ENCODING_VERSION = 1
+"""Part of every cache key: raised when equal pairs get other tokens than before."""
+
+CHUNK_PAIRS = 1024
+_CODE = ("cache", "chat*", "data", "encoded", "packing", "tokenizers")
+_KINDS_KEPT = 20
+_EXAMPLES_KEPT = 5
+_COLUMNS = ("index", "id", "subset", "tokens", "shared", "chosen", "rejected", "margin", "weight")
+
+
+class EncodedPairs:
+    """Encoded pairs of one cache entry, memory-mapped; pickles as its path and reopens where it arrives.
+
+    Attributes:
+        folder: the cache entry.
+        shared_P: tokens that both sequences of a pair begin with, int32.
+        chosen_P: further tokens of the chosen sequence, int32; may be 0.
+        rejected_P: further tokens of the rejected sequence, int32; may be 0.
+        margin_P: the data's margin, 0 where it gives none, float32.
+        weight_P: the pair's weight in the loss, float32.
+        index_P: position of the pair in the `PairData` that was encoded, int64.
+        report: counts of the encoding; see `encode_pairs`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        import pyarrow
+
+        self.folder = Path(folder)
+        try:
+            self.report: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
+            mapped = pyarrow.memory_map(str(self.folder / "encoded.arrow"))
+            table = pyarrow.ipc.open_stream(mapped).read_all()
+        except OSError as error:
+            raise DataError(
+                f"the encoded pairs '{self.folder}' cannot be read ({error.strerror or error}). "
+                "The cache was changed or removed; start again to build it anew."
+            ) from error
+        self._ids, self._subsets = table["id"], table["subset"]
+        self.shared_P, self.chosen_P, self.rejected_P = (_array(table, key) for key in ("shared", "chosen", "rejected"))
+        self.margin_P, self.weight_P, self.index_P = (_array(table, key) for key in ("margin", "weight", "index"))
+        # Views into the memory map, one per chunk: no token is copied before a row is built.
+        chunks = table["tokens"].chunks
+        self._tokens = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+
+    def __getstate__(self) -> str:
+        return str(self.folder)
+
+    def __setstate__(self, state: str) -> None:
+        EncodedPairs.__init__(self, state)
+
+    def __len__(self) -> int:
+        return len(self.shared_P)
+
+    def tokens(self, index: int) -> NDArray[np.int32]:
+        """The stored ids `[shared | chosen tail | rejected tail]` of a pair: a read-only view of the file."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[chunk])
+        start, stop = self._offsets[chunk][row : row + 2]
+        return cast("NDArray[np.int32]", self._tokens[chunk][start:stop])
+
+    def group(self, index: int) -> TokenGroup:
+        """The pair's chosen and rejected sequence as a group, its ids a view of the file."""
+        tails = (int(self.chosen_P[index]), int(self.rejected_P[index]))
+        return TokenGroup(self.tokens(index), int(self.shared_P[index]), tails)
+
+    def id(self, index: int) -> str:
+        """The pair's id."""
+        return str(self._ids[index].as_py())
+
+    def subset(self, index: int) -> str:
+        """The pair's subset."""
+        return str(self._subsets[index].as_py())
+
+    def subsets(self) -> list[str]:
+        """The subset of every pair, in order."""
+        return cast("list[str]", self._subsets.to_pylist())
+
+    def row_tokens(self, pair_ids: NDArray[np.int64], layout: str) -> int:
+        """Tokens that the model computes for these pairs together, in layout "shared", "packed" or "padded"."""
+        if not len(pair_ids):
+            return 0
+        shared, chosen, rejected = (lengths[pair_ids] for lengths in (self.shared_P, self.chosen_P, self.rejected_P))
+        if layout == "padded":
+            return 2 * len(pair_ids) * int((shared + np.maximum(chosen, rejected)).max())
+        return int((shared * (1 if layout == "shared" else 2) + chosen + rejected).sum())
+
+    def describe(self) -> str:
+        """One line on what was cut and dropped; empty if every pair was encoded whole."""
+        report = self.report
+        parts = []
+        if report["truncated"]:
+            parts.append(f"{report['truncated']:,} of {report['given']:,} pairs cut to {report['max_length']} tokens")
+        for reason, number in report["dropped"].items():
+            parts.append(f"{number:,} dropped ({reason}; such as {report['examples'][reason][0]})")
+        return "; ".join(parts)
+
+
+def encode_pairs(
+    data: PairData,
+    chat: ChatFormat,
+    max_length: int,
+    *,
+    workers: int = 1,
+    cache_dir: str | None = None,
+) -> EncodedPairs:
+    """Encode all pairs, or reuse what an equal call has stored.
+
+    The report of the result counts: `given` and `encoded` pairs, `dropped` pairs by reason (with the ids of
+    the first `examples`), `truncated` pairs with the `dropped_turns` (messages) and `cut_characters` of their
+    prompts, stored `tokens`, how many of them are `shared_tokens`, `longest` sequence, and `with_margin` pairs.
+
+    Args:
+        data: the pairs.
+        chat: how conversations become ids; only its `encode_groups` is called.
+        max_length: tokens of the longest sequence, at least 1; longer pairs lose the beginning of their prompt.
+        workers: processes that encode. Each loads the tokenizer, so fewer are started for little data.
+        cache_dir: where the tokens are kept; default `cache.cache_root()`.
+
+    Raises:
+        DataError: no pair is left, or the cache cannot be written.
+    """
+    if max_length < 1:
+        raise DataError(f"the maximum length is {max_length} tokens, expected at least 1.")
+    key = cache.digest(
+        ENCODING_VERSION,
+        data.fingerprint,
+        chat.template_sha256,
+        tokenizer_fingerprint(chat.tokenizer),
+        max_length,
+        cache.code_digest(*_CODE),
+    )
+    entry = cache.cache_root(cache_dir) / "encoded" / key
+    cache.build_once(entry, lambda folder: _build(folder, data, chat, max_length, workers))
+    encoded = EncodedPairs(entry)
+    if not len(encoded):
+        reason, number = max(encoded.report["dropped"].items(), key=lambda item: item[1])
+        raise DataError(
+            f"no pairs are left after encoding {encoded.report['given']:,}: most are dropped for '{reason}' "
+            f"({number:,}). Raise --max-length, or look at the pairs with: btrm doctor."
+        )
+    return encoded
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 of what decides a fast tokenizer's ids; padding and truncation settings do not count."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    return cache.digest(state)
+
+
+@dataclass
+class _Chunk:
+    """The encoded pairs of one chunk, column by column, and what was dropped."""
+
+    columns: dict[str, Any]
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int32]
+    given: int
+    truncated: int
+    dropped_turns: int
+    cut_characters: int
+    dropped: list[tuple[str, str]]
+    longest: int
+    with_margin: int
+
+
+def _encode_chunk(data: PairData, chat: ChatFormat, max_length: int, start: int) -> _Chunk:
+    """Encode the pairs `start` to `start + CHUNK_PAIRS`."""
+    rows = data.rows(start, start + CHUNK_PAIRS)
+    results = chat.encode_groups([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows], max_length)
+    kept: list[tuple[int, dict[str, Any], TokenGroup]] = []
+    chunk = _Chunk({}, np.empty(0, np.int32), np.zeros(1, np.int32), len(rows), 0, 0, 0, [], 0, 0)
+    for index, (row, result) in enumerate(zip(rows, results, strict=True), start):
+        cut = result.dropped_turns > 0 or result.cut_characters > 0
+        if problem := _problem(result, cut):
+            chunk.dropped.append((problem, row["id"]))
+            continue
+        group = share(result.sequences)
+        kept.append((index, row, group))
+        chunk.truncated += cut
+        chunk.dropped_turns += result.dropped_turns
+        chunk.cut_characters += result.cut_characters
+        chunk.longest = max(chunk.longest, group.shared + max(group.tails))
+        chunk.with_margin += row["margin"] is not None
+    chunk.columns = {
+        "index": np.array([index for index, _, _ in kept], np.int64),
+        "id": [row["id"] for _, row, _ in kept],
+        "subset": [row["subset"] for _, row, _ in kept],
+        "shared": np.array([group.shared for _, _, group in kept], np.int32),
+        "chosen": np.array([group.tails[0] for _, _, group in kept], np.int32),
+        "rejected": np.array([group.tails[1] for _, _, group in kept], np.int32),
+        "margin": np.array([row["margin"] or 0.0 for _, row, _ in kept], np.float32),
+        "weight": np.array([row["weight"] for _, row, _ in kept], np.float32),
+    }
+    if kept:
+        chunk.tokens = np.concatenate([group.tokens for _, _, group in kept])
+        chunk.offsets = np.cumsum([0, *(len(group.tokens) for _, _, group in kept)], dtype=np.int32)
+    return chunk
+
+
+def _problem(result: EncodedGroup, cut: bool) -> str | None:
+    """Why a pair cannot be trained on, in words fit for counting; None if it can."""
+    if result.error:
+        return result.error
+    if result.sequences[0] == result.sequences[1]:
+        return "chosen and rejected are the same tokens" + (" after cutting" if cut else "")
+    return None
+
+
+def _chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Iterator[_Chunk]:
+    """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader."""
+    starts = range(0, len(data), CHUNK_PAIRS)
+    workers = min(workers, len(starts))
+    if workers <= 1:
+        for start in starts:
+            yield _encode_chunk(data, chat, max_length, start)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    # Not forked: a fork copies locks that the tokenizer's or torch's threads may hold, and hangs.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(data, chat, max_length))
+    try:
+        running: deque[Any] = deque()
+        for start in starts:
+            running.append(pool.submit(_work, start))
+            if len(running) > 2 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "an encoding process ended early: memory may have run out, or a script starts btrm without "
+            "an 'if __name__ == \"__main__\":' guard. Try fewer workers with --set data.workers=1."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: tuple[PairData, ChatFormat, int] | None = None
+
+
+def _start_worker(data: PairData, chat: ChatFormat, max_length: int) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker = (data, chat, max_length)
+
+
+def _work(start: int) -> _Chunk:
+    assert _worker is not None
+    return _encode_chunk(*_worker, start)
+
+
+def _build(folder: Path, data: PairData, chat: ChatFormat, max_length: int, workers: int) -> None:
+    """Write encoded.arrow and report.json."""
+    import pyarrow
+
+    report: dict[str, Any] = dict.fromkeys(
+        ("given", "encoded", "truncated", "dropped_turns", "cut_characters", "tokens", "shared_tokens", "longest"), 0
+    )
+    report |= {"with_margin": 0, "dropped": {}, "examples": {}, "max_length": max_length}
+    with (
+        pyarrow.OSFile(str(folder / "encoded.arrow"), "wb") as file,
+        pyarrow.ipc.new_stream(file, _schema()) as writer,
+    ):
+        for chunk in _chunks(data, chat, max_length, workers):
+            if len(chunk.columns["id"]):
+                writer.write_batch(_record_batch(chunk))
+            _count(report, chunk)
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def _record_batch(chunk: _Chunk) -> pyarrow.RecordBatch:
+    import pyarrow
+
+    tokens = pyarrow.ListArray.from_arrays(pyarrow.array(chunk.offsets), pyarrow.array(chunk.tokens))
+    columns = {**chunk.columns, "tokens": tokens}
+    return pyarrow.RecordBatch.from_pydict({name: columns[name] for name in _COLUMNS}, schema=_schema())
+
+
+def _schema() -> pyarrow.Schema:
+    import pyarrow as pa
+
+    types = {"index": pa.int64(), "id": pa.string(), "subset": pa.string(), "tokens": pa.list_(pa.int32())}
+    types |= {"margin": pa.float32(), "weight": pa.float32()}
+    return pa.schema([(name, types.get(name, pa.int32())) for name in _COLUMNS])
+
+
+def _count(report: dict[str, Any], chunk: _Chunk) -> None:
+    report["given"] += chunk.given
+    report["encoded"] += len(chunk.columns["id"])
+    for name in ("truncated", "dropped_turns", "cut_characters", "with_margin"):
+        report[name] += getattr(chunk, name)
+    report["tokens"] += len(chunk.tokens)
+    report["shared_tokens"] += int(chunk.columns["shared"].sum())
+    report["longest"] = max(report["longest"], chunk.longest)
+    for reason, name in chunk.dropped:
+        if reason not in report["dropped"] and len(report["dropped"]) >= _KINDS_KEPT:
+            reason = "other reasons"
+        report["dropped"][reason] = report["dropped"].get(reason, 0) + 1
+        examples = report["examples"].setdefault(reason, [])
+        if len(examples) < _EXAMPLES_KEPT:
+            examples.append(name)
+
+
+def _array(table: pyarrow.Table, name: str) -> np.ndarray:
+    """A numeric column in one piece (a copy: a few bytes a pair)."""
+    column = table[name].combine_chunks()
+    return np.asarray(column.to_numpy(zero_copy_only=False) if len(table) else column.to_pandas().to_numpy())

@@ -1,0 +1,339 @@
+"""Lays preference pairs out as token rows: nothing padded, every shared token once.
+
+This module decides where each token of a row lies, which tokens it may look at, and where the
+rewards are read. It does not decide which pairs share a row (`planner`) or how attention is
+computed (`layout`, `kernels`, `attention`).
+
+A group of K responses to one prompt is stored `[shared | tail_1 | ... | tail_K]`: the tokens that
+all K finished sequences begin with, then what is left of each. A row is groups one after another.
+Positions restart after the shared part for every tail, and every token carries `end`, one past the
+last row offset that may look at it. One rule is then the whole mask, `window` being the layer's
+sliding window or infinity:
+
+    visible(q, kv) = kv <= q and q < end[kv] and position[q] - position[kv] < window
+
+Where a reward is read follows from lengths alone; no token id is ever compared with the pad id.
+
+Shape letters, here and in the modules to the right of this one: P pairs, S sequences (rewards),
+T tokens of a row, R attention runs, K key rows of all runs, H hidden, B lines of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGroup:
+    """K finished sequences over one prompt, their common beginning stored once.
+
+    Attributes:
+        tokens: int32 ids laid out `[shared | tail_1 | ... | tail_K]`.
+        shared: number of tokens that every sequence begins with.
+        tails: number of remaining tokens of each sequence; 0 is allowed (the sequence is the
+            shared part), as long as no whole sequence is empty.
+
+    Raises:
+        ValueError: the lengths do not add up, there is no sequence, or a sequence is empty.
+    """
+
+    tokens: NDArray[np.int32]
+    shared: int
+    tails: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.shared + sum(self.tails) != len(self.tokens):
+            raise ValueError(
+                f"a group of {len(self.tokens)} tokens cannot be {self.shared} shared tokens "
+                f"and tails of {list(self.tails)}"
+            )
+        if not self.tails or self.shared + min(self.tails) < 1 or min(self.tails) < 0:
+            raise ValueError(f"every sequence needs a token: shared {self.shared}, tails {list(self.tails)}")
+
+    @property
+    def sequences(self) -> list[NDArray[np.int32]]:
+        """The K sequences as separate id arrays, in order."""
+        sequences, start = [], self.shared
+        for tail in self.tails:
+            sequences.append(np.concatenate([self.tokens[: self.shared], self.tokens[start : start + tail]]))
+            start += tail
+        return sequences
+
+    def unshared(self) -> list[TokenGroup]:
+        """The same sequences as K groups of one, each with its whole sequence as its tail."""
+        return [TokenGroup(tokens, 0, (len(tokens),)) for tokens in self.sequences]
+
+
+def share(sequences: Sequence[Sequence[int]]) -> TokenGroup:
+    """Store sequences with their longest common beginning once.
+
+    The comparison is on the tokens of the finished sequences, so it needs no knowledge of where the
+    prompt ends and cannot be broken by a tokenizer that merges across that border.
+
+    >>> group = share([[1, 2, 3, 4], [1, 2, 5]])
+    >>> group.tokens.tolist(), group.shared, group.tails
+    ([1, 2, 3, 4, 5], 2, (2, 1))
+
+    Args:
+        sequences: K lists of token ids, none empty.
+
+    Raises:
+        ValueError: there is no sequence, or one is empty.
+    """
+    if not sequences:
+        raise ValueError("a group needs at least one sequence")
+    arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+    shared = min(len(array) for array in arrays)
+    for array in arrays[1:]:
+        differs = np.flatnonzero(arrays[0][:shared] != array[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+    tails = [array[shared:] for array in arrays]
+    tokens = np.concatenate([arrays[0][:shared], *tails])
+    return TokenGroup(tokens, shared, tuple(len(tail) for tail in tails))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One packed row of T tokens, as NumPy arrays, ready for a loader worker to hand over.
+
+    Attributes:
+        input_ids_T: token ids, int64.
+        position_ids_T: each token's position in its own sequence, int64.
+        end_T: one past the last row offset that may look at the token, int64.
+        reward_index_S: offset of every sequence's last token, groups in order, K each, int64.
+        group_sizes: K of every group.
+        runs_R4: attention runs, int64 columns query start, query end, prefix start, prefix end. The
+            queries of a run look at its prefix and, causally, at themselves; the prefix is empty
+            but for the second and later tails of a group. Runs cover the row in order.
+        useful: tokens of all sequences, each counted by itself: what a separate pass for every
+            sequence would compute, and so the same for any arrangement.
+        shared: tokens of `useful` that the row does not compute again.
+    """
+
+    input_ids_T: IntArray
+    position_ids_T: IntArray
+    end_T: IntArray
+    reward_index_S: IntArray
+    group_sizes: tuple[int, ...]
+    runs_R4: IntArray
+    useful: int
+    shared: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model computes: T, with the padding at the end."""
+        return len(self.input_ids_T)
+
+    @property
+    def padding(self) -> int:
+        """Tokens that belong to no sequence."""
+        return self.computed + self.shared - self.useful
+
+
+@dataclass
+class _RowParts:
+    """What `pack_row` collects, in row order."""
+
+    ids: list[NDArray[np.int32]] = field(default_factory=list)
+    positions: list[IntArray] = field(default_factory=list)
+    ends: list[IntArray] = field(default_factory=list)
+    rewards: list[int] = field(default_factory=list)
+    runs: list[tuple[int, int, int, int]] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, group: TokenGroup) -> None:
+        """Append a group `[shared | tail_1 | ...]` with its positions, ends, rewards and runs."""
+        start, shared = self.length, group.shared
+        stop = start + len(group.tokens)
+        self.ids.append(group.tokens)
+        self.positions.append(np.arange(shared))
+        self.ends.append(np.full(shared, stop))
+        offset = start + shared
+        for number, tail in enumerate(group.tails):
+            self.positions.append(np.arange(shared, shared + tail))
+            self.ends.append(np.full(tail, offset + tail))
+            self.rewards.append(offset + tail - 1 if tail else start + shared - 1)
+            if number == 0:
+                self.runs.append((start, offset + tail, start, start))
+            elif tail:
+                self.runs.append((offset, offset + tail, start, start + shared))
+            offset += tail
+        self.length = stop
+
+    def pad(self, count: int, pad_id: int) -> None:
+        """Append `count` pad tokens as one sequence of their own, which nothing else looks at."""
+        self.ids.append(np.full(count, pad_id, dtype=np.int32))
+        self.positions.append(np.arange(count))
+        self.ends.append(np.full(count, self.length + count))
+        self.runs.append((self.length, self.length + count, self.length, self.length))
+        self.length += count
+
+
+def pack_row(groups: Sequence[TokenGroup], *, share_prefix: bool = True, multiple_of: int = 1, pad_id: int = 0) -> Row:
+    """Lay groups one after another in one row.
+
+    >>> row = pack_row([share([[1, 2, 3, 4], [1, 2, 5]])])
+    >>> row.position_ids_T.tolist(), row.end_T.tolist(), row.reward_index_S.tolist()
+    ([0, 1, 2, 3, 2], [5, 5, 4, 4, 5], [3, 4])
+
+    Args:
+        groups: the groups, in order. None gives a row of padding without rewards, which lets a
+            rank without pairs take part in a step.
+        share_prefix: False computes every sequence whole, through the same code.
+        multiple_of: round T up to this with pad tokens.
+        pad_id: id of the tokens that fill the row up; any id of the vocabulary will do.
+    """
+    parts = _RowParts()
+    for group in groups:
+        for part in [group] if share_prefix else group.unshared():
+            parts.add(part)
+    missing = -parts.length % multiple_of or (0 if groups else multiple_of)
+    useful = sum(group.shared * len(group.tails) + sum(group.tails) for group in groups)
+    saved = useful - parts.length
+    if missing:
+        parts.pad(missing, pad_id)
+    return Row(
+        input_ids_T=np.concatenate(parts.ids).astype(np.int64),
+        position_ids_T=np.concatenate(parts.positions).astype(np.int64, copy=False),
+        end_T=np.concatenate(parts.ends).astype(np.int64, copy=False),
+        reward_index_S=np.array(parts.rewards, dtype=np.int64),
+        group_sizes=tuple(len(group.tails) for group in groups),
+        runs_R4=np.array(parts.runs, dtype=np.int64).reshape(-1, 4),
+        useful=useful,
+        shared=saved,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedRows:
+    """Sequences one per line, padded on the right: the reference, and the fallback.
+
+    Attributes:
+        input_ids_BT: token ids, int64; a batch without groups is one line of padding.
+        position_ids_BT: 0, 1, 2, ... on every line, int64.
+        attention_mask_BT: 1 for tokens of a sequence, 0 for padding, int64.
+        reward_index_S: offset of every sequence's last token in the flattened lines, int64.
+        group_sizes: K of every group.
+        useful: tokens of all sequences.
+        shared: always 0: padded lines share nothing.
+    """
+
+    input_ids_BT: IntArray
+    position_ids_BT: IntArray
+    attention_mask_BT: IntArray
+    reward_index_S: IntArray
+    group_sizes: tuple[int, ...]
+    useful: int
+    shared: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model computes, padding included."""
+        return int(self.input_ids_BT.size)
+
+    @property
+    def padding(self) -> int:
+        """Tokens that belong to no sequence."""
+        return self.computed - self.useful
+
+
+def pad_rows(groups: Sequence[TokenGroup], *, pad_id: int = 0, multiple_of: int = 1) -> PaddedRows:
+    """Lay every sequence on a line of its own, padded on the right to the longest.
+
+    >>> rows = pad_rows([share([[1, 2, 3, 4], [1, 2, 5]])], pad_id=9)
+    >>> rows.input_ids_BT.tolist(), rows.reward_index_S.tolist()
+    ([[1, 2, 3, 4], [1, 2, 5, 9]], [3, 6])
+
+    Args:
+        groups: the groups, in order; sequences keep the order of `pack_row`.
+        pad_id: id of the tokens that fill lines up; masked out, so any id of the vocabulary will do.
+        multiple_of: round the length of the lines up to this.
+    """
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    lengths_S = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    lines, longest = max(len(sequences), 1), max(int(lengths_S.max(initial=1)), 1)
+    longest += -longest % multiple_of
+    ids_BT = np.full((lines, longest), pad_id, dtype=np.int64)
+    for line, sequence in enumerate(sequences):
+        ids_BT[line, : len(sequence)] = sequence
+    position_T = np.arange(longest)
+    # A line without a token of its own would leave the softmax nothing to sum over.
+    seen_B = lengths_S if sequences else np.ones(1, dtype=np.int64)
+    return PaddedRows(
+        input_ids_BT=ids_BT,
+        position_ids_BT=np.tile(position_T, (lines, 1)),
+        attention_mask_BT=(position_T[None, :] < seen_B[:, None]).astype(np.int64),
+        reward_index_S=np.arange(len(sequences)) * longest + lengths_S - 1,
+        group_sizes=tuple(len(group.tails) for group in groups),
+        useful=int(lengths_S.sum()),
+    )
+
+
+class DeviceData(Protocol):
+    """Anything that can follow a batch to a device."""
+
+    def to(self, device: Any, non_blocking: bool = False) -> Any:
+        """Return the same data on `device`."""
+        ...
+
+    def pin_memory(self) -> Any:
+        """Return the same data in page-locked host memory."""
+        ...
+
+
+@dataclass
+class Batch:
+    """What the reward model is called with: one packed row, or padded lines, as tensors.
+
+    Attributes:
+        input_ids: [B, T] int64; B is 1 for a packed row.
+        position_ids: [B, T] int64.
+        attention_mask: [B, T] int64 for padded lines, None for a packed row.
+        layout: who sees whom in a packed row (`layout.Layout`), None for padded lines.
+        reward_index: [S] int64, offsets into the flattened B*T tokens, groups in order.
+        group_sizes: K of every group; they sum to S.
+        computed: tokens computed, padding included.
+        useful: tokens of all sequences, each counted by itself.
+        shared: tokens of `useful` that are not computed again.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    layout: DeviceData | None
+    reward_index: torch.Tensor
+    group_sizes: tuple[int, ...]
+    computed: int
+    useful: int
+    shared: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch on `device`; without waiting if `non_blocking` and the memory is pinned."""
+        return self._moved(lambda data: data.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (a `DataLoader` with `pin_memory` calls this)."""
+        return self._moved(lambda data: data.pin_memory())
+
+    def _moved(self, move: Any) -> Batch:
+        return Batch(
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            layout=None if self.layout is None else move(self.layout),
+            reward_index=move(self.reward_index),
+            group_sizes=self.group_sizes,
+            computed=self.computed,
+            useful=self.useful,
+            shared=self.shared,
+        )

@@ -1,0 +1,179 @@
+"""What a run needs before its first step: family, settings, data, model, engine; one function each.
+
+Decides: the order of asking (settings, then family, then default) and what is checked before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btrm_core import basemodel, families
+from btrm_core.cache import cache_root
+from btrm_core.chat import ChatFormat, prepare_chat
+from btrm_core.config import resolve
+from btrm_core.data import PairData, drop_overlap, load_pairs, split_held_out
+from btrm_core.distributed import Runtime
+from btrm_core.encoded import EncodedPairs, encode_pairs
+from btrm_core.errors import ConfigError, DataError
+from btrm_core.families import Family
+from btrm_core.inference import pair_rewards
+from btrm_core.model import RewardModel, choose_for, self_check
+from btrm_core.report import say, trackers
+from btrm_core.settings import RunConfig
+from btrm_core.startup import check_first_loss
+from btrm_core.toy import embedded_settings
+
+CHECKED_PAIRS = 512
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded pairs of both sides, and what was reported about them."""
+
+    train: EncodedPairs
+    eval: EncodedPairs | None
+    report: dict[str, Any]
+    lines: list[str]
+    eval_rows: PairData | None
+
+
+def choose(config: RunConfig) -> tuple[Family, RunConfig, ChatFormat]:
+    """Find the family, fill the settings from its recipe (or the embedded default), and set up its tokenizer.
+
+    Raises:
+        FamilyError: the family is unknown or broken, or does not claim the checkpoint; without `--family`, not exactly
+            one claims it.
+        ConfigError: data is given without a base model, or nothing says what to train.
+    """
+    trackers(config.output.report_to)
+    if config.model.name is None and config.family is None:
+        raise ConfigError("nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR")
+    if config.model.name is None:
+        family = families.load(str(config.family), config)
+        config = embedded_settings(config, family, cache_root(config.data.cache_dir))
+        described = basemodel.load_config(config.model)
+    else:
+        described = basemodel.load_config(config.model)
+        family = families.load(config.family, config) if config.family else families.detect(described, config)
+    families.require_claim(family, described)
+    config = resolve(config, family.recipe())
+    if not config.data.train:
+        raise ConfigError("no training data is named: give --data SRC (a file, a dataset directory or a hub id)")
+    chat = prepare_chat(basemodel.load_tokenizer(config.model), described, family)
+    return family, config, chat
+
+
+def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = None) -> Data:
+    """Read, check, split and encode the pairs; the main process does it first, the others read its cache."""
+    if runtime is not None and not runtime.is_main:
+        runtime.barrier()
+    made = _load_data(config, chat)
+    if runtime is not None and runtime.is_main:
+        runtime.barrier()
+    return made
+
+
+def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
+    data = config.data
+    rows = load_pairs(data.train, strict=data.strict, cache_dir=data.cache_dir)
+    issues = {"train": rows.issues}
+    overlap = 0
+    held_out: PairData | None = None
+    if data.eval:
+        held_out = load_pairs(data.eval, strict=data.strict, cache_dir=data.cache_dir)
+        issues["eval"] = held_out.issues
+        rows, overlap = drop_overlap(rows, held_out)
+    elif data.held_out_fraction > 0:
+        rows, held_out = split_held_out(rows, data.held_out_fraction)
+    encoded = {
+        name: encode_pairs(part, chat, int(data.max_length or 0), workers=data.workers, cache_dir=data.cache_dir)
+        for name, part in (("train", rows), ("eval", held_out))
+        if part is not None and len(part.dataset)
+    }
+    if not len(encoded["train"]):
+        raise DataError("no training pairs are left after encoding; see the counts above, or raise --max-length")
+    report = {
+        "sources": list(data.train),
+        "eval_sources": list(data.eval) or f"held out by prompt hash, {data.held_out_fraction:g} of the pairs",
+        "fingerprint": rows.fingerprint,
+        "train_prompts_dropped_as_in_eval": overlap,
+        "rows": {name: issue.to_dict() for name, issue in issues.items()},
+        "encoding": {name: part.report for name, part in encoded.items()},
+    }
+    lines = [f"{name} data: {issue.format()}" for name, issue in issues.items() if issue.bad]
+    lines += [f"{name} data: {text}" for name, part in encoded.items() if (text := part.describe())]
+    if overlap:
+        lines.append(f"train data: {overlap} pairs dropped because their prompt is in the evaluation data")
+    return Data(encoded["train"], encoded.get("eval"), report, lines, held_out)
+
+
+def build_model(config: RunConfig, family: Family, chat: ChatFormat, runtime: Runtime) -> tuple[RewardModel, bool]:
+    """Load the base model, give it its head and settings; returns the reward model and whether its head is new."""
+    base = basemodel.load_base(config.model, runtime.dtype)
+    hf = base.hf
+    basemodel.set_reward_config(hf, chat.pad_id)
+    if chat.num_new_tokens:
+        basemodel.add_embedding_row(hf, len(chat.tokenizer), [chat.pad_id])
+    if base.head_is_new:
+        basemodel.init_head(hf, family.init_head(hf.config.get_text_config().hidden_size), config.train.seed)
+    basemodel.freeze(hf, config.model)
+    if config.model.gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kernel = choose_for(hf, config.model.attention, runtime.device.type, family.recipe().attention)
+    return RewardModel(hf, kernel), base.head_is_new
+
+
+def usable_layout(config: RunConfig, model: RewardModel, data: Data, runtime: Runtime) -> str:
+    """The layout asked for, or padded with the reason said, if packed rows are not exact for this model."""
+    layout = config.train.layout
+    if layout == "padded":
+        return layout
+    groups = [data.train.group(i) for i in range(min(3, len(data.train)))]
+    model.to(runtime.device)
+    result = self_check(model, groups)
+    if result.ok:
+        return layout
+    say(runtime, f"packed rows cannot be used for this model ({result.reason}); going on with padded batches")
+    return "padded"
+
+
+def check_first(model: Any, data: Data, config: RunConfig, runtime: Runtime, layout: str, pad_id: int) -> float:
+    """The loss before the first step over some pairs of the training data; stops if it is not near ln 2."""
+    rewards = pair_rewards(
+        model,
+        data.train,
+        runtime,
+        layout=layout,
+        tokens_per_batch=config.train.tokens_per_batch,
+        pad_id=pad_id,
+        limit=min(CHECKED_PAIRS, len(data.train)),
+    )
+    seen = rewards.any(axis=1)
+    ids = [data.train.id(int(i)) for i in seen.nonzero()[0]]
+    return check_first_loss(rewards[seen], ids)
+
+
+def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
+    """Wrap the reward model in DeepSpeed with AdamW over two parameter groups."""
+    from accelerate.utils import DummyOptim
+
+    groups = basemodel.parameter_groups(model, float(config.train.weight_decay or 0.0))
+    optimizer = DummyOptim(groups, lr=config.train.learning_rate)
+    engine, _ = runtime.accelerator.prepare(model, optimizer)
+    return engine
+
+
+def output_directory(config: RunConfig, family: Family) -> Path:
+    """Where the run writes: `--output`, else runs/<family>-<base model>."""
+    if config.output.dir:
+        return Path(config.output.dir)
+    return Path("runs") / f"{family.name}-{Path(str(config.model.name)).name}"
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"

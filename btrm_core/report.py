@@ -1,0 +1,139 @@
+"""What a run shows and writes while it trains: a progress bar, `metrics.jsonl`, trackers, the closing summary.
+
+Decides: names and places of the figures. Only the main process shows and writes; the bar goes to standard error, so that
+standard output holds results alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from btrm_core.config import flat
+from btrm_core.distributed import Runtime
+from btrm_core.errors import ConfigError
+from btrm_core.settings import RunConfig
+
+TRACKERS = ("wandb", "tensorboard", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+
+
+def trackers(report_to: str) -> list[str]:
+    """The trackers named by `--report-to`.
+
+    Raises:
+        ConfigError: one of them is unknown.
+    """
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"--report-to {name!r}: expected none or one of {', '.join(TRACKERS)}")
+    return names
+
+
+def start_trackers(runtime: Runtime, directory: Path, config: RunConfig) -> None:
+    """Start the trackers that Accelerate was told of, with the whole configuration."""
+    settings = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in flat(config).items() if v is not None}
+    name = config.output.run_name or directory.name
+    wandb = {"name": name, "dir": str(directory), "id": _run_id(directory), "resume": "allow"}
+    runtime.accelerator.init_trackers(config.output.project, config=settings, init_kwargs={"wandb": wandb})
+
+
+def _run_id(directory: Path) -> str:
+    """The same id for the same output directory, so that a resumed run goes on in its tracker."""
+    return hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+
+
+class Reporter:
+    """Writes the figures of a run; on other processes than the main one it does nothing but keep them in step."""
+
+    def __init__(self, runtime: Runtime, directory: Path, total_steps: int, first_step: int, config: RunConfig) -> None:
+        from tqdm import tqdm
+
+        self.runtime = runtime
+        self.file: TextIO | None = None
+        if runtime.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.file = (directory / "metrics.jsonl").open("a" if first_step else "w", encoding="utf-8")
+        if trackers(config.output.report_to):
+            start_trackers(runtime, directory, config)
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            disable=not runtime.is_main,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def log(self, split: str, step: int, figures: Mapping[str, Any]) -> None:
+        """Write one line of `metrics.jsonl`, tell the trackers, and move the bar."""
+        numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        self.runtime.accelerator.log({f"{split}/{k}": v for k, v in numbers.items()}, step=step)
+        if self.file is None:
+            return
+        line = {"split": split, "step": step, "time": round(time.time(), 3), **_finite(figures)}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if split == "train":
+            self.bar.set_postfix_str(bar_text(figures), refresh=False)
+            self.bar.update(1)
+        else:
+            self.bar.write(f"step {step}: {evaluation_text(figures)}", file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar, the file and the trackers."""
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        self.runtime.accelerator.end_training()
+
+
+def bar_text(figures: Mapping[str, Any]) -> str:
+    """The right end of the progress bar.
+
+    >>> bar_text({"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-5, "tokens_per_second": 1234.0, "pairs_per_second": 5.0})
+    'loss 0.500, acc 75%, 5.0 pairs/s, 1.2k tok/s, lr 1.0e-05'
+    """
+    return (
+        f"loss {figures['loss']:.3f}, acc {figures['accuracy']:.0%}, {figures['pairs_per_second']:.1f} pairs/s, "
+        f"{figures['tokens_per_second'] / 1000:.1f}k tok/s, lr {figures['learning_rate']:.1e}"
+    )
+
+
+def evaluation_text(figures: Mapping[str, Any]) -> str:
+    """One line about an evaluation."""
+    ties = f", {figures['ties']} ties" if figures["ties"] else ""
+    return (
+        f"held-out accuracy {figures['accuracy']:.3f} ± {figures['accuracy_standard_error']:.3f} "
+        f"(longer wins: {figures['longer_wins']:.3f}), loss {figures['loss']:.4f}, "
+        f"reward margin {figures['reward_margin']:.3f}, {figures['pairs']} pairs{ties}"
+    )
+
+
+def subset_table(rows: list[Mapping[str, Any]]) -> str:
+    """Accuracy per subset, one line each."""
+    width = max((len(str(row["name"])) for row in rows), default=0)
+    return "\n".join(
+        f"  {row['name']:<{width}}  accuracy {row['accuracy']:.3f}  margin {row['reward_margin']:+.3f}  pairs {row['pairs']}"
+        for row in rows
+    )
+
+
+def say(runtime: Runtime, text: str) -> None:
+    """Print one remark to standard error, once over all processes, without breaking the bar."""
+    if runtime.is_main:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+
+def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: it becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}

@@ -1,0 +1,329 @@
+"""Training from beginning to end; read this first: each line is one module.
+
+`train` is what `btrm train` calls, and what a script calls that wants a reward model.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from btrm_core import card, checkpoint, distributed, resume
+from btrm_core.chat import ChatFormat
+from btrm_core.config import to_toml
+from btrm_core.distributed import Runtime
+from btrm_core.evaluate import figures_of
+from btrm_core.families import Family
+from btrm_core.inference import make_plan, pair_rewards
+from btrm_core.interrupt import Interrupt, output_lock
+from btrm_core.packing import pack_row, share
+from btrm_core.prepare import (
+    Data,
+    build_model,
+    check_first,
+    choose,
+    device_name,
+    load_data,
+    make_engine,
+    output_directory,
+    usable_layout,
+)
+from btrm_core.report import Reporter, evaluation_text, say, subset_table, trackers
+from btrm_core.settings import RunConfig
+from btrm_core.trainer import Callables, Progress, Schedule, fit, schedule
+
+SELF_TEST_PAIRS = 2
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: the model's directory (None if it was stopped before its end) and the last evaluation."""
+
+    directory: Path | None
+    evaluation: dict[str, Any] | None
+    progress: Progress
+    signal: int | None = None
+    examples: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass
+class Session:
+    """A run under way: everything its steps share."""
+
+    config: RunConfig
+    family: Family
+    chat: ChatFormat
+    runtime: Runtime
+    data: Data
+    engine: Any
+    layout: str
+    plan: Schedule
+    output: Path
+    reporter: Reporter
+
+
+def train(config: RunConfig) -> Outcome:
+    """Train a reward model as `config` says and save it; returns where it is and how good it is.
+
+    Raises:
+        BtrmError: a subclass says what the user can put right; no half-written model is left.
+    """
+    family, config, chat = choose(config)
+    output = output_directory(config, family)
+    checkpoint.refuse_overwrite(output / "model", config.output.overwrite)
+    loggers = trackers(config.output.report_to)
+    with (
+        distributed.start(config, loggers, str(output)) as runtime,
+        output_lock(output, runtime.is_main),
+        Interrupt() as interrupt,
+    ):
+        data = load_data(config, chat, runtime)
+        model, head_is_new = build_model(config, family, chat, runtime)
+        layout = usable_layout(config, model, data, runtime)
+        engine = make_engine(model, config, runtime)
+        plan = schedule(config, steps_per_epoch(config, data, layout, runtime))
+        introduce(config, family, chat, data, plan, runtime, layout)
+        progress = begin(engine, config, data, runtime, output, layout, chat, head_is_new)
+        reporter = Reporter(runtime, output, plan.total_steps, progress.step, config)
+        session = Session(config, family, chat, runtime, data, engine, layout, plan, output, reporter)
+        try:
+            progress = fit(
+                engine,
+                data.train,
+                config,
+                runtime,
+                plan,
+                progress,
+                calls(session, interrupt),
+                layout=layout,
+                pad_id=chat.pad_id,
+            )
+            return finish(session, progress, interrupt)
+        finally:
+            reporter.close()
+            engine.destroy()
+
+
+def steps_per_epoch(config: RunConfig, data: Data, layout: str, runtime: Runtime) -> int:
+    """Optimiser steps of one pass over the training pairs; the last one may be smaller."""
+    return int(plan_of_epoch(config, data, layout, runtime).num_steps)
+
+
+def plan_of_epoch(config: RunConfig, data: Data, layout: str, runtime: Runtime) -> Any:
+    """The plan of the first epoch."""
+    return make_plan(
+        data.train,
+        layout=layout,
+        pairs_per_step=int(config.train.pairs_per_step or 1),
+        tokens_per_batch=config.train.tokens_per_batch,
+        world=runtime.world,
+        seed=config.train.seed,
+        epoch=0,
+    )
+
+
+def begin(
+    engine: Any,
+    config: RunConfig,
+    data: Data,
+    runtime: Runtime,
+    output: Path,
+    layout: str,
+    chat: ChatFormat,
+    head_is_new: bool,
+) -> Progress:
+    """Start anew, after checking the first loss of a new head, or go on from a checkpoint."""
+    found = resume.find(config.output.resume, output / "resume")
+    if found is not None:
+        who = resume.identity(config, data.report["fingerprint"], runtime.world)
+        progress = resume.load(engine, found, who, config.output.force_resume)
+        say(runtime, f"resuming from {found} after step {progress.step}")
+        return progress
+    if config.output.resume != "no":
+        say(runtime, f"no complete checkpoint in {output / 'resume'}: beginning anew")
+    if head_is_new:
+        loss = check_first(engine, data, config, runtime, layout, chat.pad_id)
+        say(runtime, f"loss before the first step {loss:.4f} (ln 2 = 0.6931)")
+    else:
+        say(runtime, "the base model brings its own reward head; training goes on with it")
+    return Progress()
+
+
+def calls(session: Session, interrupt: Interrupt) -> Callables:
+    """The seams of the training loop for this run."""
+    config, runtime = session.config, session.runtime
+    who = resume.identity(config, session.data.report["fingerprint"], runtime.world)
+
+    def save(progress: Progress) -> None:
+        path = resume.save(session.engine, progress, runtime, session.output / "resume", who, config.output.keep_last)
+        say(runtime, f"step {progress.step}: checkpoint saved in {path}")
+
+    def evaluate(step: int) -> dict[str, Any] | None:
+        figures = evaluate_now(session)
+        if figures is not None:
+            session.reporter.log("eval", step, figures)
+        return figures
+
+    return Callables(log=session.reporter.log, evaluate=evaluate, save=save, stop_requested=interrupt.requested)
+
+
+def evaluate_now(session: Session) -> dict[str, Any] | None:
+    """Evaluate the live model on the held-out pairs; None if there are none."""
+    pairs = session.data.eval
+    if pairs is None:
+        return None
+    return figures_of(pairs, rewards_now(session, pairs))
+
+
+def rewards_now(session: Session, pairs: Any) -> np.ndarray:
+    """Rewards of pairs from the live model, on every process."""
+    return pair_rewards(
+        session.engine,
+        pairs,
+        session.runtime,
+        layout=session.layout,
+        tokens_per_batch=session.config.train.tokens_per_batch,
+        pad_id=session.chat.pad_id,
+    )
+
+
+def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcome:
+    """Save the model and say how good it is; a run stopped by a signal only says how to go on."""
+    session.reporter.bar.close()
+    if progress.stopped == "signal":
+        say(session.runtime, f"stopped after step {progress.step}; go on with the same command and --resume")
+        return Outcome(None, None, progress, interrupt.signal or signal.SIGTERM)
+    pairs = session.data.eval
+    rewards_P2 = rewards_now(session, pairs) if pairs is not None else np.zeros((0, 2))
+    evaluation = figures_of(pairs, rewards_P2) if pairs is not None else None
+    directory = save_final(session, progress, evaluation)
+    if progress.stopped:
+        say(session.runtime, f"stopped {progress.stopped}")
+    return Outcome(directory, evaluation, progress, examples=examples(session.data, rewards_P2))
+
+
+def examples(data: Data, rewards_P2: np.ndarray) -> tuple[dict[str, Any], ...]:
+    """The first held-out pairs with their rewards, to be shown to a person."""
+    if data.eval is None or data.eval_rows is None:
+        return ()
+    shown = []
+    for i in range(min(EXAMPLES, len(data.eval))):
+        pair = data.eval_rows[int(data.eval.index_P[i])]
+        chosen, rejected = (float(r) for r in rewards_P2[i])
+        question = pair.prompt[-1]["content"] if pair.prompt else ""
+        shown.append({"prompt": question, "chosen": (chosen, pair.chosen), "rejected": (rejected, pair.rejected)})
+    return tuple(shown)
+
+
+def closing_text(outcome: Outcome) -> str:
+    """What a finished run prints: how good it is, where it is, what to do next, and a few scored examples."""
+    lines = []
+    if outcome.evaluation is not None:
+        lines += [evaluation_text(outcome.evaluation), subset_table(outcome.evaluation.get("subsets", []))]
+    for example in outcome.examples:
+        lines += ["", f"  {example['prompt']}"]
+        for side in ("chosen", "rejected"):
+            reward, text = example[side]
+            lines.append(f"    {reward:+7.3f}  {side:<8}  {text}")
+    lines += [
+        "",
+        f"model saved in {outcome.directory}",
+        f"next: btrm score {outcome.directory} INPUT.jsonl -o OUTPUT.jsonl",
+    ]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def dry_run(config: RunConfig) -> str:
+    """Everything a run would do, resolved, as text; nothing is trained or written but the data cache."""
+    family, config, chat = choose(config)
+    data = load_data(config, chat)
+    dtype = distributed.compute_dtype(config.model.dtype)
+    ds = distributed.deepspeed_config(config, dtype)
+    made = make_plan(
+        data.train,
+        layout=config.train.layout,
+        pairs_per_step=int(config.train.pairs_per_step or 1),
+        tokens_per_batch=config.train.tokens_per_batch,
+        world=1,
+        seed=config.train.seed,
+        epoch=0,
+    )
+    plan = schedule(config, made.num_steps)
+    parts = [
+        f"family: {family.name} ({family.origin}); answers: {chat.answers}",
+        f"terminal token: {chat.terminal_token!r}; pad token: {chat.pad.token!r} ({chat.pad.reason}); "
+        f"template sha256: {chat.template_sha256}",
+        f"training pairs: {len(data.train)}; evaluation pairs: {len(data.eval) if data.eval is not None else 0}",
+        *data.lines,
+        f"steps: {plan.total_steps} ({plan.steps_per_epoch} per epoch, {plan.warmup_steps} of warm-up); "
+        f"output: {output_directory(config, family)}",
+        "",
+        "settings:",
+        to_toml(config),
+        "deepspeed:",
+        card.dumps(ds),
+    ]
+    return "\n".join(parts)
+
+
+def save_final(session: Session, progress: Progress, evaluation: dict[str, Any] | None) -> Path:
+    """Write the model directory; all processes take part in gathering the weights."""
+    runtime, directory = session.runtime, session.output / "model"
+    vectors = self_test_vectors(session)
+    weights = runtime.accelerator.get_state_dict(session.engine)
+    if runtime.is_main:
+        made = card.manifest(
+            config=session.config,
+            family=session.family,
+            chat=session.chat,
+            data=session.data.report,
+            evaluation=evaluation,
+            training={"steps": progress.step, "seconds": round(progress.seconds, 1), "layout": session.layout},
+            self_test=vectors,
+            dtype=str(runtime.dtype).removeprefix("torch."),
+        )
+        hf = session.engine.module.hf
+        state = {k.removeprefix("hf."): v for k, v in weights.items()}
+        checkpoint.save_model(directory, hf, state, session.chat, made, card.card(made, directory))
+    runtime.barrier()
+    return directory
+
+
+@torch.no_grad()
+def self_test_vectors(session: Session) -> list[dict[str, Any]]:
+    """A few conversations as ids with the live model's reward, each computed alone: what any reader must reproduce."""
+    pairs, engine = session.data.eval or session.data.train, session.engine
+    engine.eval()
+    vectors = []
+    for i in range(min(SELF_TEST_PAIRS, len(pairs))):
+        for ids in pairs.group(i).sequences:
+            batch = pack_row([share([ids])], pad_id=session.chat.pad_id).to(session.runtime.device)
+            reward = float(engine(batch).float().item())
+            vectors.append({"input_ids": [int(t) for t in ids], "reward": reward})
+    engine.train()
+    return vectors
+
+
+def introduce(
+    config: RunConfig, family: Family, chat: ChatFormat, data: Data, plan: Schedule, runtime: Runtime, layout: str
+) -> None:
+    """Say in a few lines what is about to happen."""
+    made = plan_of_epoch(config, data, layout, runtime)
+    for line in data.lines:
+        say(runtime, line)
+    held_out = f", {len(data.eval)} held out" if data.eval is not None else ", no evaluation"
+    say(runtime, f"family {family.name} ({family.origin}), base model {config.model.name}")
+    say(runtime, f"{len(data.train)} training pairs{held_out}, at most {config.data.max_length} tokens a conversation")
+    say(
+        runtime,
+        f"{plan.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {plan.peak:g}, "
+        f"rows {layout} of at most {config.train.tokens_per_batch} tokens ({made.padding_percent:.1f} % padding), "
+        f"{runtime.world} x {device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}, "
+        f"ZeRO {runtime.zero_stage}, terminal token {chat.terminal_token}, pad {chat.pad.token}",
+    )

@@ -1,0 +1,56 @@
+"""Options and markers shared by all tests: what needs a GPU or files fetched separately is skipped with the reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = _missing(item)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _missing(item: pytest.Item) -> str | None:
+    """Say what a test marked `gpu`, `hub` (real tokenizers) or `hub("model")` lacks on this machine."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            return "needs a CUDA device"
+    hub = item.get_closest_marker("hub")
+    for kind in (hub.args or ("tokenizers",)) if hub else ():
+        variable = FETCHED[kind]
+        if not os.environ.get(variable):
+            return f"needs a real {kind.removesuffix('s')}: set {variable} to its directory"
+    return None
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def real_tokenizers() -> Path:
+    """Directory with one directory per real tokenizer (for tests marked `hub`)."""
+    return Path(os.environ[FETCHED["tokenizers"]])
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Directory of a real small language model (for tests marked `hub("model")`)."""
+    return Path(os.environ[FETCHED["model"]])
