@@ -71,7 +71,7 @@ def run_seed(work: Workload, gate: Gate, steps: range) -> None:
         model=load_model(work, gate),
         args=TrainingArguments(**arguments, remove_unused_columns=False, label_names=[]),
         train_dataset=_rows(work, steps, ("input_ids_j", "input_ids_k")),
-        data_collator=SeedCollator(tokenizer, work.settings.max_length),
+        data_collator=SeedCollator(tokenizer),
         callbacks=[AtTheGate(gate)],
     )
     trainer.train()
@@ -82,7 +82,6 @@ class SeedCollator:
     """Pads chosen (j) and rejected (k) of each pair, side by side, to the longest of the batch."""
 
     tokenizer: Any
-    max_length: int
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows j, k, j, k, ... with their attention mask."""
@@ -91,7 +90,7 @@ class SeedCollator:
             for feature in features
             for key in ("input_ids_j", "input_ids_k")
         ]
-        batch = self.tokenizer.pad(merged, padding=True, max_length=self.max_length, return_tensors="pt")
+        batch = self.tokenizer.pad(merged, padding=True, return_tensors="pt")
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "return_loss": True}
 
 

@@ -16,27 +16,30 @@ import numpy as np
 
 from benchmarks.gate import Gate
 from benchmarks.workload import Pair, Workload
+from btrm_core.encoded import EncodedPairs
+from btrm_core.packing import TokenGroup, share
 
 
-class ArrayPairs:
+class ArrayPairs(EncodedPairs):
     """Pairs given as ids, behind the part of `EncodedPairs` that planning, loading and training use."""
 
     def __init__(self, pairs: list[Pair]) -> None:
-        from btrm_core.packing import share
-
-        self._groups = [share(pair) for pair in pairs]
+        self._groups = [share([ids.tolist() for ids in pair]) for pair in pairs]
         self.shared_P = np.array([group.shared for group in self._groups], dtype=np.int32)
         self.chosen_P = np.array([group.tails[0] for group in self._groups], dtype=np.int32)
         self.rejected_P = np.array([group.tails[1] for group in self._groups], dtype=np.int32)
         self.weight_P = np.ones(len(pairs), dtype=np.float32)
         self.margin_P = np.zeros(len(pairs), dtype=np.float32)
 
-    def __len__(self) -> int:
-        return len(self._groups)
+    def __getstate__(self) -> Any:
+        return self.__dict__
 
-    def group(self, i: int) -> Any:
-        """The `TokenGroup` of pair i."""
-        return self._groups[i]
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+
+    def group(self, index: int) -> TokenGroup:
+        """The pair's chosen and rejected sequence as a group."""
+        return self._groups[index]
 
 
 def run_config(work: Workload, layout: str) -> Any:
@@ -62,17 +65,18 @@ def run_config(work: Workload, layout: str) -> Any:
     return apply(RunConfig(), values)
 
 
-def load_model(work: Workload, config: Any, dtype: Any, device: Any) -> Any:
-    """The common starting weights as btrm's reward model."""
-    from btrm_core.model import RewardModel, choose_for
-
+def load_model(work: Workload, config: Any, layout: str, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """The common starting weights as btrm's reward model, and the form of its rows."""
     from btrm_core import basemodel
+    from btrm_core.loader import row_form
+    from btrm_core.model import RewardModel, choose_for
 
     hf = basemodel.load_base(config.model, dtype).hf
     basemodel.set_reward_config(hf, work.pad_id)
     if config.model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return RewardModel(hf, choose_for(hf, config.model.attention, device.type, ()))
+    model = RewardModel(hf, choose_for(hf, config.model.attention, device.type))
+    return model, row_form(layout, model.kernel, device.type, work.pad_id)
 
 
 def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
@@ -92,8 +96,8 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
 
     with distributed.start(config) as runtime:
         pairs = ArrayPairs(work.pairs)
-        check_order(work, pairs, layout)
-        model = load_model(work, config, runtime.dtype, runtime.device)
+        model, form = load_model(work, config, layout, runtime.dtype, runtime.device)
+        check_order(work, plans_of(work, pairs, form))
         model.register_forward_pre_hook(partial(_count, gate))
         engine = make_engine(model, config, runtime)
         time_optimizer(engine, gate)
@@ -102,8 +106,7 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
             log=log, evaluate=lambda step: None, save=lambda progress: None, stop_requested=lambda: stopped
         )
         if gate.open():
-            start = Progress(step=steps.start)
-            fit(engine, pairs, config, runtime, plan_of, start, calls, layout=layout, pad_id=work.pad_id)
+            fit(engine, pairs, config, runtime, plan_of, Progress(step=steps.start), calls, form)
         engine.destroy()
 
 
@@ -121,24 +124,16 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
     config = run_config(work, "shared")
     device = torch.device(work.settings.device)
     pairs = ArrayPairs(work.pairs)
-    model = load_model(work, config, compute_dtype(work.settings.precision), device).to(device)
-    if not own_attention:
+    model, form = load_model(work, config, "shared", compute_dtype(work.settings.precision), device)
+    model.to(device).train()
+    plans = plans_of(work, pairs, form)
+    stream = load_steps(pairs, plans, rank=0, form=form, first=steps.start, last=steps.stop, workers=0)
+    rows = [[micro.to(device).batch for micro in step.micro_batches] for step in stream]
+    if own_attention:
+        forward = model.hidden
+    else:
         model.hf.set_attn_implementation("sdpa")
-    model.train()
-    rows = [
-        [micro.to(device).batch for micro in step.micro_batches]
-        for step in load_steps(
-            pairs,
-            plans_of(work, pairs, "shared"),
-            rank=0,
-            layout="shared",
-            pad_id=work.pad_id,
-            first=steps.start,
-            last=steps.stop,
-            workers=0,
-        )
-    ]
-    forward = model.hidden if own_attention else partial(_causal, model.hf)
+        forward = partial(_causal, getattr(model.hf, model.hf.base_model_prefix))
     going = gate.open()
     for batches in rows:
         if not going:
@@ -152,32 +147,20 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
         going = gate.step_done()
 
 
-def plans_of(work: Workload, pairs: ArrayPairs, layout: str) -> list[Any]:
+def plans_of(work: Workload, pairs: ArrayPairs, form: Any) -> list[Any]:
     """The plan of every epoch, as btrm makes it."""
     from btrm_core.inference import make_plan
 
     s = work.settings
-    return [
-        make_plan(
-            pairs,
-            layout=layout,
-            pairs_per_step=s.pairs_per_step,
-            tokens_per_batch=s.tokens_per_batch,
-            world=1,
-            seed=s.seed,
-            epoch=epoch,
-        )
-        for epoch in range(s.passes + 1)
-    ]
+    budget = {"pairs_per_step": s.pairs_per_step, "tokens_per_batch": s.tokens_per_batch, "world": 1, "seed": s.seed}
+    return [make_plan(pairs, form, **budget, epoch=epoch) for epoch in range(s.passes + 1)]
 
 
-def check_order(work: Workload, pairs: ArrayPairs, layout: str) -> None:
+def check_order(work: Workload, plans: list[Any]) -> None:
     """Raise RuntimeError unless btrm's steps hold the pairs that every other arm is given."""
-    made = [
-        set(map(int, plan.step(i).pair_ids)) for plan in plans_of(work, pairs, layout) for i in range(plan.num_steps)
-    ]
+    made = [set(map(int, plan.step(i).pair_ids)) for plan in plans for i in range(plan.num_steps)]
     if made != [set(step) for step in work.steps]:
-        raise RuntimeError(f"btrm's {layout} plan puts other pairs into its steps than the workload: arms differ")
+        raise RuntimeError("btrm's plan puts other pairs into its steps than the workload: arms would differ")
 
 
 def time_optimizer(engine: Any, gate: Gate) -> None:
@@ -197,11 +180,10 @@ def _count(gate: Gate, _: Any, args: tuple[Any, ...]) -> None:
     gate.tokens += args[0].computed
 
 
-def _causal(hf: Any, batch: Any) -> Any:
-    """Hidden states of a row as if it were one causal sequence; the 2-D mask keeps transformers from splitting it."""
+def _causal(backbone: Any, batch: Any) -> Any:
+    """Hidden states of a row as one sequence; a 2-D mask keeps transformers from splitting it by its positions."""
     import torch
 
-    backbone = getattr(hf, hf.base_model_prefix)
     mask = torch.ones_like(batch.input_ids)
     out = backbone(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
     return out.last_hidden_state

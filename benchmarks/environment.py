@@ -36,7 +36,7 @@ class DirtyTreeError(RuntimeError):
     """The measured code is not what the commit says."""
 
 
-def worker_environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int, device: str) -> dict[str, str]:
     """Environment of every measured process: passive OpenMP waiting, a fixed number of threads, nothing online.
 
     GNU OpenMP's spinning threads burn CPU seconds while they wait (measured: 25 instead of 7.3 for the same work), so a
@@ -52,8 +52,20 @@ def worker_environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "DS_ACCELERATOR": "cpu" if device == "cpu" else "cuda",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
+
+
+def restart_with(threads: int, device: str) -> None:
+    """Replace this process by itself under `worker_environment`, unless it already runs under it.
+
+    Thread settings must be there before torch is imported.
+    """
+    if os.environ.get("BTRM_BENCHMARK_PROCESS") == str(os.getpid()):
+        return
+    wanted = {**worker_environment(threads, device), "BTRM_BENCHMARK_PROCESS": str(os.getpid())}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
 def git_state(root: Path = ROOT) -> tuple[str | None, list[str]]:

@@ -46,7 +46,7 @@ def training_flops(config: Any, parameters: int, tokens: int, entries_by_window:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_entry = 4 * head_dim * config.num_attention_heads  # scores and weighted values
     windows = layer_windows(config)
-    attention = sum(per_entry * entries_by_window[window] for window in windows)
+    attention: int = sum(per_entry * entries_by_window[window] for window in windows)
     return 3.0 * (2.0 * parameters * tokens + attention)
 
 

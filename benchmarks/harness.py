@@ -49,7 +49,7 @@ class Worker:
             stderr=self._log,
             text=True,
             cwd=environment.ROOT,
-            env=environment.worker_environment(work.settings.threads),
+            env=environment.worker_environment(work.settings.threads, work.settings.device),
         )
         self.base_memory = int(self._read()["base_memory"])
 

@@ -77,7 +77,7 @@ def header(benchmark: str, name: str, settings: Settings, commit: dict[str, Any]
         "command": environment.command_line(),
         "hardware": environment.hardware(settings.device),
         "versions": environment.versions(),
-        "config": asdict(settings),
+        "config": {**asdict(settings), "data": list(settings.data)},
         "notes": [],
     }
 

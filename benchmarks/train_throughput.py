@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except environment.DirtyTreeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    quiet()
     directory = arguments.work_dir or Path(tempfile.mkdtemp(prefix="btrm-bench-"))
     try:
         say(f"preparing the workload in {directory}")
@@ -90,6 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     print(render([result]))
     say(f"written to {path}")
     return 0
+
+
+def quiet() -> None:
+    """Loading reports and progress bars of transformers say nothing about a measurement."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def say(text: str) -> None:

@@ -20,7 +20,7 @@ from btrm_core.errors import BtrmError, CheckpointError, DataError, FamilyError
 from btrm_core.families import Family
 from btrm_core.hookspecs import PadToken
 from btrm_core.templates import inspect_template, one_line
-from btrm_core.tokenizers import Encoder, fast_backend, install_pad, tiny_tokenizer
+from btrm_core.tokenizers import Encoder, fast_backend, install_pad, self_contained, tiny_tokenizer
 from btrm_core.truncation import Shorten, smallest, ways_to_shorten
 
 __all__ = ["ChatFormat", "EncodedGroup", "chat_from_checkpoint", "prepare_chat", "tiny_tokenizer"]
@@ -85,7 +85,7 @@ class ChatFormat:
         try:
             return self._render([conversation], add_generation_prompt)[0]
         except Exception as error:  # a template is a program of its own and may fail in any way
-            raise DataError(_template_error(error)) from error
+            raise DataError(f"the chat template refuses it: {one_line(error)}") from error
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """Return the ids of finished conversations (the last message is the assistant's).
@@ -193,6 +193,11 @@ class ChatFormat:
 
     def _encode_alone(self, conversation: Conversation) -> list[int] | str:
         """Encode one conversation, which may spell control tokens; a string is the reason of a failure."""
+        texts = [text for message in conversation for text in message.values()]
+        if not all(isinstance(text, str) for text in texts):
+            return "a message is not text"
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            return "text is not valid Unicode (half of a surrogate pair)"
         try:
             hidden, marks = self.encoder.hide(conversation)
             rendered = self._render([hidden])[0]
@@ -200,7 +205,7 @@ class ChatFormat:
         except BtrmError:
             raise
         except Exception as error:  # a template is a program of its own and may fail in any way
-            return _template_error(error)
+            return f"the chat template refuses it: {one_line(error)}"
         return self._checked(ids)
 
     def _checked(self, ids: list[int]) -> list[int] | str:
@@ -228,7 +233,8 @@ def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
     """Ask a family how conversations become ids, put the answers in place and check that they keep their promises.
 
     Args:
-        tokenizer: the base model's tokenizer; changed in place (sides, pad token, template).
+        tokenizer: the base model's tokenizer. Use the returned format's from then on: it has the sides, pad token and
+            template in place, and may be another object.
         config: the base model's transformers config, for the family to look at.
         family: who answers, from `families.load` or `families.detect`.
 
@@ -236,8 +242,7 @@ def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
         FamilyError: an answer breaks the contract of its hook, or there is none.
     """
     setup = family.ask("setup_tokenizer", tokenizer=tokenizer, config=config)
-    tokenizer = tokenizer if setup.value is None else setup.value
-    fast_backend(tokenizer)
+    tokenizer = self_contained(tokenizer if setup.value is None else setup.value)
     pad, template = family.pad_answer(tokenizer), family.template_answer(tokenizer)
     num_new_tokens = install_pad(tokenizer, pad.value, pad.given_by)
     answers = {"setup_tokenizer": setup.given_by, "pad_token": pad.given_by, "chat_template": template.given_by}
@@ -337,9 +342,3 @@ def _group(sequences: list[list[int] | str], limit: int | None) -> EncodedGroup 
     if limit is not None and any(len(ids) > limit for ids in finished):
         return None
     return EncodedGroup(finished)
-
-
-def _template_error(error: Exception) -> str:
-    if isinstance(error, UnicodeError):
-        return "text is not valid Unicode (half of a surrogate pair)"
-    return f"the chat template refuses it: {one_line(error)}"

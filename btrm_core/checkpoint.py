@@ -80,6 +80,7 @@ def publish(staging: Path, target: Path) -> None:
     """Flush a finished directory to disk and rename it to its place, replacing what is there."""
     for path in sorted(staging.rglob("*")):
         if path.is_file():
+            path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
             _fsync(path)
     _fsync(staging)
     if target.exists():

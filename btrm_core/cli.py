@@ -146,7 +146,9 @@ def train(
     if outcome.signal is not None:
         raise SystemExit(130 if outcome.signal == 2 else 0)
     if int(os.environ.get("RANK", "0")) == 0:
-        click.echo(run.closing_text(outcome))
+        from btrm_core.summary import closing_text
+
+        click.echo(closing_text(outcome))
 
 
 @main.command()

@@ -316,7 +316,9 @@ def _nothing_left(report: IssueReport) -> DataError:
         return DataError("no pairs: the data holds no rows.")
     kind = max(counts, key=lambda name: counts[name])
     number = sum(counts.values())
+    if number == 1:
+        return DataError(f"no pairs are left: {report.examples[kind][0]}.")
     return DataError(
-        f"no pairs are left: {number:,} of {report.rows:,} rows cannot be used, "
-        f"most for '{kind}' ({counts[kind]:,}), such as {report.examples[kind][0]}."
+        f"no pairs are left of {report.rows:,} rows: most are left out for '{kind}' ({counts[kind]:,}), "
+        f"such as {report.examples[kind][0]}."
     )

@@ -79,8 +79,8 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
         ConfigError: the DeepSpeed setting is unknown, or its file contradicts what btrm derives.
     """
     _quiet()
-    dtype = compute_dtype(config.model.dtype)
-    plugin_dict = deepspeed_config(config, dtype)
+    plugin_dict = deepspeed_config(config)
+    dtype = torch.bfloat16 if plugin_dict["bf16"]["enabled"] else torch.float32
     _join_process_group()
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -120,7 +120,7 @@ def compute_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def deepspeed_config(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: a preset, or the user's file with its "auto" keys filled.
 
     Raises:
@@ -137,13 +137,14 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         raise ConfigError(
             f"--deepspeed {name!r}: expected one of {', '.join(PRESETS)} or a DeepSpeed JSON file ending in .json.{hint}"
         )
-    return _merge(user, _derived(config, dtype), name)
+    asked = user.get("bf16", {}).get("enabled", "auto") if config.model.dtype == "auto" else "auto"
+    bf16 = compute_dtype(config.model.dtype) == torch.bfloat16 if asked == "auto" else bool(asked)
+    return _merge(user, _derived(config, bf16), name)
 
 
-def _derived(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _derived(config: RunConfig, bf16: bool) -> dict[str, Any]:
     """The keys that follow from btrm's settings; a user's file may leave them out or say "auto"."""
     train = config.train
-    bf16 = dtype == torch.bfloat16
     adam = {
         "lr": train.learning_rate,
         "betas": [train.adam_beta1, train.adam_beta2],
@@ -253,6 +254,6 @@ def _quiet() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import transformers
 
+    transformers.logging.disable_progress_bar()
     if os.environ.get("RANK", "0") != "0":
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()

@@ -11,32 +11,32 @@ Shapes: P pairs that are left after encoding.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from btrm_core import cache
+from btrm_core.encoding import Chunk, encoded_chunks
 from btrm_core.errors import DataError
-from btrm_core.packing import TokenGroup, share
+from btrm_core.packing import TokenGroup
 
 if TYPE_CHECKING:
     import pyarrow
     from numpy.typing import NDArray
 
-    from btrm_core.chat import ChatFormat, EncodedGroup
+    from btrm_core.chat import ChatFormat
     from btrm_core.data import PairData
 
 ENCODING_VERSION = 1
 """Part of every cache key: raised when equal pairs get other tokens than before."""
 
-CHUNK_PAIRS = 1024
-_CODE = ("cache", "chat*", "data", "encoded", "packing", "tokenizers")
+_CODE = ("cache", "chat", "data", "encod*", "packing", "templates", "tokenizers", "truncation")
 _KINDS_KEPT = 20
 _EXAMPLES_KEPT = 5
 _COLUMNS = ("index", "id", "subset", "tokens", "shared", "chosen", "rejected", "margin", "weight")
@@ -140,6 +140,7 @@ def encode_pairs(
     *,
     workers: int = 1,
     cache_dir: str | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> EncodedPairs:
     """Encode all pairs, or reuse what an equal call has stored.
 
@@ -153,9 +154,10 @@ def encode_pairs(
         max_length: tokens of the longest sequence, at least 1; longer pairs lose the beginning of their prompt.
         workers: processes that encode. Each loads the tokenizer, so fewer are started for little data.
         cache_dir: where the tokens are kept; default `cache.cache_root()`.
+        progress: called now and then with the number of pairs done so far; not called for a stored encoding.
 
     Raises:
-        DataError: no pair is left, or the cache cannot be written.
+        DataError: none of the pairs given is left, or the cache cannot be written.
     """
     if max_length < 1:
         raise DataError(f"the maximum length is {max_length} tokens, expected at least 1.")
@@ -168,9 +170,11 @@ def encode_pairs(
         cache.code_digest(*_CODE),
     )
     entry = cache.cache_root(cache_dir) / "encoded" / key
-    cache.build_once(entry, lambda folder: _build(folder, data, chat, max_length, workers))
+    cache.build_once(
+        entry, lambda folder: _build(folder, encoded_chunks(data, chat, max_length, workers), max_length, progress)
+    )
     encoded = EncodedPairs(entry)
-    if not len(encoded):
+    if not len(encoded) and len(data):
         reason, number = max(encoded.report["dropped"].items(), key=lambda item: item[1])
         raise DataError(
             f"no pairs are left after encoding {encoded.report['given']:,}: most are dropped for '{reason}' "
@@ -181,118 +185,14 @@ def encode_pairs(
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return the SHA-256 of what decides a fast tokenizer's ids; padding and truncation settings do not count."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)
-    state.pop("padding", None)
-    return cache.digest(state)
+    # Cut out of the text: parsing the JSON of a large vocabulary would take a second on every start.
+    text = re.sub(
+        r'"truncation":.*?"added_tokens":', "", tokenizer.backend_tokenizer.to_str(), count=1, flags=re.DOTALL
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass
-class _Chunk:
-    """The encoded pairs of one chunk, column by column, and what was dropped."""
-
-    columns: dict[str, Any]
-    tokens: NDArray[np.int32]
-    offsets: NDArray[np.int32]
-    given: int
-    truncated: int
-    dropped_turns: int
-    cut_characters: int
-    dropped: list[tuple[str, str]]
-    longest: int
-    with_margin: int
-
-
-def _encode_chunk(data: PairData, chat: ChatFormat, max_length: int, start: int) -> _Chunk:
-    """Encode the pairs `start` to `start + CHUNK_PAIRS`."""
-    rows = data.rows(start, start + CHUNK_PAIRS)
-    results = chat.encode_groups([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows], max_length)
-    kept: list[tuple[int, dict[str, Any], TokenGroup]] = []
-    chunk = _Chunk({}, np.empty(0, np.int32), np.zeros(1, np.int32), len(rows), 0, 0, 0, [], 0, 0)
-    for index, (row, result) in enumerate(zip(rows, results, strict=True), start):
-        cut = result.dropped_turns > 0 or result.cut_characters > 0
-        if problem := _problem(result, cut):
-            chunk.dropped.append((problem, row["id"]))
-            continue
-        group = share(result.sequences)
-        kept.append((index, row, group))
-        chunk.truncated += cut
-        chunk.dropped_turns += result.dropped_turns
-        chunk.cut_characters += result.cut_characters
-        chunk.longest = max(chunk.longest, group.shared + max(group.tails))
-        chunk.with_margin += row["margin"] is not None
-    chunk.columns = {
-        "index": np.array([index for index, _, _ in kept], np.int64),
-        "id": [row["id"] for _, row, _ in kept],
-        "subset": [row["subset"] for _, row, _ in kept],
-        "shared": np.array([group.shared for _, _, group in kept], np.int32),
-        "chosen": np.array([group.tails[0] for _, _, group in kept], np.int32),
-        "rejected": np.array([group.tails[1] for _, _, group in kept], np.int32),
-        "margin": np.array([row["margin"] or 0.0 for _, row, _ in kept], np.float32),
-        "weight": np.array([row["weight"] for _, row, _ in kept], np.float32),
-    }
-    if kept:
-        chunk.tokens = np.concatenate([group.tokens for _, _, group in kept])
-        chunk.offsets = np.cumsum([0, *(len(group.tokens) for _, _, group in kept)], dtype=np.int32)
-    return chunk
-
-
-def _problem(result: EncodedGroup, cut: bool) -> str | None:
-    """Why a pair cannot be trained on, in words fit for counting; None if it can."""
-    if result.error:
-        return result.error
-    if result.sequences[0] == result.sequences[1]:
-        return "chosen and rejected are the same tokens" + (" after cutting" if cut else "")
-    return None
-
-
-def _chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Iterator[_Chunk]:
-    """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader."""
-    starts = range(0, len(data), CHUNK_PAIRS)
-    workers = min(workers, len(starts))
-    if workers <= 1:
-        for start in starts:
-            yield _encode_chunk(data, chat, max_length, start)
-        return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    # Not forked: a fork copies locks that the tokenizer's or torch's threads may hold, and hangs.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(data, chat, max_length))
-    try:
-        running: deque[Any] = deque()
-        for start in starts:
-            running.append(pool.submit(_work, start))
-            if len(running) > 2 * workers:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "an encoding process ended early: memory may have run out, or a script starts btrm without "
-            "an 'if __name__ == \"__main__\":' guard. Try fewer workers with --set data.workers=1."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: tuple[PairData, ChatFormat, int] | None = None
-
-
-def _start_worker(data: PairData, chat: ChatFormat, max_length: int) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = (data, chat, max_length)
-
-
-def _work(start: int) -> _Chunk:
-    assert _worker is not None
-    return _encode_chunk(*_worker, start)
-
-
-def _build(folder: Path, data: PairData, chat: ChatFormat, max_length: int, workers: int) -> None:
+def _build(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Callable[[int], None] | None) -> None:
     """Write encoded.arrow and report.json."""
     import pyarrow
 
@@ -304,14 +204,16 @@ def _build(folder: Path, data: PairData, chat: ChatFormat, max_length: int, work
         pyarrow.OSFile(str(folder / "encoded.arrow"), "wb") as file,
         pyarrow.ipc.new_stream(file, _schema()) as writer,
     ):
-        for chunk in _chunks(data, chat, max_length, workers):
+        for chunk in chunks:
             if len(chunk.columns["id"]):
                 writer.write_batch(_record_batch(chunk))
             _count(report, chunk)
+            if progress:
+                progress(report["given"])
     (folder / "report.json").write_text(json.dumps(report))
 
 
-def _record_batch(chunk: _Chunk) -> pyarrow.RecordBatch:
+def _record_batch(chunk: Chunk) -> pyarrow.RecordBatch:
     import pyarrow
 
     tokens = pyarrow.ListArray.from_arrays(pyarrow.array(chunk.offsets), pyarrow.array(chunk.tokens))
@@ -327,7 +229,7 @@ def _schema() -> pyarrow.Schema:
     return pa.schema([(name, types.get(name, pa.int32())) for name in _COLUMNS])
 
 
-def _count(report: dict[str, Any], chunk: _Chunk) -> None:
+def _count(report: dict[str, Any], chunk: Chunk) -> None:
     report["given"] += chunk.given
     report["encoded"] += len(chunk.columns["id"])
     for name in ("truncated", "dropped_turns", "cut_characters", "with_margin"):
@@ -347,4 +249,4 @@ def _count(report: dict[str, Any], chunk: _Chunk) -> None:
 def _array(table: pyarrow.Table, name: str) -> np.ndarray:
     """A numeric column in one piece (a copy: a few bytes a pair)."""
     column = table[name].combine_chunks()
-    return np.asarray(column.to_numpy(zero_copy_only=False) if len(table) else column.to_pandas().to_numpy())
+    return np.array(column.to_numpy(zero_copy_only=False))

@@ -61,7 +61,7 @@ def list_families() -> list[FamilyEntry]:
         except FamilyError as error:
             entries.append(dataclasses.replace(_entry(point), status="broken", cause=one_line(error)))
         else:
-            entries.append(dataclasses.replace(_entry(point), summary=_summary(plugin)))
+            entries.append(dataclasses.replace(_entry(point), summary=summary(plugin)))
     return entries
 
 
@@ -207,5 +207,6 @@ def _checkpoint(config: Any) -> str:
     return ", ".join(facts)
 
 
-def _summary(plugin: object) -> str:
+def summary(plugin: object) -> str:
+    """The first line of a plugin's docstring."""
     return (inspect.getdoc(plugin) or "").strip().partition("\n")[0]

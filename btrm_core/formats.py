@@ -7,6 +7,7 @@ makes pairs of the sides.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -198,9 +199,13 @@ def finite(value: Any, where: str) -> float:
     Raises:
         RowError: it is no number, or not a finite one.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    if not math.isfinite(number):
         raise RowError("wrong type", f"'{where}' is {shown(value)}, expected a finite number")
-    return float(value)
+    return number
 
 
 def missing(row: Row, key: str) -> RowError:

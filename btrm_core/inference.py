@@ -12,27 +12,23 @@ import torch
 
 from btrm_core.distributed import Runtime
 from btrm_core.encoded import EncodedPairs
-from btrm_core.loader import build_micro_batch
-from btrm_core.planner import plan, plan_padded
+from btrm_core.loader import RowForm, build_micro_batch
+from btrm_core.planner import Plan, plan, plan_padded
 
 CHUNK = 512
 """Pairs that are planned together: enough to balance the rows, few enough to plan at once."""
 
 
 def make_plan(
-    pairs: EncodedPairs, *, layout: str, pairs_per_step: int, tokens_per_batch: int, world: int, **order: int
-) -> Any:
-    """The plan of one epoch over `pairs` for a layout; `order` holds seed and epoch."""
+    pairs: EncodedPairs, form: RowForm, *, pairs_per_step: int, tokens_per_batch: int, world: int, seed: int, epoch: int
+) -> Plan:
+    """The plan of one epoch over `pairs`, for rows of the given form."""
     lengths = (pairs.shared_P, pairs.chosen_P, pairs.rejected_P)
-    budget: dict[str, Any] = {
-        "pairs_per_step": pairs_per_step,
-        "tokens_per_batch": tokens_per_batch,
-        "world": world,
-        **order,
-    }
-    if layout == "padded":
-        return plan_padded(*lengths, **budget)
-    return plan(*lengths, share_prefix=layout == "shared", **budget)
+    budget = {"pairs_per_step": pairs_per_step, "tokens_per_batch": tokens_per_batch, "world": world}
+    order = {"seed": seed, "epoch": epoch, "multiple_of": form.multiple_of}
+    if form.layout == "padded":
+        return plan_padded(*lengths, **budget, **order)
+    return plan(*lengths, share_prefix=form.layout == "shared", **budget, **order)
 
 
 @torch.no_grad()
@@ -40,34 +36,33 @@ def pair_rewards(
     model: Any,
     pairs: EncodedPairs,
     runtime: Runtime,
+    form: RowForm,
     *,
-    layout: str,
     tokens_per_batch: int,
-    pad_id: int,
-    limit: int | None = None,
+    first_step_of: int | None = None,
 ) -> np.ndarray:
     """Rewards (chosen, rejected) of all pairs, (P, 2) float64, equal on every process.
 
-    Every process runs the same number of forward passes, as ZeRO-3 needs. `limit` takes the first pairs of the seeded
-    order only.
+    Every process runs the same number of forward passes, as ZeRO-3 needs. With `first_step_of` = n only n pairs of a
+    seeded order are computed; the others are NaN.
     """
+    size = min(first_step_of or CHUNK, len(pairs))
     made = make_plan(
-        pairs,
-        layout=layout,
-        pairs_per_step=min(CHUNK, limit or CHUNK),
-        tokens_per_batch=tokens_per_batch,
-        world=runtime.world,
-        seed=0,
-        epoch=0,
+        pairs, form, pairs_per_step=size, tokens_per_batch=tokens_per_batch, world=runtime.world, seed=0, epoch=0
     )
     rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
+    done_P = np.zeros(len(pairs), dtype=bool)
     was_training = model.training
     model.eval()
-    for index in range(made.num_steps if limit is None else 1):
-        for pair_ids in made.step(index).rows[runtime.rank]:
-            micro = build_micro_batch(pairs, pair_ids, layout, pad_id).to(runtime.device)
+    for index in range(made.num_steps if first_step_of is None else 1):
+        step = made.step(index)
+        done_P[step.pair_ids] = True
+        for pair_ids in step.rows[runtime.rank]:
+            micro = build_micro_batch(pairs, pair_ids, form).to(runtime.device)
             rewards_S = model(micro.batch)
             if len(pair_ids):
                 rewards_P2[torch.as_tensor(pair_ids, device=runtime.device)] = rewards_S.view(-1, 2).double()
     model.train(was_training)
-    return np.asarray(runtime.sum(rewards_P2).cpu().numpy())
+    out: np.ndarray = runtime.sum(rewards_P2).cpu().numpy()
+    out[~done_P] = np.nan
+    return out

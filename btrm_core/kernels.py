@@ -22,8 +22,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import inspect
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -90,9 +89,9 @@ def run_loop(
     outputs = []
     parts = zip(
         layout.runs,
-        _rows(query).split(query_lengths),
-        _keys(key, layout).split(key_lengths),
-        _keys(value, layout).split(key_lengths),
+        torch.split(_rows(query), query_lengths),
+        torch.split(_keys(key, layout), key_lengths),
+        torch.split(_keys(value, layout), key_lengths),
         strict=True,
     )
     for run, queries, keys, values in parts:
@@ -147,21 +146,21 @@ def eager(
     outputs = []
     parts = zip(
         layout.runs,
-        _rows(query).split(query_lengths),
-        _keys(key, layout).split(key_lengths),
-        _keys(value, layout).split(key_lengths),
+        torch.split(_rows(query), query_lengths),
+        torch.split(_keys(key, layout), key_lengths),
+        torch.split(_keys(value, layout), key_lengths),
         strict=True,
     )
     for run, queries, keys, values in parts:
         # All query heads of a key head in one matrix: no copies of keys and values are needed.
-        lines = queries.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
+        lines = queries.view(-1, kv_heads, group, queries.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
         scores = torch.matmul(lines, keys.permute(1, 2, 0)) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         hidden = layout.run_mask(run, window, torch.bool).logical_not()
-        scores = scores.unflatten(1, (group, run.queries)).masked_fill(hidden, -torch.inf)
+        scores = scores.view(kv_heads, group, *hidden.shape).masked_fill(hidden, -torch.inf)
         weights = scores.softmax(-1, dtype=precise).to(query.dtype).flatten(1, 2)
-        output = torch.matmul(weights, values.transpose(0, 1)).unflatten(1, (group, run.queries))
+        output = torch.matmul(weights, values.transpose(0, 1)).view(kv_heads, group, run.queries, -1)
         outputs.append(output.permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat(outputs)[None]
 
@@ -169,27 +168,54 @@ def eager(
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, window: int | None, scaling: float | None
 ) -> Tensor:
-    """torch's variable-length flash attention on half-precision CUDA tensors, else the run loop."""
+    """Torch's variable-length flash attention on half-precision CUDA tensors, else the run loop."""
     if not query.is_cuda or query.dtype not in HALF:
         return run_loop(query, key, value, layout, window=window, scaling=scaling)
-    with warnings.catch_warnings():
-        # The module announces itself as a prototype once per process.
-        warnings.simplefilter("ignore")
-        from torch.nn.attention.varlen import varlen_attn
-    # Causal from the bottom right; transformers counts the token itself in its window.
-    call = _varlen_options(varlen_attn, query, key, (-1, 0) if window is None else (window - 1, 0))
-    output: Tensor = varlen_attn(
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, values = _keys(key, layout), _keys(value, layout)
+    options, native_groups = varlen_options(frozenset(inspect.signature(varlen_attn).parameters), window)
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and native_groups:
+        options["enable_gqa"] = True
+    elif group > 1:
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    output: Any = varlen_attn(
         _rows(query),
-        call.heads(_keys(key, layout)),
-        call.heads(_keys(value, layout)),
+        keys,
+        values,
         layout.query_starts,
         layout.key_starts,
         layout.max_queries,
         layout.max_keys,
         scale=scaling,
-        **call.options,
+        **options,
     )
-    return output[None]
+    return cast("Tensor", output)[None]
+
+
+def varlen_options(parameters: frozenset[str], window: int | None) -> tuple[dict[str, Any], bool]:
+    """How to ask this torch's `varlen_attn` for causal attention with a window.
+
+    Its interface moved: `is_causal` first, then `window_size`, then `enable_gqa`.
+
+    Args:
+        parameters: the names of its parameters.
+        window: the sliding window as transformers counts it (the token itself included), or None.
+
+    Returns:
+        The keyword arguments, and whether it takes fewer key heads than query heads.
+
+    Raises:
+        NotImplementedError: this torch's version has no sliding window.
+    """
+    if "window_size" in parameters:
+        options: dict[str, Any] = {"window_size": (-1, 0) if window is None else (window - 1, 0)}
+    elif window is None:
+        options = {"is_causal": True}
+    else:
+        raise NotImplementedError("this version of torch has no variable-length attention with a sliding window")
+    return options, "enable_gqa" in parameters
 
 
 def flash(

@@ -1,6 +1,6 @@
 """Who sees whom in one packed row, in the form each attention kernel wants it.
 
-A `Layout` is made from a `packing.Row` on the host, travels to the device with its batch, and is
+A `Layout` is made from the numbers of a packed row on the host, travels to the device with its batch, and is
 shared by all layers and by the recomputation of checkpointed ones. Masks are built once per distinct
 sliding window. It knows nothing about models or kernels.
 
@@ -27,8 +27,6 @@ import torch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.nn.attention.flex_attention import BlockMask
-
-    from btrm_core.packing import Row
 
 BLOCK = 128
 
@@ -86,23 +84,23 @@ class Layout:
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_row(cls, row: Row) -> Layout:
-        """Build the layout of a packed row on the host."""
-        runs = tuple(Run(*map(int, run)) for run in row.runs_R4)
+    def from_runs(cls, runs_R4: NDArray[np.int64], end_T: NDArray[np.int64], position_T: NDArray[np.int64]) -> Layout:
+        """Build the layout of a packed row on the host; the arguments are `packing.Row`'s."""
+        runs = tuple(Run(*map(int, run)) for run in runs_R4)
         queries_R = np.array([run.queries for run in runs], dtype=np.int32)
         keys_R = np.array([run.keys for run in runs], dtype=np.int32)
         key_index, own_index, repeats = _key_index(runs) if any(run.prefix for run in runs) else (None, None, ())
         return cls(
             runs=runs,
-            end_T=torch.from_numpy(row.end_T),
-            position_T=torch.from_numpy(row.position_ids_T),
+            end_T=torch.from_numpy(end_T),
+            position_T=torch.from_numpy(position_T),
             query_starts=_starts(queries_R),
             key_starts=_starts(keys_R),
             key_index_K=key_index,
             own_index_T=own_index,
             repeats=repeats,
-            host_end_T=row.end_T,
-            host_position_T=row.position_ids_T,
+            host_end_T=end_T,
+            host_position_T=position_T,
         )
 
     @property
@@ -122,7 +120,8 @@ class Layout:
 
     def visible(self, window: int | None) -> torch.Tensor:
         """The whole mask as a [T, T] boolean tensor, True where a query (line) sees a key (column)."""
-        return self._once(("visible", window), lambda: self._visible(window))
+        mask: torch.Tensor = self._once(("visible", window), lambda: self._visible(window))
+        return mask
 
     def _visible(self, window: int | None) -> torch.Tensor:
         offset_T = torch.arange(self.length, device=self.end_T.device)
@@ -147,14 +146,14 @@ class Layout:
                 form (0 or -inf), which CPU kernels would otherwise make again on every call.
         """
         narrow = window if window is not None and window < run.keys else None
-        return self._once(
-            ("run", run.queries, run.prefix, narrow, dtype),
-            lambda: _run_mask(run, narrow, dtype, self.end_T.device),
-        )
+        key = ("run", run.queries, run.prefix, narrow, dtype)
+        mask: torch.Tensor = self._once(key, lambda: _run_mask(run, narrow, dtype, self.end_T.device))
+        return mask
 
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's block mask of the row; T must be a multiple of 128."""
-        return self._once(("block", window), lambda: self._block_mask(window))
+        mask: BlockMask = self._once(("block", window), lambda: self._block_mask(window))
+        return mask
 
     def _block_mask(self, window: int | None) -> BlockMask:
         from torch.nn.attention.flex_attention import BlockMask
@@ -253,10 +252,14 @@ def _mask_mod(
     def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         return (kv <= q) & (q < end_T[kv])
 
-    def sliding(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        return (kv <= q) & (q < end_T[kv]) & (position_T[q] - position_T[kv] < window)
+    if window is None:
+        return causal
+    size: int = window
 
-    return causal if window is None else sliding
+    def sliding(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return (kv <= q) & (q < end_T[kv]) & (position_T[q] - position_T[kv] < size)
+
+    return sliding
 
 
 def classify_blocks(

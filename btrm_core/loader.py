@@ -8,7 +8,7 @@ Shapes: P pairs of one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from btrm_core.attention import PADDED, collate, row_multiple
 from btrm_core.encoded import EncodedPairs
-from btrm_core.packing import Batch, pack_row, pad_rows
+from btrm_core.packing import Batch
 from btrm_core.planner import Plan
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """How the pairs of a micro-batch are laid out: shared or packed rows for a kernel, or padded lines."""
+
+    layout: str
+    kernel: str
+    multiple_of: int
+    pad_id: int
+
+
+def row_form(layout: str, kernel: str, device_type: str, pad_id: int) -> RowForm:
+    """The form of a layout ("shared", "packed", "padded") for a model's kernel on a device."""
+    kernel = PADDED if layout == "padded" else kernel
+    return RowForm(layout, kernel, row_multiple(kernel, device_type), pad_id)
 
 
 @dataclass
@@ -29,17 +46,17 @@ class MicroBatch:
     weight_P: Tensor
     margin_P: Tensor
     pair_ids_P: np.ndarray
-    separate_tokens: int
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`."""
-        move = {"device": device, "non_blocking": True}
+        """The same micro-batch with its tensors on `device`; without waiting where the memory is pinned."""
+        weight_P = self.weight_P.to(device, non_blocking=True)
+        margin_P = self.margin_P.to(device, non_blocking=True)
+        return MicroBatch(self.batch.to(device, non_blocking=True), weight_P, margin_P, self.pair_ids_P)
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in page-locked memory; `DataLoader` calls this."""
         return MicroBatch(
-            self.batch.to(device),
-            self.weight_P.to(**move),
-            self.margin_P.to(**move),
-            self.pair_ids_P,
-            self.separate_tokens,
+            self.batch.pin_memory(), self.weight_P.pin_memory(), self.margin_P.pin_memory(), self.pair_ids_P
         )
 
 
@@ -54,14 +71,17 @@ class StepBatches:
     rank_imbalance: float
     """Largest number of tokens of a process over the mean."""
 
+    def pin_memory(self) -> StepBatches:
+        """The same step in page-locked memory; `DataLoader` calls this."""
+        pinned = [micro.pin_memory() for micro in self.micro_batches]
+        return StepBatches(self.index, pinned, self.total_weight, self.rank_imbalance)
+
 
 class _Steps(IterableDataset[StepBatches]):
     """The steps from `first` to `last`; worker w of n builds every n-th, so that their order is kept."""
 
-    def __init__(
-        self, pairs: EncodedPairs, plans: list[Plan], rank: int, layout: str, pad_id: int, first: int, last: int
-    ):
-        self.pairs, self.plans, self.rank, self.layout, self.pad_id = pairs, plans, rank, layout, pad_id
+    def __init__(self, pairs: EncodedPairs, plans: Sequence[Plan], rank: int, form: RowForm, first: int, last: int):
+        self.pairs, self.plans, self.rank, self.form = pairs, plans, rank, form
         self.first, self.last = first, last
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -73,49 +93,45 @@ class _Steps(IterableDataset[StepBatches]):
     def build(self, index: int) -> StepBatches:
         steps_per_epoch = self.plans[0].num_steps
         step = self.plans[index // steps_per_epoch].step(index % steps_per_epoch)
-        tokens = [sum(self.pairs.row_tokens(row, self.layout) for row in rows) for rows in step.rows]
+        tokens = [sum(self.pairs.row_tokens(row, self.form.layout) for row in rows) for rows in step.rows]
         return StepBatches(
             index=index,
-            micro_batches=[
-                build_micro_batch(self.pairs, row, self.layout, self.pad_id) for row in step.rows[self.rank]
-            ],
-            total_weight=float(self.pairs.weight_P[step.pair_ids].sum()),
+            micro_batches=[build_micro_batch(self.pairs, row, self.form) for row in step.rows[self.rank]],
+            total_weight=float(self.pairs.weight_P[step.pair_ids].sum(dtype=np.float64)),
             rank_imbalance=max(tokens) * len(tokens) / max(1, sum(tokens)),
         )
 
 
-def build_micro_batch(pairs: EncodedPairs, pair_ids: np.ndarray, layout: str, pad_id: int) -> MicroBatch:
+def build_micro_batch(pairs: EncodedPairs, pair_ids: np.ndarray, form: RowForm) -> MicroBatch:
     """Lay the given pairs out as one row (or padded lines) with their weights and margins.
 
     An empty list of pairs gives a dummy: the first pair with weight 0, so that every process runs the same number of
     forward and backward passes.
     """
-    weight = pairs.weight_P[pair_ids] if len(pair_ids) else np.zeros(1, dtype=np.float32)
     used = pair_ids if len(pair_ids) else np.zeros(1, dtype=np.int64)
-    groups = [pairs.group(int(i)) for i in used]
-    if layout == "padded":
-        batch = pad_rows(groups, pad_id=pad_id)
-    else:
-        batch = pack_row(groups, share_prefix=layout == "shared", pad_id=pad_id)
+    weight_P = pairs.weight_P[used] if len(pair_ids) else np.zeros(1, dtype=np.float32)
+    batch = collate(
+        [pairs.group(int(i)) for i in used],
+        kernel=form.kernel,
+        share_prefix=form.layout == "shared",
+        multiple_of=form.multiple_of,
+        pad_id=form.pad_id,
+    )
     return MicroBatch(
         batch=batch,
-        weight_P=torch.from_numpy(np.asarray(weight, dtype=np.float32)),
-        margin_P=torch.from_numpy(np.asarray(pairs.margin_P[used], dtype=np.float32)),
+        weight_P=torch.from_numpy(weight_P.astype(np.float32)),
+        margin_P=torch.from_numpy(pairs.margin_P[used].astype(np.float32)),
         pair_ids_P=pair_ids,
-        separate_tokens=sum(sum(group.tails) + len(group.tails) * group.shared for group in groups)
-        if len(pair_ids)
-        else 0,
     )
 
 
 def steps(
-    pairs: EncodedPairs, plans: list[Plan], *, rank: int, layout: str, pad_id: int, first: int, last: int, workers: int
+    pairs: EncodedPairs, plans: Sequence[Plan], *, rank: int, form: RowForm, first: int, last: int, workers: int
 ) -> Iterator[StepBatches]:
     """The steps `first` to `last` (exclusive) of this process, built by `workers` processes ahead of their use."""
-    source = _Steps(pairs, plans, rank, layout, pad_id, first, last)
+    source = _Steps(pairs, plans, rank, form, first, last)
     if workers == 0 or last - first < 2:
         yield from source
         return
-    yield from DataLoader(
-        source, batch_size=None, num_workers=workers, prefetch_factor=2, pin_memory=torch.cuda.is_available()
-    )
+    pinned = torch.cuda.is_available()
+    yield from DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=2, pin_memory=pinned)

@@ -2,7 +2,7 @@
 
 This module decides where each token of a row lies, which tokens it may look at, and where the
 rewards are read. It does not decide which pairs share a row (`planner`) or how attention is
-computed (`layout`, `kernels`, `attention`).
+computed (`kernels`, `attention`); it needs torch only to turn finished rows into tensors.
 
 A group of K responses to one prompt is stored `[shared | tail_1 | ... | tail_K]`: the tokens that
 all K finished sequences begin with, then what is left of each. A row is groups one after another.
@@ -22,9 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from btrm_core.batch import Batch
+
+__all__ = ["Batch", "PaddedRows", "Row", "TokenGroup", "pack_row", "pad_rows", "share"]
 
 if TYPE_CHECKING:
     import torch
@@ -139,6 +143,28 @@ class Row:
         """Tokens that belong to no sequence."""
         return self.computed + self.shared - self.useful
 
+    def batch(self) -> Batch:
+        """The row as tensors on the host, with its attention layout."""
+        import torch
+
+        from btrm_core.layout import Layout
+
+        return Batch(
+            input_ids=torch.from_numpy(self.input_ids_T)[None],
+            position_ids=torch.from_numpy(self.position_ids_T)[None],
+            attention_mask=None,
+            layout=Layout.from_runs(self.runs_R4, self.end_T, self.position_ids_T),
+            reward_index=torch.from_numpy(self.reward_index_S),
+            group_sizes=self.group_sizes,
+            computed=self.computed,
+            useful=self.useful,
+            shared=self.shared,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The row as tensors on `device`."""
+        return self.batch().to(device)
+
 
 @dataclass
 class _RowParts:
@@ -246,6 +272,26 @@ class PaddedRows:
         """Tokens that belong to no sequence."""
         return self.computed - self.useful
 
+    def batch(self) -> Batch:
+        """The lines as tensors on the host."""
+        import torch
+
+        return Batch(
+            input_ids=torch.from_numpy(self.input_ids_BT),
+            position_ids=torch.from_numpy(self.position_ids_BT),
+            attention_mask=torch.from_numpy(self.attention_mask_BT),
+            layout=None,
+            reward_index=torch.from_numpy(self.reward_index_S),
+            group_sizes=self.group_sizes,
+            computed=self.computed,
+            useful=self.useful,
+            shared=self.shared,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The lines as tensors on `device`."""
+        return self.batch().to(device)
+
 
 def pad_rows(groups: Sequence[TokenGroup], *, pad_id: int = 0, multiple_of: int = 1) -> PaddedRows:
     """Lay every sequence on a line of its own, padded on the right to the longest.
@@ -277,63 +323,3 @@ def pad_rows(groups: Sequence[TokenGroup], *, pad_id: int = 0, multiple_of: int 
         group_sizes=tuple(len(group.tails) for group in groups),
         useful=int(lengths_S.sum()),
     )
-
-
-class DeviceData(Protocol):
-    """Anything that can follow a batch to a device."""
-
-    def to(self, device: Any, non_blocking: bool = False) -> Any:
-        """Return the same data on `device`."""
-        ...
-
-    def pin_memory(self) -> Any:
-        """Return the same data in page-locked host memory."""
-        ...
-
-
-@dataclass
-class Batch:
-    """What the reward model is called with: one packed row, or padded lines, as tensors.
-
-    Attributes:
-        input_ids: [B, T] int64; B is 1 for a packed row.
-        position_ids: [B, T] int64.
-        attention_mask: [B, T] int64 for padded lines, None for a packed row.
-        layout: who sees whom in a packed row (`layout.Layout`), None for padded lines.
-        reward_index: [S] int64, offsets into the flattened B*T tokens, groups in order.
-        group_sizes: K of every group; they sum to S.
-        computed: tokens computed, padding included.
-        useful: tokens of all sequences, each counted by itself.
-        shared: tokens of `useful` that are not computed again.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    layout: DeviceData | None
-    reward_index: torch.Tensor
-    group_sizes: tuple[int, ...]
-    computed: int
-    useful: int
-    shared: int
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch on `device`; without waiting if `non_blocking` and the memory is pinned."""
-        return self._moved(lambda data: data.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory (a `DataLoader` with `pin_memory` calls this)."""
-        return self._moved(lambda data: data.pin_memory())
-
-    def _moved(self, move: Any) -> Batch:
-        return Batch(
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
-            layout=None if self.layout is None else move(self.layout),
-            reward_index=move(self.reward_index),
-            group_sizes=self.group_sizes,
-            computed=self.computed,
-            useful=self.useful,
-            shared=self.shared,
-        )

@@ -5,13 +5,16 @@ Decides: the order of asking (settings, then family, then default) and what is c
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from btrm_core import basemodel, families
+from btrm_core.attention import PADDED, choose_kernel, uses_softcap
 from btrm_core.cache import cache_root
 from btrm_core.chat import ChatFormat, prepare_chat
 from btrm_core.config import resolve
@@ -21,13 +24,16 @@ from btrm_core.encoded import EncodedPairs, encode_pairs
 from btrm_core.errors import ConfigError, DataError
 from btrm_core.families import Family
 from btrm_core.inference import pair_rewards
-from btrm_core.model import RewardModel, choose_for, self_check
+from btrm_core.loader import RowForm, row_form
+from btrm_core.model import RewardModel, self_check
 from btrm_core.report import say, trackers
 from btrm_core.settings import RunConfig
 from btrm_core.startup import check_first_loss
 from btrm_core.toy import embedded_settings
 
 CHECKED_PAIRS = 512
+CHECKED_GROUPS = 3
+MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,9 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
         rows, overlap = drop_overlap(rows, held_out)
     elif data.held_out_fraction > 0:
         rows, held_out = split_held_out(rows, data.held_out_fraction)
+    workers = data.workers or max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
     encoded = {
-        name: encode_pairs(part, chat, int(data.max_length or 0), workers=data.workers, cache_dir=data.cache_dir)
+        name: encode_pairs(part, chat, int(data.max_length or 0), workers=workers, cache_dir=data.cache_dir)
         for name, part in (("train", rows), ("eval", held_out))
         if part is not None and len(part.dataset)
     }
@@ -123,38 +130,43 @@ def build_model(config: RunConfig, family: Family, chat: ChatFormat, runtime: Ru
     basemodel.freeze(hf, config.model)
     if config.model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    kernel = choose_for(hf, config.model.attention, runtime.device.type, family.recipe().attention)
+    kernel = choose_kernel(
+        config.model.attention,
+        device_type=runtime.device.type,
+        softcap=uses_softcap(hf.config),
+        allowed=family.recipe().attention,
+        half=runtime.dtype != torch.float32,
+    )
     return RewardModel(hf, kernel), base.head_is_new
 
 
-def usable_layout(config: RunConfig, model: RewardModel, data: Data, runtime: Runtime) -> str:
-    """The layout asked for, or padded with the reason said, if packed rows are not exact for this model."""
-    layout = config.train.layout
+def usable_form(config: RunConfig, engine: Any, data: Data, runtime: Runtime, pad_id: int) -> RowForm:
+    """The rows asked for, or padded ones with the reason said, if packed rows are not exact for this model."""
+    model: RewardModel = engine.module
+    layout, device = config.train.layout, runtime.device.type
+    if layout != "padded":
+        longest = np.argsort(-(data.train.shared_P + data.train.chosen_P + data.train.rejected_P), kind="stable")
+        result = self_check(model, [data.train.group(int(i)) for i in longest[:CHECKED_GROUPS]])
+        if not result.ok:
+            say(runtime, f"packed rows cannot be used for this model ({result.reason}); going on with padded batches")
+            layout = "padded"
     if layout == "padded":
-        return layout
-    groups = [data.train.group(i) for i in range(min(3, len(data.train)))]
-    model.to(runtime.device)
-    result = self_check(model, groups)
-    if result.ok:
-        return layout
-    say(runtime, f"packed rows cannot be used for this model ({result.reason}); going on with padded batches")
-    return "padded"
+        model.use_kernel(PADDED)
+    return row_form(layout, model.kernel, device, pad_id)
 
 
-def check_first(model: Any, data: Data, config: RunConfig, runtime: Runtime, layout: str, pad_id: int) -> float:
+def check_first(engine: Any, data: Data, config: RunConfig, runtime: Runtime, form: RowForm) -> float:
     """The loss before the first step over some pairs of the training data; stops if it is not near ln 2."""
-    rewards = pair_rewards(
-        model,
+    rewards_P2 = pair_rewards(
+        engine,
         data.train,
         runtime,
-        layout=layout,
+        form,
         tokens_per_batch=config.train.tokens_per_batch,
-        pad_id=pad_id,
-        limit=min(CHECKED_PAIRS, len(data.train)),
+        first_step_of=CHECKED_PAIRS,
     )
-    seen = rewards.any(axis=1)
-    ids = [data.train.id(int(i)) for i in seen.nonzero()[0]]
-    return check_first_loss(rewards[seen], ids)
+    seen = np.flatnonzero(~np.isnan(rewards_P2).all(axis=1))
+    return check_first_loss(rewards_P2[seen], [data.train.id(int(i)) for i in seen])
 
 
 def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:

@@ -14,27 +14,29 @@ import numpy as np
 import torch
 
 from btrm_core import card, checkpoint, distributed, resume
+from btrm_core.attention import collate
 from btrm_core.chat import ChatFormat
-from btrm_core.config import to_toml
 from btrm_core.distributed import Runtime
 from btrm_core.evaluate import figures_of
 from btrm_core.families import Family
 from btrm_core.inference import make_plan, pair_rewards
 from btrm_core.interrupt import Interrupt, output_lock
-from btrm_core.packing import pack_row, share
+from btrm_core.loader import RowForm
+from btrm_core.packing import share
+from btrm_core.planner import Plan
 from btrm_core.prepare import (
     Data,
     build_model,
     check_first,
     choose,
-    device_name,
     load_data,
     make_engine,
     output_directory,
-    usable_layout,
+    usable_form,
 )
-from btrm_core.report import Reporter, evaluation_text, say, subset_table, trackers
+from btrm_core.report import Reporter, say, trackers
 from btrm_core.settings import RunConfig
+from btrm_core.summary import describe_run, introduce
 from btrm_core.trainer import Callables, Progress, Schedule, fit, schedule
 
 SELF_TEST_PAIRS = 2
@@ -62,7 +64,7 @@ class Session:
     runtime: Runtime
     data: Data
     engine: Any
-    layout: str
+    form: RowForm
     plan: Schedule
     output: Path
     reporter: Reporter
@@ -85,44 +87,30 @@ def train(config: RunConfig) -> Outcome:
     ):
         data = load_data(config, chat, runtime)
         model, head_is_new = build_model(config, family, chat, runtime)
-        layout = usable_layout(config, model, data, runtime)
         engine = make_engine(model, config, runtime)
-        plan = schedule(config, steps_per_epoch(config, data, layout, runtime))
-        introduce(config, family, chat, data, plan, runtime, layout)
-        progress = begin(engine, config, data, runtime, output, layout, chat, head_is_new)
+        form = usable_form(config, engine, data, runtime, chat.pad_id)
+        made = plan_of_epoch(config, data, form, runtime.world)
+        plan = schedule(config, made.num_steps)
+        introduce(config, family, chat, data, plan, runtime, form)
+        progress = begin(engine, config, data, runtime, output, form, head_is_new)
         reporter = Reporter(runtime, output, plan.total_steps, progress.step, config)
-        session = Session(config, family, chat, runtime, data, engine, layout, plan, output, reporter)
+        session = Session(config, family, chat, runtime, data, engine, form, plan, output, reporter)
         try:
-            progress = fit(
-                engine,
-                data.train,
-                config,
-                runtime,
-                plan,
-                progress,
-                calls(session, interrupt),
-                layout=layout,
-                pad_id=chat.pad_id,
-            )
+            progress = fit(engine, data.train, config, runtime, plan, progress, calls(session, interrupt), form)
             return finish(session, progress, interrupt)
         finally:
-            reporter.close()
             engine.destroy()
+            reporter.close()
 
 
-def steps_per_epoch(config: RunConfig, data: Data, layout: str, runtime: Runtime) -> int:
-    """Optimiser steps of one pass over the training pairs; the last one may be smaller."""
-    return int(plan_of_epoch(config, data, layout, runtime).num_steps)
-
-
-def plan_of_epoch(config: RunConfig, data: Data, layout: str, runtime: Runtime) -> Any:
+def plan_of_epoch(config: RunConfig, data: Data, form: RowForm, world: int) -> Plan:
     """The plan of the first epoch."""
     return make_plan(
         data.train,
-        layout=layout,
+        form,
         pairs_per_step=int(config.train.pairs_per_step or 1),
         tokens_per_batch=config.train.tokens_per_batch,
-        world=runtime.world,
+        world=world,
         seed=config.train.seed,
         epoch=0,
     )
@@ -134,8 +122,7 @@ def begin(
     data: Data,
     runtime: Runtime,
     output: Path,
-    layout: str,
-    chat: ChatFormat,
+    form: RowForm,
     head_is_new: bool,
 ) -> Progress:
     """Start anew, after checking the first loss of a new head, or go on from a checkpoint."""
@@ -148,7 +135,7 @@ def begin(
     if config.output.resume != "no":
         say(runtime, f"no complete checkpoint in {output / 'resume'}: beginning anew")
     if head_is_new:
-        loss = check_first(engine, data, config, runtime, layout, chat.pad_id)
+        loss = check_first(engine, data, config, runtime, form)
         say(runtime, f"loss before the first step {loss:.4f} (ln 2 = 0.6931)")
     else:
         say(runtime, "the base model brings its own reward head; training goes on with it")
@@ -187,9 +174,8 @@ def rewards_now(session: Session, pairs: Any) -> np.ndarray:
         session.engine,
         pairs,
         session.runtime,
-        layout=session.layout,
+        session.form,
         tokens_per_batch=session.config.train.tokens_per_batch,
-        pad_id=session.chat.pad_id,
     )
 
 
@@ -221,57 +207,6 @@ def examples(data: Data, rewards_P2: np.ndarray) -> tuple[dict[str, Any], ...]:
     return tuple(shown)
 
 
-def closing_text(outcome: Outcome) -> str:
-    """What a finished run prints: how good it is, where it is, what to do next, and a few scored examples."""
-    lines = []
-    if outcome.evaluation is not None:
-        lines += [evaluation_text(outcome.evaluation), subset_table(outcome.evaluation.get("subsets", []))]
-    for example in outcome.examples:
-        lines += ["", f"  {example['prompt']}"]
-        for side in ("chosen", "rejected"):
-            reward, text = example[side]
-            lines.append(f"    {reward:+7.3f}  {side:<8}  {text}")
-    lines += [
-        "",
-        f"model saved in {outcome.directory}",
-        f"next: btrm score {outcome.directory} INPUT.jsonl -o OUTPUT.jsonl",
-    ]
-    return "\n".join(line for line in lines if line is not None)
-
-
-def dry_run(config: RunConfig) -> str:
-    """Everything a run would do, resolved, as text; nothing is trained or written but the data cache."""
-    family, config, chat = choose(config)
-    data = load_data(config, chat)
-    dtype = distributed.compute_dtype(config.model.dtype)
-    ds = distributed.deepspeed_config(config, dtype)
-    made = make_plan(
-        data.train,
-        layout=config.train.layout,
-        pairs_per_step=int(config.train.pairs_per_step or 1),
-        tokens_per_batch=config.train.tokens_per_batch,
-        world=1,
-        seed=config.train.seed,
-        epoch=0,
-    )
-    plan = schedule(config, made.num_steps)
-    parts = [
-        f"family: {family.name} ({family.origin}); answers: {chat.answers}",
-        f"terminal token: {chat.terminal_token!r}; pad token: {chat.pad.token!r} ({chat.pad.reason}); "
-        f"template sha256: {chat.template_sha256}",
-        f"training pairs: {len(data.train)}; evaluation pairs: {len(data.eval) if data.eval is not None else 0}",
-        *data.lines,
-        f"steps: {plan.total_steps} ({plan.steps_per_epoch} per epoch, {plan.warmup_steps} of warm-up); "
-        f"output: {output_directory(config, family)}",
-        "",
-        "settings:",
-        to_toml(config),
-        "deepspeed:",
-        card.dumps(ds),
-    ]
-    return "\n".join(parts)
-
-
 def save_final(session: Session, progress: Progress, evaluation: dict[str, Any] | None) -> Path:
     """Write the model directory; all processes take part in gathering the weights."""
     runtime, directory = session.runtime, session.output / "model"
@@ -284,7 +219,12 @@ def save_final(session: Session, progress: Progress, evaluation: dict[str, Any] 
             chat=session.chat,
             data=session.data.report,
             evaluation=evaluation,
-            training={"steps": progress.step, "seconds": round(progress.seconds, 1), "layout": session.layout},
+            training={
+                "steps": progress.step,
+                "seconds": round(progress.seconds, 1),
+                "layout": session.form.layout,
+                "kernel": session.form.kernel,
+            },
             self_test=vectors,
             dtype=str(runtime.dtype).removeprefix("torch."),
         )
@@ -298,32 +238,25 @@ def save_final(session: Session, progress: Progress, evaluation: dict[str, Any] 
 @torch.no_grad()
 def self_test_vectors(session: Session) -> list[dict[str, Any]]:
     """A few conversations as ids with the live model's reward, each computed alone: what any reader must reproduce."""
-    pairs, engine = session.data.eval or session.data.train, session.engine
+    pairs, engine, form = session.data.eval or session.data.train, session.engine, session.form
     engine.eval()
     vectors = []
     for i in range(min(SELF_TEST_PAIRS, len(pairs))):
         for ids in pairs.group(i).sequences:
-            batch = pack_row([share([ids])], pad_id=session.chat.pad_id).to(session.runtime.device)
+            batch = collate([share([ids])], kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id).to(
+                session.runtime.device
+            )
             reward = float(engine(batch).float().item())
             vectors.append({"input_ids": [int(t) for t in ids], "reward": reward})
     engine.train()
     return vectors
 
 
-def introduce(
-    config: RunConfig, family: Family, chat: ChatFormat, data: Data, plan: Schedule, runtime: Runtime, layout: str
-) -> None:
-    """Say in a few lines what is about to happen."""
-    made = plan_of_epoch(config, data, layout, runtime)
-    for line in data.lines:
-        say(runtime, line)
-    held_out = f", {len(data.eval)} held out" if data.eval is not None else ", no evaluation"
-    say(runtime, f"family {family.name} ({family.origin}), base model {config.model.name}")
-    say(runtime, f"{len(data.train)} training pairs{held_out}, at most {config.data.max_length} tokens a conversation")
-    say(
-        runtime,
-        f"{plan.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {plan.peak:g}, "
-        f"rows {layout} of at most {config.train.tokens_per_batch} tokens ({made.padding_percent:.1f} % padding), "
-        f"{runtime.world} x {device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}, "
-        f"ZeRO {runtime.zero_stage}, terminal token {chat.terminal_token}, pad {chat.pad.token}",
-    )
+def dry_run(config: RunConfig) -> str:
+    """Everything a run would do, resolved, as text; nothing is trained, and nothing written but the data's cache."""
+    family, config, chat = choose(config)
+    data = load_data(config, chat)
+    form = RowForm(config.train.layout, config.model.attention, 1, chat.pad_id)
+    made = plan_of_epoch(config, data, form, world=1)
+    plan = schedule(config, made.num_steps)
+    return describe_run(config, family, chat, data, made, plan, output_directory(config, family))

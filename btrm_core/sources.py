@@ -91,7 +91,7 @@ def resolve(specs: Sequence[str], root: Path) -> Resolved:
         DataError: no source given, a file that does not exist, a folder without data, an unknown format,
             an unreadable file, or a Hub data set that cannot be loaded.
     """
-    if not specs:
+    if not specs or not all(spec.strip() for spec in specs):
         raise DataError("no data given. Pass at least one file, folder or Hub id, for example --data pairs.jsonl.")
     sources: list[Source] = []
     notes: list[str] = []

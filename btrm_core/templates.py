@@ -145,11 +145,12 @@ def _bos(tokenizer: Any, ids: dict[str, list[int]], who: str, terminal_id: int) 
     counts = [sequence.count(bos) for sequence in ids.values()]
     if bos is None or bos == terminal_id or not any(counts):
         return None
-    if set(counts) == {1} and all(sequence[0] == bos for sequence in ids.values()):
+    first = all(sequence[0] == bos for sequence in ids.values())
+    if first and set(counts) == {1}:
         return int(bos)
     followers = {two[i + 1] for i, index in enumerate(two[:-1]) if index == bos}
     opens_turns = two.count(bos) - one.count(bos) == len(_TWO) - len(_ONE)
-    if opens_turns and not followers & set(tokenizer.added_tokens_decoder):
+    if first and opens_turns and not followers & set(tokenizer.added_tokens_decoder):
         return None
     raise FamilyError(
         f"{who} writes the BOS token {tokenizer.bos_token!r} {one.count(bos)} times in a conversation of one exchange "

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
     from btrm_core.hookspecs import PadToken, TinyShape
 
-__all__ = ["Encoder", "fast_backend", "install_pad", "rename_tokens", "tiny_tokenizer"]
+__all__ = ["Encoder", "fast_backend", "install_pad", "rename_tokens", "self_contained", "tiny_tokenizer"]
 
 _LAST_PRIVATE = 0x10FFFD  # private use, plane 16: the characters least likely to stand in real text
 _FIRST_PRIVATE = 0x100000
 _ALIAS_BASE = 0xF0000  # private use, plane 15: the second character of an alias
 _MAX_COPIES = 3
+_NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Characters that no vocabulary has: a tokenizer that cannot spell them with bytes answers with its unknown token.
 _RARE = "\x01 \x7f \u0378 \u1c80 \ua8e5 \U00010348 \U0001f9ff \U000e0041 \U0010fffd"
 
@@ -47,6 +48,36 @@ def fast_backend(tokenizer: Any) -> Tokenizer:
             "convert it once with transformers and save it, or return a fast tokenizer from the setup_tokenizer hook"
         )
     return backend  # type: ignore[no-any-return]
+
+
+def self_contained(tokenizer: Any) -> Any:
+    """Return a tokenizer that comes back from `save_pretrained` as it is: same ids, in any process, without its class.
+
+    Tokenizer classes that build their backend anew when loaded (`LlamaTokenizer`, `GemmaTokenizer`, ...) need more than
+    transformers saves: a saved Mistral v1 tokenizer loses its `legacy` flag, and with it the space before the text that
+    follows a control token. The generic class loads `tokenizer.json` as it stands.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; returned unchanged if it is of the generic class already.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    backend = fast_backend(tokenizer)
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    named = {key: token for key, token in tokenizer.special_tokens_map.items() if key in _NAMED_TOKENS}
+    extra = [*tokenizer.special_tokens_map.values(), *tokenizer.extra_special_tokens]
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        extra_special_tokens=[token for token in dict.fromkeys(extra) if token not in named.values()],
+        clean_up_tokenization_spaces=False,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        **named,
+    )
+    plain.name_or_path = tokenizer.name_or_path
+    plain.chat_template = tokenizer.chat_template
+    return plain
 
 
 def install_pad(tokenizer: Any, pad: PadToken, given_by: str) -> int:

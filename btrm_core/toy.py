@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "data.max_length": 512,
     "train.pairs_per_step": 16,
     "train.learning_rate": 1e-3,
-    "train.epochs": 6.0,
+    "train.epochs": 3.0,
     "train.warmup_ratio": 0.1,
     "train.weight_decay": 0.01,
 }

@@ -22,7 +22,7 @@ from btrm_core.distributed import Runtime
 from btrm_core.encoded import EncodedPairs
 from btrm_core.errors import TrainingError
 from btrm_core.inference import make_plan
-from btrm_core.loader import MicroBatch, StepBatches, steps
+from btrm_core.loader import MicroBatch, RowForm, StepBatches, steps
 from btrm_core.loss import bradley_terry
 from btrm_core.metrics import PairSums, named, summarise, token_figures
 from btrm_core.settings import RunConfig
@@ -98,9 +98,7 @@ def fit(
     plan_of: Schedule,
     progress: Progress,
     calls: Callables,
-    *,
-    layout: str,
-    pad_id: int,
+    form: RowForm,
 ) -> Progress:
     """Train from `progress.step` to the end of the schedule, or until asked to stop.
 
@@ -112,23 +110,24 @@ def fit(
         plan_of: Steps and learning rates.
         progress: Where to start; changed in place and returned.
         calls: Logging, evaluation, saving and stopping.
-        layout: shared, packed or padded.
-        pad_id: Token id that fills rows up.
+        form: How rows are laid out.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the loss or the gradient is not finite, and such steps are not to be skipped.
     """
     train, output = config.train, config.output
-    make = lambda epoch: make_plan(  # noqa: E731
-        pairs,
-        layout=layout,
-        pairs_per_step=int(train.pairs_per_step or 1),
-        tokens_per_batch=train.tokens_per_batch,
-        world=runtime.world,
-        seed=train.seed,
-        epoch=epoch,
-    )
-    plans = [make(epoch) for epoch in range(math.ceil(plan_of.total_steps / plan_of.steps_per_epoch))]
+    plans = [
+        make_plan(
+            pairs,
+            form,
+            pairs_per_step=int(train.pairs_per_step or 1),
+            tokens_per_batch=train.tokens_per_batch,
+            world=runtime.world,
+            seed=train.seed,
+            epoch=epoch,
+        )
+        for epoch in range(math.ceil(plan_of.total_steps / plan_of.steps_per_epoch))
+    ]
     eval_every = output.eval_every or max(1, plan_of.total_steps // 10)
     started, before = time.monotonic(), progress.seconds
     engine.train()
@@ -136,8 +135,7 @@ def fit(
         pairs,
         plans,
         rank=runtime.rank,
-        layout=layout,
-        pad_id=pad_id,
+        form=form,
         first=progress.step,
         last=plan_of.total_steps,
         workers=2 if runtime.device.type == "cuda" else 0,
@@ -153,7 +151,8 @@ def fit(
         progress.seconds = before + time.monotonic() - started
         figures = step_figures(sums, engine, step, plan_of, time.monotonic() - step_started)
         calls.log("train", progress.step, figures)
-        _check_gradient(figures, step)
+        if not applied(engine):
+            _skip_or_stop(not_finite(engine, step, pairs, runtime), progress, train.skip_nan)
         last = progress.step == plan_of.total_steps
         if progress.step % eval_every == 0 or last:
             _evaluated(calls.evaluate(progress.step), progress, train.early_stopping)
@@ -173,8 +172,7 @@ def train_step(
 ) -> tuple[dict[str, float], bool]:
     """One optimiser step; returns the sums over the pairs of all processes, and whether one of them was asked to stop.
 
-    Raises:
-        TrainingError: the summed loss is not finite; the weights are as before the step.
+    A gradient that is not finite leaves the weights as they were (see `applied`).
     """
     sums = PairSums(runtime.device)
     last = len(step.micro_batches) - 1
@@ -186,10 +184,30 @@ def train_step(
     flag = torch.tensor([float(stop)], dtype=torch.float64).to(runtime.device)
     totals = runtime.sum(torch.cat([sums.vector(), flag]))
     values = named(totals[:-1])
-    if not math.isfinite(values["weighted_loss"]):
-        raise TrainingError(_not_finite("loss", step, values["weighted_loss"]))
     engine.step()
     return values, bool(totals[-1].item() > 0)
+
+
+def applied(engine: Any) -> bool:
+    """False if DeepSpeed found the gradient not finite and left the weights as they were (then it cleared it)."""
+    return not getattr(engine.optimizer, "overflow", False)
+
+
+def not_finite(engine: Any, step: StepBatches, pairs: EncodedPairs, runtime: Runtime) -> str:
+    """Say which pairs of a step have a reward that is not finite; all processes look at theirs."""
+    bad: list[str] = []
+    with torch.no_grad():
+        for micro in step.micro_batches:
+            rewards_P2 = engine(micro.to(runtime.device).batch).view(-1, 2)
+            finite_P = torch.isfinite(rewards_P2).all(dim=1).tolist()
+            bad += [pairs.id(int(i)) for i, ok in zip(micro.pair_ids_P, finite_P, strict=False) if not ok]
+    found: list[list[str]] = [bad] * runtime.world
+    if runtime.world > 1:
+        torch.distributed.all_gather_object(found, bad)
+    names = [name for part in found for name in part]
+    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    where = f"rewards of these pairs are not finite: {some}" if names else "all rewards are finite, the gradient is not"
+    return f"step {step.index + 1}: {where}"
 
 
 def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSums) -> torch.Tensor:
@@ -253,13 +271,10 @@ def _set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
-def _check_gradient(figures: dict[str, Any], step: StepBatches) -> None:
-    if not math.isfinite(figures["grad_norm"]):
-        raise TrainingError(_not_finite("gradient norm", step, figures["grad_norm"]))
-
-
-def _not_finite(what: str, step: StepBatches, value: float) -> str:
-    return (
-        f"the {what} of step {step.index + 1} is {value}; nothing after the last checkpoint is kept. Lower "
-        "--learning-rate, or look at this step's pairs"
-    )
+def _skip_or_stop(reason: str, progress: Progress, skip: bool) -> None:
+    if not skip:
+        raise TrainingError(
+            f"{reason}; the weights are as before this step. Lower --learning-rate, look at these pairs, or go on without "
+            "such steps with --set train.skip_nan=true"
+        )
+    progress.skipped_steps.append(progress.step)

@@ -1,0 +1,217 @@
+"""Opens a finished reward model, from a directory or the hub, with transformers alone.
+
+Decides what may be scored with: a checkpoint with a trained head of one output, whole safetensors weights, and a pad
+token of its own. Code that comes with a checkpoint is never run. No family is needed; an installed one is only compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from btrm_core import families
+from btrm_core.cache import digest
+from btrm_core.chat import ChatFormat, chat_from_checkpoint
+from btrm_core.checkpoint import MANIFEST, model_directory
+from btrm_core.errors import CheckpointError, FamilyError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD = "score.weight"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def find_model(name: str) -> Path:
+    """Return the model directory that a user means: a path, a run's output directory, or a hub id (downloaded).
+
+    Raises:
+        CheckpointError: there is no such directory, and no such model on the hub or in its cache.
+    """
+    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        return model_directory(name)
+    import huggingface_hub
+
+    try:
+        return model_directory(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client raises types of several libraries
+        raise CheckpointError(
+            f"there is no model directory {name}, and it cannot be had from the Hugging Face hub: {_first(error)}"
+        ) from error
+
+
+def load_chat(directory: Path) -> ChatFormat:
+    """Read the tokenizer and the template, after looking at the pad token.
+
+    Raises:
+        CheckpointError: something is missing, the pad token is the end-of-sequence token, or the configuration names
+            another one than the tokenizer.
+    """
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        named = _json(file)
+        pad, eos = (_token(named.get(key)) for key in ("pad_token", "eos_token"))
+        if pad is not None and pad == eos:
+            raise CheckpointError(
+                f"{directory}: the pad token {pad!r} is the end-of-sequence token, so other programs would read the "
+                "reward in another place; expected a pad token of its own in tokenizer_config.json and config.json"
+            )
+    chat = chat_from_checkpoint(directory)
+    configured = load_config(directory).get_text_config().pad_token_id
+    if configured != chat.pad_id:
+        raise CheckpointError(
+            f"{directory}: pad_token_id in config.json is {configured}, but the tokenizer pads with {chat.pad_id}; "
+            "expected the same number, or other programs read rewards that depend on the batch"
+        )
+    return chat
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration.
+
+    Raises:
+        CheckpointError: transformers cannot read it without running code of the checkpoint's.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError: depends on what is wrong with the file
+        raise CheckpointError(f"{directory}: the configuration cannot be read: {_first(error)}") from error
+
+
+def check_head(directory: Path) -> None:
+    """Refuse a directory whose weights hold no reward head of one output, before any weight is read.
+
+    Raises:
+        CheckpointError: says what is missing.
+    """
+    if HEAD not in weight_names(directory):
+        raise CheckpointError(
+            f"{directory} holds no reward head ({HEAD} is missing from its weights); expected a model trained by "
+            f"`btrm train`, such as one made with --model {directory}"
+        )
+    labels = load_config(directory).num_labels
+    if labels != 1:
+        raise CheckpointError(f"{directory} is a classifier of {labels} labels; expected a reward model, with one")
+
+
+def weight_names(directory: Path) -> set[str]:
+    """The names of all tensors in the safetensors files.
+
+    Raises:
+        CheckpointError: there are none, or they are damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if (directory / INDEX).is_file():
+        return set(_json(directory / INDEX).get("weight_map", {}))
+    if not (directory / WEIGHTS).is_file():
+        raise CheckpointError(f"{directory} has no weights in safetensors form; expected {WEIGHTS} or {INDEX}")
+    try:
+        with safe_open(directory / WEIGHTS, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory / WEIGHTS} is damaged: {_first(error)}") from error
+
+
+def load_weights(directory: Path, dtype: torch.dtype | str) -> Any:
+    """Load the sequence-classification model in evaluation mode; no weight may be missing.
+
+    Args:
+        directory: a model directory that `check_head` lets through.
+        dtype: a torch type, or "auto" for the one the weights are saved in.
+
+    Raises:
+        CheckpointError: transformers has no such model, or weights are missing, damaged or of another shape.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with _silent():
+            hf, info = AutoModelForSequenceClassification.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # transformers and safetensors raise many types
+        raise CheckpointError(f"{directory} cannot be loaded: {_first(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CheckpointError(f"the weights of {directory} are incomplete: {some} missing; copy the directory anew")
+    if not isinstance(getattr(hf, "score", None), nn.Linear):
+        raise CheckpointError(f"{directory}: {type(hf).__name__} has no linear head called `score`, which btrm reads")
+    return hf.requires_grad_(False).eval()
+
+
+def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> str:
+    """A SHA-256 that changes when the rewards may: configuration, template, training run, head, compute type."""
+    files = [directory / name for name in ("config.json", MANIFEST, "tokenizer.json")]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
+    head = hf.score.weight.detach().float().cpu().numpy().tobytes()
+    return digest(contents, chat.template_sha256, chat.max_length, hashlib.sha256(head).hexdigest(), str(dtype))
+
+
+def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | None:
+    """Say so if the family that trained a model is installed and now writes its conversations differently.
+
+    None as well if the family is not installed or broken, or if the run brought its own template.
+    """
+    name = manifest.get("family")
+    if name is None or manifest.get("answers", {}).get("chat_template") == "run settings":
+        return None
+    try:
+        family = families.load(str(name))
+        template = family.chat_template(chat.tokenizer)
+    except FamilyError:
+        return None
+    if hashlib.sha256(template.encode("utf-8")).hexdigest() == chat.template_sha256:
+        return None
+    return (
+        f"the installed family '{name}' ({family.origin}) has another chat template than the one this model was "
+        f"trained with ({manifest.get('origin', 'unknown origin')}); the model's own is used"
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {_first(error)}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _token(value: Any) -> str | None:
+    """A token as `tokenizer_config.json` writes it: text, or an object with the text in it."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers' report and progress bar off the screen: what is wrong is said in one line."""
+    from transformers.utils import logging as transformers_logging
+
+    log = logging.getLogger("transformers")
+    level, bar = log.level, transformers_logging.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

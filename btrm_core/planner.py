@@ -1,0 +1,360 @@
+"""Decides which pairs make up a step, and which rows of it each rank computes.
+
+The optimisation comes first: the pairs of a step are a slice of a permutation of (seed, epoch),
+whatever the budget, the number of ranks and the layout. Only then are they laid out: the longest
+pairs first, each into the cheapest row so far, over world x k rows, with the smallest k that keeps
+every row within the budget. Every rank computes the same number of rows, since ranks wait for each
+other at every row under ZeRO-2 and 3. Rows vary in length instead of being filled up, so nothing is
+padded but the rounding.
+
+Everything is pure: a step depends on its index alone, so resuming needs one integer.
+
+P: pairs, or groups of K sequences, of the whole data set.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from btrm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    IntArray = NDArray[np.int64]
+    FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The work of one optimiser step.
+
+    Attributes:
+        pair_ids: the step's pairs, in the epoch's order.
+        rows: `rows[rank][i]` holds the pair ids of the i-th row of a rank, most expensive rows first;
+            every rank has as many rows, and a row may be empty.
+        cost: what each rank computes, in tokens; attention counted as what it costs more.
+    """
+
+    pair_ids: IntArray
+    rows: tuple[tuple[IntArray, ...], ...]
+    cost: tuple[float, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of the step: the last one of an epoch may have fewer."""
+        return len(self.pair_ids)
+
+    @property
+    def imbalance(self) -> float:
+        """Cost of the busiest rank over the mean; 1 is perfect."""
+        return max(self.cost) * len(self.cost) / max(sum(self.cost), 1e-9)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All steps of one epoch; `step(i)` computes one.
+
+    Attributes:
+        order_P: the epoch's permutation of the pairs.
+        tokens_P: tokens that a pair adds to a row; in padded plans, the length of its longest line.
+        cost_P: what a pair costs, in tokens.
+        pairs_per_step: pairs of every step but the last.
+        budget: largest number of tokens of a row, rounded rows counted; a row with a single pair may
+            exceed it.
+        world: number of ranks.
+        multiple_of: what rows will be rounded up to.
+        lines: None for packed rows; else the lines of a pair in a padded batch.
+    """
+
+    order_P: IntArray
+    tokens_P: IntArray
+    cost_P: FloatArray
+    pairs_per_step: int
+    budget: int
+    world: int
+    multiple_of: int
+    lines: int | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of the epoch."""
+        return len(self.order_P)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the epoch, the last one included even if it is smaller."""
+        return -(-self.num_pairs // self.pairs_per_step)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self.step(index) for index in range(self.num_steps))
+
+    def step(self, index: int) -> Step:
+        """Lay out one step.
+
+        Raises:
+            IndexError: there is no such step.
+        """
+        if not 0 <= index < self.num_steps:
+            raise IndexError(f"step {index} of an epoch of {self.num_steps} steps")
+        ids = self.order_P[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
+        rows = self._packed_rows(ids) if self.lines is None else self._padded_rows(ids)
+        ranks = _share_out(rows, [float(self.cost_P[row].sum()) for row in rows], self.world)
+        cost = tuple(float(sum(self.cost_P[row].sum() for row in rank)) for rank in ranks)
+        return Step(pair_ids=ids, rows=ranks, cost=cost)
+
+    def row_tokens(self, row: IntArray) -> int:
+        """Tokens that a row or padded batch of these pairs computes, rounding and padding included."""
+        if not len(row):
+            return 0
+        if self.lines is None:
+            return _rounded(int(self.tokens_P[row].sum()), self.multiple_of)
+        return self.lines * len(row) * _rounded(int(self.tokens_P[row].max()), self.multiple_of)
+
+    @property
+    def oversize(self) -> int:
+        """Pairs that exceed the budget and get a row of their own."""
+        lines = self.lines or 1
+        return int((lines * _rounded_array(self.tokens_P, self.multiple_of) > self.budget).sum())
+
+    @functools.cached_property
+    def padding_percent(self) -> float:
+        """Share of padding among the tokens computed, in per cent, estimated on up to 16 steps."""
+        if not self.num_steps:
+            return 0.0
+        computed = useful = 0
+        for index in np.unique(np.linspace(0, self.num_steps - 1, 16).astype(int)):
+            step = self.step(int(index))
+            computed += sum(self.row_tokens(row) for rank in step.rows for row in rank)
+            useful += int(self._own_tokens(step.pair_ids))
+        return 100.0 * (1 - useful / max(computed, 1))
+
+    def _own_tokens(self, ids: IntArray) -> float:
+        return float(self.tokens_P[ids].sum() if self.lines is None else self.cost_P[ids].sum())
+
+    def _packed_rows(self, ids: IntArray) -> list[IntArray]:
+        ids = ids[np.argsort(-self.cost_P[ids], kind="stable")]
+        tokens, cost = self.tokens_P[ids].tolist(), self.cost_P[ids].tolist()
+        limit = self.budget // self.multiple_of * self.multiple_of
+        own = [i for i, count in enumerate(tokens) if count > limit]
+        rest = [i for i, count in enumerate(tokens) if count <= limit]
+        needed = len(own) + math.ceil(sum(tokens[i] for i in rest) / limit) if rest else len(own)
+        per_rank = max(1, -(-needed // self.world))
+        while True:
+            bins = per_rank * self.world - len(own)
+            filled = _fill(rest, tokens, cost, bins, limit)
+            if filled is not None:
+                return [ids[[i]] for i in own] + [ids[members] for members in filled]
+            per_rank += 1
+
+    def _padded_rows(self, ids: IntArray) -> list[IntArray]:
+        ids = ids[np.argsort(-self.tokens_P[ids], kind="stable")]
+        assert self.lines is not None
+        per_rank = 1
+        while True:
+            rows = np.array_split(ids, per_rank * self.world)
+            if all(len(row) <= 1 or self.row_tokens(row) <= self.budget for row in rows):
+                return rows
+            per_rank += 1
+
+
+def _fill(items: list[int], tokens: list[int], cost: list[float], bins: int, limit: int) -> list[list[int]] | None:
+    """Put items, most expensive first, each into the cheapest bin that has room; None if one finds none."""
+    if bins < 1:
+        return None if items else []
+    members: list[list[int]] = [[] for _ in range(bins)]
+    room = [limit] * bins
+    heap = [(0.0, number) for number in range(bins)]
+    for item in items:
+        skipped = []
+        while heap and tokens[item] > room[heap[0][1]]:
+            skipped.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        load, number = heap[0]
+        heapq.heapreplace(heap, (load + cost[item], number))
+        members[number].append(item)
+        room[number] -= tokens[item]
+        for entry in skipped:
+            heapq.heappush(heap, entry)
+    return members
+
+
+def _share_out(rows: list[IntArray], cost: list[float], world: int) -> tuple[tuple[IntArray, ...], ...]:
+    """Give every rank as many rows: the most expensive first, each to the rank that has computed least."""
+    per_rank = len(rows) // world
+    ranks: list[list[IntArray]] = [[] for _ in range(world)]
+    heap = [(0.0, rank) for rank in range(world)]
+    for number in sorted(range(len(rows)), key=lambda i: (-cost[i], i)):
+        load, rank = heapq.heappop(heap)
+        ranks[rank].append(rows[number])
+        if len(ranks[rank]) < per_rank:
+            heapq.heappush(heap, (load + cost[number], rank))
+    return tuple(tuple(rank) for rank in ranks)
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _rounded_array(counts: IntArray, multiple: int) -> IntArray:
+    return -(-counts // multiple) * multiple
+
+
+def plan_groups(
+    tokens_P: ArrayLike,
+    cost_P: ArrayLike,
+    *,
+    pairs_per_step: int,
+    tokens_per_batch: int,
+    world: int,
+    seed: int,
+    epoch: int,
+    multiple_of: int = 1,
+    lines: int | None = None,
+) -> Plan:
+    """Plan groups of any kind from what each adds to a row and what it costs; see `plan`.
+
+    Args:
+        tokens_P: tokens that a group adds to a row.
+        cost_P: what a group costs, in tokens.
+        pairs_per_step: groups of every step but the last.
+        tokens_per_batch: largest number of tokens of a row.
+        world: number of ranks.
+        seed: the run's seed.
+        epoch: the epoch, from 0.
+        multiple_of: what rows will be rounded up to.
+        lines: for padded batches, the lines of a group.
+
+    Raises:
+        ConfigError: a number is below what makes sense, or there is nothing to plan.
+    """
+    tokens = np.asarray(tokens_P, dtype=np.int64)
+    settings = {"pairs_per_step": pairs_per_step, "tokens_per_batch": tokens_per_batch, "world": world}
+    for name, value in {**settings, "multiple_of": multiple_of}.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1")
+    if not len(tokens):
+        raise ConfigError("there are no pairs to plan; expected at least one")
+    return Plan(
+        order_P=np.random.default_rng([seed, epoch]).permutation(len(tokens)),
+        tokens_P=tokens,
+        cost_P=np.asarray(cost_P, dtype=np.float64),
+        pairs_per_step=pairs_per_step,
+        budget=tokens_per_batch,
+        world=world,
+        multiple_of=multiple_of,
+        lines=lines,
+    )
+
+
+def plan(
+    shared_P: ArrayLike,
+    chosen_P: ArrayLike,
+    rejected_P: ArrayLike,
+    *,
+    pairs_per_step: int,
+    tokens_per_batch: int,
+    world: int,
+    seed: int,
+    epoch: int,
+    share_prefix: bool = True,
+    multiple_of: int = 1,
+    hidden_size: int = 2048,
+) -> Plan:
+    """Plan an epoch of packed rows.
+
+    Args:
+        shared_P: tokens that a pair's sequences begin with.
+        chosen_P: further tokens of the chosen sequence.
+        rejected_P: further tokens of the rejected sequence.
+        pairs_per_step: pairs of one optimiser step, over all ranks.
+        tokens_per_batch: largest number of tokens of a row, rounding included; a pair above it gets
+            a row of its own (`Plan.oversize` counts them).
+        world: number of ranks.
+        seed: the run's seed.
+        epoch: the epoch, from 0; each has its own order.
+        share_prefix: whether rows share beginnings.
+        multiple_of: what rows will be rounded up to.
+        hidden_size: the model's width. An attention score costs about 1/(6 * width) of a token's
+            matrix products, which matters for long pairs in small models only.
+
+    Returns:
+        The plan, the same for the same arguments. Which pairs make up a step depends on the number of
+        pairs, `pairs_per_step`, `seed` and `epoch` alone.
+
+    Raises:
+        ConfigError: a number is below what makes sense, or there is nothing to plan.
+    """
+    shared, chosen, rejected = (np.asarray(x, dtype=np.int64) for x in (shared_P, chosen_P, rejected_P))
+    tokens = (1 if share_prefix else 2) * shared + chosen + rejected
+    scores = (shared + chosen) ** 2 / 2 + rejected**2 / 2 + shared * rejected
+    if not share_prefix:
+        scores = scores + shared**2 / 2
+    return plan_groups(
+        tokens,
+        tokens + scores / (6.0 * hidden_size),
+        pairs_per_step=pairs_per_step,
+        tokens_per_batch=tokens_per_batch,
+        world=world,
+        seed=seed,
+        epoch=epoch,
+        multiple_of=multiple_of,
+    )
+
+
+def plan_padded(
+    shared_P: ArrayLike,
+    chosen_P: ArrayLike,
+    rejected_P: ArrayLike,
+    *,
+    pairs_per_step: int,
+    tokens_per_batch: int,
+    world: int,
+    seed: int,
+    epoch: int,
+    multiple_of: int = 1,
+) -> Plan:
+    """Plan an epoch of padded batches: the fallback, and the reference to compare with.
+
+    Steps hold the same pairs as `plan`'s. The pairs of a step, sorted by length, are cut into
+    batches of equally many pairs (give or take one), as few as keep every batch within the budget
+    with its padding counted.
+
+    Args:
+        shared_P: tokens that a pair's sequences begin with.
+        chosen_P: further tokens of the chosen sequence.
+        rejected_P: further tokens of the rejected sequence.
+        pairs_per_step: pairs of one optimiser step, over all ranks.
+        tokens_per_batch: largest number of tokens of a batch, padding included; a single pair may
+            exceed it.
+        world: number of ranks.
+        seed: the run's seed.
+        epoch: the epoch, from 0.
+        multiple_of: what lines will be rounded up to.
+
+    Raises:
+        ConfigError: a number is below what makes sense, or there is nothing to plan.
+    """
+    shared, chosen, rejected = (np.asarray(x, dtype=np.int64) for x in (shared_P, chosen_P, rejected_P))
+    return plan_groups(
+        shared + np.maximum(chosen, rejected),
+        2 * shared + chosen + rejected,
+        pairs_per_step=pairs_per_step,
+        tokens_per_batch=tokens_per_batch,
+        world=world,
+        seed=seed,
+        epoch=epoch,
+        multiple_of=multiple_of,
+        lines=2,
+    )

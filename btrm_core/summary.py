@@ -1,0 +1,82 @@
+"""What a run says about itself: before it starts, instead of starting (`--dry-run`), and when it has finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btrm_core.card import dumps
+from btrm_core.chat import ChatFormat
+from btrm_core.config import to_toml
+from btrm_core.distributed import Runtime, deepspeed_config
+from btrm_core.families import Family
+from btrm_core.loader import RowForm
+from btrm_core.planner import Plan
+from btrm_core.prepare import Data, device_name
+from btrm_core.report import evaluation_text, say, subset_table
+from btrm_core.settings import RunConfig
+from btrm_core.trainer import Schedule
+
+if TYPE_CHECKING:
+    from btrm_core.run import Outcome
+
+
+def introduce(
+    config: RunConfig, family: Family, chat: ChatFormat, data: Data, plan: Schedule, runtime: Runtime, form: RowForm
+) -> None:
+    """Say in a few lines what is about to happen."""
+    for line in data.lines:
+        say(runtime, line)
+    held_out = f", {len(data.eval)} held out" if data.eval is not None else ", no evaluation"
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    say(runtime, f"family {family.name} ({family.origin}), base model {config.model.name}")
+    say(runtime, f"{len(data.train)} training pairs{held_out}, at most {config.data.max_length} tokens a conversation")
+    say(
+        runtime,
+        f"{plan.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {plan.peak:g}; rows {form.layout} "
+        f"with {form.kernel} attention, at most {config.train.tokens_per_batch} tokens",
+    )
+    say(
+        runtime,
+        f"{runtime.world} x {device_name(runtime.device)}, {dtype}, ZeRO {runtime.zero_stage}; reward at "
+        f"{chat.terminal_token}, pad {chat.pad.token}",
+    )
+
+
+def describe_run(
+    config: RunConfig, family: Family, chat: ChatFormat, data: Data, made: Plan, plan: Schedule, output: Path
+) -> str:
+    """Everything a run would do, resolved, as text for `--dry-run`."""
+    answers = ", ".join(f"{hook} by {who}" for hook, who in chat.answers.items())
+    evaluation = len(data.eval) if data.eval is not None else 0
+    return "\n".join(
+        [
+            f"family: {family.name} ({family.origin}); {answers}",
+            f"reward at {chat.terminal_token!r}; pad token {chat.pad.token!r} ({chat.pad.reason})",
+            f"template sha256: {chat.template_sha256}",
+            f"pairs: {len(data.train)} for training, {evaluation} for evaluation",
+            *data.lines,
+            f"steps: {plan.total_steps}, {made.num_steps} per epoch, {plan.warmup_steps} of warm-up",
+            f"output: {output}",
+            "",
+            to_toml(config),
+            "# deepspeed",
+            dumps(deepspeed_config(config)),
+        ]
+    )
+
+
+def closing_text(outcome: Outcome) -> str:
+    """What a finished run prints: how good it is, scored examples, where it is, what to do next."""
+    lines: list[str] = []
+    if outcome.evaluation is not None:
+        lines += [evaluation_text(outcome.evaluation), subset_table(outcome.evaluation.get("subsets", []))]
+    for example in outcome.examples:
+        lines += ["", f"  {example['prompt']}", *_sides(example)]
+    lines += ["", f"model saved in {outcome.directory}"]
+    lines += [f"next: btrm score {outcome.directory} INPUT.jsonl -o OUTPUT.jsonl"]
+    return "\n".join(lines)
+
+
+def _sides(example: dict[str, Any]) -> list[str]:
+    return [f"    {example[side][0]:+7.3f}  {side:<8}  {example[side][1]}" for side in ("chosen", "rejected")]

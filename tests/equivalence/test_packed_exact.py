@@ -1,0 +1,240 @@
+"""Packed, prefix-shared rows give the rewards and gradients of separate forward passes.
+
+The reference is always transformers' own eager attention on one unpadded sequence at a time. float64
+here is float64 throughout (`true_float64`), so 1e-10 leaves no room for an approximation; float32 is
+compared too because it is what tests elsewhere and users see. Negative controls show that the same
+comparison notices a wrong window, wrong positions and a wrong mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import (
+    CONFIGS,
+    SOFTCAPPED,
+    WINDOWED,
+    awkward_groups,
+    gradients,
+    largest_difference,
+    tiny_model,
+    true_float64,
+    weights_for,
+)
+
+from btrm_core import kernels
+from btrm_core.attention import PADDED, SOFTCAP_KERNELS, collate
+from btrm_core.model import RewardModel
+from btrm_core.packing import Batch, TokenGroup
+from btrm_core.planner import plan
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+CASES = [
+    (name, kernel)
+    for name in CONFIGS
+    for kernel in ("varlen", "sdpa", "eager")
+    if name not in SOFTCAPPED or kernel in SOFTCAP_KERNELS
+]
+
+Results = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def precisely(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    return true_float64() if dtype == torch.float64 else contextlib.nullcontext()
+
+
+@functools.cache
+def separate(name: str, dtype: torch.dtype) -> Results:
+    """Rewards and gradients of one unpadded eager pass per sequence, computed once per model."""
+    groups = awkward_groups()
+    model = RewardModel(tiny_model(name, dtype), PADDED)
+    with precisely(dtype), model.own_attention():
+        alone = [g for group in groups for g in group.unshared()]
+        rewards_S = torch.cat([model(collate([g], kernel=PADDED)) for g in alone])
+        return rewards_S.detach(), gradients(model, rewards_S, weights_for(groups, dtype))
+
+
+def packed(
+    model: RewardModel, batches: Sequence[Batch], dtype: torch.dtype, order: Sequence[int] | None = None
+) -> Results:
+    """Rewards and gradients of packed rows; `order` puts their rewards into the order of the groups."""
+    with precisely(dtype):
+        rewards_S = torch.cat([model(batch) for batch in batches])
+        if order is not None:
+            rewards_S = rewards_S[torch.tensor(np.argsort(order))]
+        return rewards_S.detach(), gradients(model, rewards_S, weights_for(awkward_groups(), dtype))
+
+
+def difference(left: Results, right: Results) -> float:
+    return max(float((left[0] - right[0]).abs().max()), largest_difference(left[1], right[1]))
+
+
+def reward_model(
+    name: str, kernel: str, dtype: torch.dtype, *, checkpointing: bool = False, **changes: Any
+) -> RewardModel:
+    hf = tiny_model(name, dtype, **changes)
+    if checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    return RewardModel(hf, kernel).train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(("name", "kernel"), CASES)
+def test_one_row_equals_separate_passes(name: str, kernel: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    model = reward_model(name, kernel, dtype, checkpointing=checkpointing)
+    batch = collate(awkward_groups(), kernel=kernel, multiple_of=16)
+    assert batch.shared > 0
+    assert difference(packed(model, [batch], dtype), separate(name, dtype)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("name", "kernel"), CASES)
+def test_packing_without_sharing_equals_separate_passes(name: str, kernel: str) -> None:
+    model = reward_model(name, kernel, torch.float64)
+    batch = collate(awkward_groups(), kernel=kernel, share_prefix=False)
+    assert batch.computed == batch.useful
+    assert difference(packed(model, [batch], torch.float64), separate(name, torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_lines_equal_separate_passes(name: str) -> None:
+    model = reward_model(name, PADDED, torch.float64)
+    batch = collate(awkward_groups(), kernel=PADDED)
+    assert difference(packed(model, [batch], torch.float64), separate(name, torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_lines_through_a_packing_kernel_equal_separate_passes(name: str) -> None:
+    kernel = "eager" if name in SOFTCAPPED else "varlen"
+    model = reward_model(name, kernel, torch.float64, checkpointing=True)
+    batch = collate(awkward_groups(), kernel=PADDED)
+    assert difference(packed(model, [batch], torch.float64), separate(name, torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_planned_rows_with_a_pair_over_the_budget_equal_separate_passes(name: str) -> None:
+    groups = [g for g in awkward_groups() if len(g.tails) == 2]
+    lengths = [np.array([g.shared for g in groups]), *(np.array([g.tails[i] for g in groups]) for i in (0, 1))]
+    made = plan(*lengths, pairs_per_step=len(groups), tokens_per_batch=48, world=2, seed=0, epoch=0)
+    rows = [row for rank in made.step(0).rows for row in rank]
+    assert max(sum(len(groups[i].tokens) for i in row) for row in rows) > 48
+    kernel = "eager" if name in SOFTCAPPED else "varlen"
+    model = reward_model(name, kernel, torch.float64)
+    with true_float64():
+        rewards_P2 = torch.zeros(len(groups), 2, dtype=torch.float64)
+        for row in rows:
+            pairs = torch.tensor(row)
+            rewards_P2 = rewards_P2.index_put(
+                (pairs,), model(collate([groups[i] for i in row], kernel=kernel)).view(-1, 2)
+            )
+        alone = RewardModel(tiny_model(name, torch.float64), PADDED)
+        expected_P2 = torch.cat([alone(collate([g], kernel=PADDED)) for g in groups]).view(-1, 2)
+        weights = weights_for(groups, torch.float64)
+        got, want = gradients(model, rewards_P2.flatten(), weights), gradients(alone, expected_P2.flatten(), weights)
+    assert difference((rewards_P2.detach(), got), (expected_P2.detach(), want)) < 1e-10
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let FlexAttention be traced on the CPU, where torch refuses inputs that need gradients."""
+    import torch.nn.attention.flex_attention as module
+
+    monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
+    kernels._compiled_flex.cache_clear()
+    torch._dynamo.reset()
+    yield
+    kernels._compiled_flex.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2"])
+def test_flex_with_checkpointing_equals_separate_passes(name: str, flex_on_cpu: None) -> None:
+    model = reward_model(name, "flex", torch.float64, checkpointing=True)
+    batch = collate(awkward_groups(), kernel="flex", multiple_of=128)
+    assert difference(packed(model, [batch], torch.float64), separate(name, torch.float64)) < 1e-10
+
+
+# --- negative controls: the comparison above must notice each of these ---------------------------
+
+
+def row_offsets_as_positions(batch: Batch) -> None:
+    batch.position_ids = torch.arange(batch.computed)[None]
+
+
+def window_on_row_offsets(batch: Batch) -> None:
+    assert batch.layout is not None
+    batch.layout.position_T = torch.arange(batch.computed)
+
+
+def plain_causal_mask(batch: Batch) -> None:
+    assert batch.layout is not None
+    batch.layout.end_T = torch.full_like(batch.layout.end_T, batch.computed)
+
+
+def siblings_see_each_other(batch: Batch) -> None:
+    assert batch.layout is not None
+    ends = batch.layout.end_T
+    for run in batch.layout.runs:
+        if run.prefix:
+            ends[run.prefix_start : run.stop] = run.stop
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (row_offsets_as_positions, tuple(CONFIGS)),
+        (plain_causal_mask, tuple(CONFIGS)),
+        (siblings_see_each_other, tuple(CONFIGS)),
+        (window_on_row_offsets, WINDOWED),
+    ],
+)
+def test_a_wrong_mask_or_position_is_noticed(spoil: Callable[[Batch], None], names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in SOFTCAPPED:
+            continue  # the dense kernel, whose mask is spoilt here, has no soft-cap
+        model = reward_model(name, "sdpa", torch.float64)
+        batch = collate(awkward_groups(), kernel="sdpa")
+        spoil(batch)
+        results = packed(model, [batch], torch.float64)
+        assert float((results[0] - separate(name, torch.float64)[0]).abs().max()) > 1e-2, name
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_wrong_window_is_noticed(name: str) -> None:
+    kernel = "eager" if name in SOFTCAPPED else "varlen"
+    model = reward_model(name, kernel, torch.float64, sliding_window=10)
+    results = packed(model, [collate(awkward_groups(), kernel=kernel)], torch.float64)
+    assert float((results[0] - separate(name, torch.float64)[0]).abs().max()) > 1e-2
+
+
+def test_a_lost_softcap_is_noticed() -> None:
+    model = reward_model("gemma2", "eager", torch.float64, attn_logit_softcapping=None)
+    results = packed(model, [collate(awkward_groups(), kernel="eager")], torch.float64)
+    assert float((results[0] - separate("gemma2", torch.float64)[0]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_transformers_own_packing_by_positions_is_noticed(name: str) -> None:
+    """Handing transformers only the positions of a shared row cuts tails off from their prefix."""
+    model = reward_model(name, "sdpa", torch.float64)
+    batch = collate([g for g in awkward_groups() if g.shared > 10], kernel="sdpa")
+    with true_float64():
+        right = model(batch)
+        model.use_kernel(PADDED)
+        batch.layout = None
+        wrong = model(batch)
+    assert float((right - wrong).abs().max()) > 1e-2
+
+
+def test_groups_cover_what_they_should() -> None:
+    groups: list[TokenGroup] = awkward_groups()
+    tails = [tail for g in groups for tail in g.tails]
+    assert 0 in tails
+    assert 1 in tails
+    assert any(g.shared == 0 for g in groups)
+    assert {len(g.tails) for g in groups} >= {1, 2, 4}

@@ -1,0 +1,221 @@
+"""The benchmark's own machinery: the form of results, the table, and that peers get what they are said to get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import environment, flops, harness, results, table
+from benchmarks.gate import Gate
+from benchmarks.harness import ArmRun
+from benchmarks.workload import Settings, Workload, common_prefix, token_counts
+
+PAIRS = [([5, 6, 7, 8, 9], [5, 6, 7, 3]), ([5, 6, 4], [5, 6, 4, 4, 4, 4, 2]), ([9, 9], [9, 8]), ([7, 3], [7, 2, 1])]
+PAD = 0
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Workload:
+    pairs = [tuple(np.array(ids, dtype=np.int32) for ids in pair) for pair in PAIRS]
+    settings = Settings(
+        model="tiny", data=("pairs.jsonl",), pairs_per_step=2, micro_batch=2, steps=2, passes=2, threads=1
+    )
+    made = Workload(settings, tmp_path, pairs, [[0, 1], [2, 3], [3, 0], [1, 2], [1, 0], [3, 2]], PAD)
+    made.facts = {
+        "layers": 1,
+        "parameters": {"backbone": 10, "backbone_without_embeddings": 6},
+        "measured": token_counts(pairs, 2),
+        "flops_minimal": 1e6,
+    }
+    return made
+
+
+def runs_of(seconds: dict[str, float]) -> dict[str, ArmRun]:
+    def run(each: float) -> ArmRun:
+        steps = [{"wall": each, "cpu": 2 * each, "tokens": 40}, {"wall": 2 * each, "cpu": 4 * each, "tokens": 20}]
+        return ArmRun(passes=[steps, steps], peak_memory=2**30, base_memory=2**29, losses={"1": 0.7}, load=[0.1])
+
+    return {name: run(each) for name, each in seconds.items()}
+
+
+def result_of(work: Workload, **seconds: float) -> dict[str, Any]:
+    names = {name.replace("_", "-"): value for name, value in seconds.items()}
+    out = results.header("train_throughput", "tiny-run", work.settings, {"commit": "a" * 40, "dirty": False})
+    out.update(results.summarise(work, runs_of(names)))
+    return out
+
+
+def test_tokens_are_counted_for_each_layout(work: Workload) -> None:
+    assert [common_prefix(pair) for pair in work.pairs] == [3, 3, 1, 1]
+    assert token_counts(work.pairs, 2) == {
+        "pairs": 4,
+        "conversations": 28,
+        "minimal": 20,
+        "padded": 2 * 2 * 7 + 2 * 2 * 3,
+        "longest": 7,
+    }
+
+
+def test_shared_attention_entries_are_those_of_the_mask() -> None:
+    full = flops.shared_entries(3, [2, 4])
+    assert full == flops.causal_entries(5) + flops.causal_entries(7) - flops.causal_entries(3)
+    brute = sum(1 for q in range(9) for k in range(q + 1) if q - k < 4)
+    assert flops.causal_entries(9, window=4) == brute
+
+
+def test_a_workload_survives_saving(work: Workload) -> None:
+    work.save()
+    again = Workload.load(work.directory)
+    assert again.settings == work.settings
+    assert again.steps == work.steps
+    assert all((a == b).all() for p, q in zip(work.pairs, again.pairs, strict=True) for a, b in zip(p, q, strict=True))
+
+
+def test_ratios_are_taken_pass_by_pass(work: Workload) -> None:
+    made = result_of(work, trl=4.0, btrm_shared=1.0, backbone=0.8)
+    assert made["comparisons"]["speedup"]["btrm-shared"]["wall"] == {"median": 4.0, "min": 4.0, "max": 4.0}
+    assert made["comparisons"]["overhead"]["backbone"]["cpu"]["median"] == pytest.approx(25.0)
+    assert made["comparisons"]["loss_difference"] == {"btrm-shared": 0.0}
+    assert made["arms"]["trl"]["pairs_per_second"]["median"] == pytest.approx(4 / 12)
+    assert made["arms"]["trl"]["padding_percent"] == pytest.approx(100 * (1 - 28 / 60))
+    assert made["arms"]["btrm-shared"]["padding_percent"] == pytest.approx(100 * (1 - 20 / 60))
+
+
+def test_results_are_checked_and_read_back(work: Workload, tmp_path: Path) -> None:
+    made = result_of(work, trl=2.0, btrm_shared=1.0)
+    path = results.write(made, tmp_path / "results")
+    assert json.loads(path.read_text()) == made
+    (tmp_path / "results" / "other.json").write_text('{"benchmark": "something else"}')
+    assert [found["name"] for found in results.load_all(tmp_path / "results")] == ["tiny-run"]
+    del made["arms"]["trl"]["wall"]
+    with pytest.raises(ValueError, match="tiny-run: arm trl: 'wall' is missing"):
+        results.check(made)
+
+
+def test_the_table_says_what_was_measured(work: Workload) -> None:
+    text = table.render([result_of(work, trl=2.0, btrm_shared=0.5)])
+    assert "| trl | 0.667 |" in text
+    assert "| btrm-shared | 2.667 |" in text
+    assert "4.00" in text
+    assert "commit aaaaaaaaaa" in text
+    readme = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.put(readme, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    with pytest.raises(ValueError, match="lacks the markers"):
+        table.put("nothing", "new")
+
+
+def test_the_readme_shows_the_recorded_results() -> None:
+    assert table.main(["--check"]) == 0
+
+
+def test_no_result_is_written_for_uncommitted_code(tmp_path: Path) -> None:
+    with pytest.raises(environment.DirtyTreeError, match="not a git checkout"):
+        environment.require_clean(False, tmp_path)
+    assert environment.require_clean(True, tmp_path) == {"commit": None, "dirty": True}
+
+
+def test_arms_take_turns() -> None:
+    assert [harness.rotated(["a", "b", "c"], i) for i in range(4)] == [
+        ["a", "b", "c"],
+        ["b", "c", "a"],
+        ["c", "a", "b"],
+        ["a", "b", "c"],
+    ]
+
+
+def test_the_gate_stops_after_the_steps_it_was_told(tmp_path: Path) -> None:
+    commands, answers = tmp_path / "in", tmp_path / "out"
+    commands.write_text('{"run": 2}\n{"stop": true}\n')
+    with commands.open() as reader, answers.open("w") as writer:
+        gate = Gate(reader, writer, "cpu")
+        assert gate.open()
+        gate.tokens += 7
+        assert gate.step_done()
+        assert not gate.step_done()
+        gate.close()
+    ready, block, last = map(json.loads, answers.read_text().splitlines())
+    assert ready["ready"]
+    assert [step["tokens"] for step in block["steps"]] == [7, 0]
+    assert block["peak_memory"] >= ready["base_memory"] > 0
+    assert last == {"losses": {}}
+
+
+def _tiny_model(work: Workload) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD, "<unk>": 1, **{str(i): i for i in range(2, 12)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), pad_token="<pad>", eos_token="2"
+    )
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=12, num_labels=1, pad_token_id=PAD, **shape)
+    LlamaForSequenceClassification(config).save_pretrained(work.model_dir)
+    tokenizer.save_pretrained(work.model_dir)
+    work.save()
+
+
+def _first_loss(work: Workload, run: Any, tmp_path: Path) -> tuple[float, list[int]]:
+    commands, answers = tmp_path / "in", tmp_path / "out"
+    commands.write_text('{"run": 2}\n{"stop": true}\n')
+    with commands.open() as reader, answers.open("w") as writer:
+        gate = Gate(reader, writer, "cpu")
+        run(work, gate, range(0, 2))
+        gate.close()
+    lines = list(map(json.loads, answers.read_text().splitlines()))
+    return lines[-1]["losses"]["1"], [step["tokens"] for step in lines[1]["steps"]]
+
+
+def _expected_loss(work: Workload) -> float:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(work.model_dir, dtype=torch.float32).eval()
+    losses = []
+    for i in work.steps[0]:
+        r = [model(input_ids=torch.tensor(ids.astype(np.int64))[None]).logits[0, 0].double() for ids in work.pairs[i]]
+        losses.append(-torch.nn.functional.logsigmoid(r[0] - r[1]).item())
+    return float(np.mean(losses))
+
+
+def test_trl_trains_on_the_same_pairs_in_its_own_batches(work: Workload, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'btrm[bench]'")
+    from benchmarks.arms import run_trl
+
+    _tiny_model(work)
+    loss, tokens = _first_loss(work, run_trl, tmp_path)
+    assert loss == pytest.approx(_expected_loss(work), abs=1e-5)
+    assert tokens == [4 * 7, 4 * 3]
+
+
+def test_the_seed_recipe_pads_each_pair_by_itself(work: Workload, tmp_path: Path) -> None:
+    from benchmarks.arms import run_seed
+
+    _tiny_model(work)
+    loss, tokens = _first_loss(work, run_seed, tmp_path)
+    assert loss == pytest.approx(_expected_loss(work), abs=1e-5)
+    assert tokens == [2 * 5 + 2 * 7, 2 * 2 + 2 * 3]
+
+
+def test_scoring_arms_give_the_same_rewards_and_a_table(work: Workload) -> None:
+    from benchmarks import score_best_of_n as scoring
+
+    _tiny_model(work)
+    words = ["--name", "tiny", "--model", str(work.model_dir), "--responses", "5", "--prompt-tokens", "9"]
+    arguments = scoring.parser().parse_args([*words, "--response-tokens", "3", "--repeats", "1", "--threads", "1"])
+    sequences, _ = scoring.random_sequences(arguments)
+    arms, layers = scoring.build_arms(arguments, sequences)
+    runs, rewards = scoring.measure(arms, arguments.repeats, "cpu")
+    assert all(np.abs(rewards[name] - rewards["alone"]).max() < 1e-5 for name in arms)
+    made = scoring.summarise(arguments, {"commit": "b" * 40, "dirty": True}, runs, rewards, layers)
+    results.check(made)
+    assert made["arms"]["shared"]["tokens_computed"] == 9 + 5 * 3
+    assert made["arms"]["alone"]["tokens_computed"] == 5 * (9 + 3)
+    text = table.render([made])
+    assert "**with uncommitted changes**" in text
+    assert "one prompt of 9 tokens, 5 responses of 3" in text

@@ -1,0 +1,103 @@
+"""Settings: every key and value is checked, and text survives the way through TOML."""
+
+import pytest
+
+from btrm_core.config import apply, flat, load_config, parse_assignments, resolve, setting_types, to_toml
+from btrm_core.errors import ConfigError
+from btrm_core.hookspecs import Recipe
+from btrm_core.settings import CHOICES, NOT_NEGATIVE, POSITIVE, RunConfig
+
+
+def fails(values, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, values)
+    assert str(caught.value) == message
+
+
+def test_unknown_key_is_an_error_with_a_suggestion():
+    fails(
+        {"train.lerning_rate": 1},
+        "unknown setting 'train.lerning_rate'. Did you mean 'train.learning_rate'? Known sections: model, tokenizer, head, "
+        "data, train, loss, lora, distributed, output",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train.seed": "x"}, "train.seed = 'x': expected a whole number"),
+        ({"train.seed": 1.5}, "train.seed = 1.5: expected a whole number"),
+        ({"train.learning_rate": "fast"}, "train.learning_rate = 'fast': expected a number"),
+        ({"train.learning_rate": 0}, "train.learning_rate = 0.0: expected a number above 0"),
+        ({"train.weight_decay": -1}, "train.weight_decay = -1.0: expected 0 or more"),
+        ({"data.strict": "perhaps"}, "data.strict = 'perhaps': expected true or false"),
+        (
+            {"model.attention": "flesh"},
+            "model.attention = 'flesh': expected one of auto, flash, varlen, flex, sdpa, eager. Did you mean 'flash'?",
+        ),
+        ({"loss.label_smoothing": 0.5}, "loss.label_smoothing = 0.5: expected at least 0 and below 0.5"),
+        ({"data.held_out_fraction": 1}, "data.held_out_fraction = 1.0: expected below 1"),
+    ],
+)
+def test_bad_values_say_what_was_expected(values, message):
+    fails(values, message)
+
+
+def test_a_file_and_flags_and_what_wins(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('family = "llama3"\n[train]\nseed = 3\nepochs = 2\n[data]\ntrain = ["a", "b"]\n')
+    config = load_config(str(path), {"train.seed": "4"})
+    assert (config.family, config.train.seed, config.train.epochs, config.data.train) == ("llama3", 4, 2.0, ("a", "b"))
+
+
+def test_a_broken_file_is_one_line(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("family = \n")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_config(str(path))
+    with pytest.raises(ConfigError, match="cannot read the configuration file .*: No such file or directory"):
+        load_config(str(tmp_path / "none.toml"))
+
+
+def test_toml_round_trip(tmp_path):
+    config = load_config(None, {"train.learning_rate": "1e-5", "data.train": "a,b", "data.strict": "true"})
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(config))
+    assert load_config(str(path)) == config
+
+
+def test_assignments():
+    assert parse_assignments(["a.b = 1", "c.d=x=y"]) == {"a.b": "1", "c.d": "x=y"}
+    with pytest.raises(ConfigError, match=r"--set 'train\.seed' is not of the form section\.key=value"):
+        parse_assignments(["train.seed"])
+
+
+def test_a_recipe_fills_only_what_is_open():
+    config = apply(RunConfig(), {"train.learning_rate": 3e-4})
+    resolved = resolve(config, Recipe(learning_rate=1e-5, max_length=4096, pairs_per_step=512, epochs=1.0))
+    assert resolved.train.learning_rate == 3e-4
+    assert (resolved.data.max_length, resolved.train.pairs_per_step) == (4096, 512)
+    assert config.data.max_length is None
+
+
+def test_every_rule_names_a_setting():
+    known = setting_types()
+    assert set(POSITIVE) | set(NOT_NEGATIVE) | set(CHOICES) <= set(known)
+    assert list(flat(RunConfig())) == list(known)
+
+
+def test_every_setting_is_documented():
+    import ast
+    import inspect
+
+    from btrm_core import settings
+
+    tree = ast.parse(inspect.getsource(settings))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name != "RunConfig":
+            for field, doc in zip(node.body[1::2], node.body[2::2], strict=True):
+                assert isinstance(field, ast.AnnAssign), (
+                    f"{node.name}: a setting without a docstring before {ast.dump(field)}"
+                )
+                assert isinstance(doc, ast.Expr)
+                assert isinstance(doc.value, ast.Constant)

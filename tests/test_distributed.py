@@ -1,0 +1,95 @@
+"""DeepSpeed configurations: presets, users' files, and contradictions with what btrm derives."""
+
+import json
+
+import pytest
+import torch
+
+from btrm_core.config import load_config
+from btrm_core.distributed import PRESETS, deepspeed_config, start
+from btrm_core.errors import ConfigError
+
+RESOLVED = {"train.learning_rate": 1e-5, "train.weight_decay": 0.001}
+
+SEED_STAGE_3 = {  # the shape of the file that users of the RLHFlow recipes have
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "bf16": {"enabled": True},
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+
+
+def made(tmp_path=None, content=None, **values):
+    if content is not None:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(content))
+        values["distributed.deepspeed"] = str(path)
+    return deepspeed_config(load_config(None, {**RESOLVED, **values}))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = made(**{"distributed.deepspeed": name, "model.dtype": "bf16"})
+    assert config["zero_optimization"]["stage"] == int(name[4])
+    assert config["bf16"]["enabled"]
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["optimizer"]["params"]["torch_adam"], "anything else is compiled at run time"
+    assert config["optimizer"]["params"]["lr"] == 1e-5
+
+
+def test_a_users_file_is_honoured_and_auto_is_filled(tmp_path):
+    config = made(tmp_path, SEED_STAGE_3)
+    assert config["zero_optimization"]["overlap_comm"] is True
+    assert "auto" not in json.dumps(config)
+    assert config["gradient_clipping"] == 1.0
+    assert config["bf16"]["enabled"], "with dtype auto the file decides"
+    assert config["wall_clock_breakdown"] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradient_accumulation_steps": 8}, "gradient_accumulation_steps = 8 contradicts btrm's 1"),
+        ({"gradient_clipping": 0.3}, "gradient_clipping = 0.3 contradicts btrm's 1.0"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage = 0, expected 1, 2 or 3"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled = True contradicts btrm's False"),
+        ({"optimizer": {"type": "Lion", "params": {}}}, "optimizer.type = 'Lion' contradicts btrm's 'AdamW'"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}},
+            "optimizer.params.lr = 0.1 contradicts btrm's 1e-05",
+        ),
+    ],
+)
+def test_contradictions_name_both_values(tmp_path, change, message):
+    with pytest.raises(ConfigError) as caught:
+        made(tmp_path, {**SEED_STAGE_3, **change})
+    assert message in str(caught.value)
+    assert str(tmp_path / "ds.json") in str(caught.value)
+
+
+def test_unknown_presets_and_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"--deepspeed 'zero4': expected one of zero1, .* Did you mean 'zero"):
+        made(**{"distributed.deepspeed": "zero4"})
+    with pytest.raises(ConfigError, match="cannot read the DeepSpeed configuration"):
+        made(**{"distributed.deepspeed": str(tmp_path / "none.json")})
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        made(**{"distributed.deepspeed": str(tmp_path / "bad.json")})
+
+
+def test_a_process_alone_is_a_world_of_one_without_a_port():
+    with start(load_config(None, RESOLVED)) as runtime:
+        assert (runtime.rank, runtime.world, runtime.zero_stage) == (0, 1, 1)
+        assert runtime.any(True)
+        assert not runtime.any(False)
+        assert runtime.sum(torch.ones(2)).tolist() == [1.0, 1.0]

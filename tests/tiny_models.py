@@ -1,0 +1,134 @@
+"""Tiny real models of several architectures, and token groups with every awkward shape, for exactness tests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from btrm_core.packing import TokenGroup
+
+VOCAB = 61
+WINDOW = 9
+
+SIZE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "num_labels": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": WINDOW, "attn_logit_softcapping": 2.0}),
+    "qwen3": (
+        "qwen3",
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+}
+SOFTCAPPED = ("gemma2",)
+WINDOWED = ("mistral", "gemma2", "qwen3", "phi3")
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A two-layer sequence classifier with weights large enough for attention to matter."""
+    model_type, special = CONFIGS[name]
+    config = CONFIG_MAPPING[model_type](**{**SIZE, **special, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.ndim > 1 else 0.05
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    return model.to(dtype)
+
+
+def group(shared: int, *tails: int, seed: int = 0) -> TokenGroup:
+    """A group of random tokens with the given lengths."""
+    rng = np.random.default_rng([seed, shared, *tails])
+    return TokenGroup(rng.integers(3, VOCAB, shared + sum(tails)).astype(np.int32), shared, tails)
+
+
+def awkward_groups() -> list[TokenGroup]:
+    """Long prefixes, no prefix, empty and one-token tails, one response, many responses."""
+    return [
+        group(40, 7, 5),
+        group(0, 6, 9),
+        group(12, 0, 4),
+        group(5, 3, 0),
+        group(20, 1, 1),
+        group(11, 26, 2),
+        group(0, 7),
+        group(18, 3, 0, 1, 12),
+        group(6, 0, 0),
+    ]
+
+
+@contextlib.contextmanager
+def true_float64() -> Iterator[None]:
+    """While active, floating tensors that are cast to float32 become float64 instead.
+
+    transformers computes norms, rotary embeddings and softmax in float32 whatever the model's type,
+    which would hide errors below 1e-6. (A `TorchFunctionMode` would do, but is off while checkpointed
+    layers are recomputed.)
+    """
+    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+    swap = lambda value: torch.float64 if value is torch.float32 else value  # noqa: E731
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.Tensor, "float", lambda self: self.double())
+    patch.setattr(
+        torch.Tensor, "to", lambda self, *args, **kw: to(self, *map(swap, args), **{k: swap(v) for k, v in kw.items()})
+    )
+    patch.setattr(
+        torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **kw: softmax(x, dim, dtype=swap(dtype), **kw)
+    )
+    try:
+        yield
+    finally:
+        patch.undo()
+    assert torch.Tensor.float is to_float
+
+
+def gradients(model: torch.nn.Module, rewards_S: torch.Tensor, weights_S: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of a fixed weighting of the rewards with respect to every parameter."""
+    model.zero_grad()
+    (rewards_S * weights_S).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any entry, over all parameters; infinite when one side lacks a parameter."""
+    if left.keys() != right.keys():
+        return float("inf")
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def weights_for(groups: Sequence[TokenGroup], dtype: torch.dtype) -> torch.Tensor:
+    """Fixed weights, one for each sequence, of either sign."""
+    count = sum(len(g.tails) for g in groups)
+    return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + 0.3).to(dtype)
