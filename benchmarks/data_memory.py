@@ -18,9 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = (
-    "the of and to in is you that it he was for on are as with his they at be this have from or one had by word".split()
-)
+TEXT = "the of and to in is you that it he was for on are as with his they at be this have from or one had by word"
+WORDS = TEXT.split()
 
 
 def make_pairs(path: str, number: int) -> None:
@@ -79,7 +78,7 @@ def measure(file: str, cache: str, workers: int, max_length: int) -> Phases:
     from btrm_core.tokenizers import tiny_tokenizer
 
     family = families.load("llama3")
-    chat = prepare_chat(tiny_tokenizer(family.recipe().tiny, [" ".join(WORDS)] * 3), LlamaConfig(), family)
+    chat = prepare_chat(tiny_tokenizer(family.recipe().tiny, [TEXT] * 3), LlamaConfig(), family)
     phases.end("imports and tokenizer")
     data = load_pairs([file], cache_dir=cache)
     phases.end("load (first run)")

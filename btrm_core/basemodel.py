@@ -143,7 +143,7 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
 
 
 def freeze(hf: Any, model: ModelConfig) -> None:
-    """Freeze what the settings say: embeddings, or all but the last layers (the final norm and the head always train)."""
+    """Freeze what the settings say: embeddings, or all but the last layers; the final norm and the head always train."""
     backbone = getattr(hf, hf.base_model_prefix)
     if model.freeze_embeddings or model.train_last_layers is not None:
         hf.get_input_embeddings().requires_grad_(False)
@@ -158,14 +158,18 @@ def freeze(hf: Any, model: ModelConfig) -> None:
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: decayed matrices, and norms, biases and the head without decay."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         is_plain = dimensions < 2 or "score." in name or "norm" in name.lower()
         (plain if is_plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 

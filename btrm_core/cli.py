@@ -19,6 +19,7 @@ import click
 
 from btrm_core import config as settings
 from btrm_core.errors import BtrmError
+from btrm_core.families import list_families
 
 FLAGS: dict[str, str] = {
     "family": "family",
@@ -154,18 +155,32 @@ def train(
 @main.command()
 @click.argument("name", required=False)
 @click.option("--model", metavar="ID|DIR", help="Show the answers for this model.")
+@click.option("--check", is_flag=True, help="Run the conformance checks on family NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show why a family is broken, with its traceback.")
-def families(name: str | None, model: str | None, as_json: bool, debug: bool) -> None:
-    """List the installed families, or show what one answers."""
+def families(name: str | None, model: str | None, check: bool, as_json: bool, debug: bool) -> None:
+    """List the installed families, show what one answers, or check that it keeps the contract."""
     from btrm_core import family_view
 
     if name is None:
-        entries = family_view.entries(debug=debug)
-        click.echo(_dumps(entries) if as_json else family_view.format_families(entries))
-        return
-    described = family_view.describe(name, model)
-    click.echo(_dumps(described) if as_json else family_view.format_description(described))
+        entries = list_families()
+        click.echo(_dumps([vars(e) for e in entries]) if as_json else family_view.format_families(entries))
+        if debug:
+            click.echo(family_view.tracebacks(entries), err=True)
+    elif check:
+        _check_family(name, model, as_json)
+    else:
+        described = family_view.describe(name, model)
+        click.echo(_dumps(described) if as_json else family_view.format_description(described))
+
+
+def _check_family(name: str, model: str | None, as_json: bool) -> None:
+    from btrm_core.testing import format_checks, run_checks
+
+    results = run_checks(name, model)
+    click.echo(_dumps([vars(result) for result in results]) if as_json else format_checks(results))
+    if any(result.status == "fail" for result in results):
+        raise SystemExit(1)
 
 
 @main.command()
@@ -216,9 +231,10 @@ def data() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(sources: tuple[str, ...], as_json: bool) -> None:
     """Count pairs, bad rows with their reasons, duplicates, contradictions and the length baseline."""
-    from btrm_core.data_checks import format_inspection, inspect_sources
+    from btrm_core.data import load_pairs
+    from btrm_core.inspection import format_inspection, inspect_pairs
 
-    result = inspect_sources(sources)
+    result = inspect_pairs(load_pairs(sources))
     click.echo(_dumps(result) if as_json else format_inspection(result))
 
 

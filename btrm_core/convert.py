@@ -17,7 +17,7 @@ response_a, response_b        with a prompt and a `winner` ("a", "b", "tie"); al
                               answer_0/_1 with score_0/_1, conversation_a/_b with winner
 ============================  ===============================================================================
 
-The prompt may be called prompt, instruction (with input), question, context or conversations; `system` (or
+The prompt may be called prompt, instruction (with input), question, context, conversations or messages; `system` (or
 `system_prompt`) is put before it. `margin`, `weight`, `subset` and `id` are optional everywhere.
 
 Scored responses give one pair by default: the best against the worst, the clearest label there is, and no

@@ -106,7 +106,7 @@ def load_pairs(
     """Read, convert and check all rows of all sources, in order.
 
     Args:
-        sources: files, folders and Hub ids; `sources.py` says which.
+        sources: files, folders and Hub ids (one alone may be a plain string); `sources.py` says which.
         strict: raise at the first bad row instead of going on without it. Ties and other sound rows that hold
             no preference are not bad.
         cache_dir: where the pairs are kept; default `cache.cache_root()`.
@@ -116,7 +116,7 @@ def load_pairs(
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
     """
     root = cache.cache_root(cache_dir)
-    resolved = resolve(list(sources), root)
+    resolved = resolve([sources] if isinstance(sources, str) else sources, root)
     contents = [[source.name, source.content] for source in resolved.sources]
     fingerprint = cache.digest("pairs", FORMAT_VERSION, contents, scored)
     # Reports name the sources as the user spelled them, so the spelling is part of the entry, not of the data.

@@ -232,7 +232,8 @@ def _join_process_group() -> None:
         return  # a launcher's variables: Accelerate joins the group
     os.environ.update(LOCAL_RANK="0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def _quiet() -> None:

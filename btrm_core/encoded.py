@@ -36,7 +36,20 @@ if TYPE_CHECKING:
 ENCODING_VERSION = 1
 """Part of every cache key: raised when equal pairs get other tokens than before."""
 
-_CODE = ("cache", "chat", "data", "encod*", "packing", "templates", "tokenizers", "truncation")
+_CODE = (
+    "cache",
+    "chat",
+    "convert",
+    "data",
+    "encod*",
+    "formats",
+    "packing",
+    "readers",
+    "sources",
+    "templates",
+    "tokenizers",
+    "truncation",
+)
 _KINDS_KEPT = 20
 _EXAMPLES_KEPT = 5
 _COLUMNS = ("index", "id", "subset", "tokens", "shared", "chosen", "rejected", "margin", "weight")

@@ -243,8 +243,8 @@ def format_estimate(estimates: Sequence[Estimate]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
     lines += [
-        f"fits: the total, {FRAGMENTATION:.0%} of activations and buffers, and {CONTEXT} GiB for CUDA and NCCL (assumed) are "
-        f"at most {first.hardware.memory / GIB:.1f} GiB",
+        f"fits: total, {FRAGMENTATION:.0%} of activations and buffers, and {CONTEXT} GiB for CUDA and NCCL (assumed) "
+        f"are at most {first.hardware.memory / GIB:.1f} GiB",
         "",
     ]
     best = next((e for e in estimates if e.recommended), None)

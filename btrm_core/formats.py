@@ -19,7 +19,7 @@ Scored = Literal["best-vs-worst", "best-vs-each", "all"]
 Row = Mapping[str, Any]
 Side = tuple[str, Any]  # key of the row (for messages) and the answer or conversation found there
 
-PROMPT_KEYS = ("prompt", "instruction", "question", "context", "conversations")
+PROMPT_KEYS = ("prompt", "instruction", "question", "context", "conversations", "messages")
 _LIST_KEYS = ("responses", "completions", "answers")
 _TEXT_KEYS = ("response", "text", "content", "answer", "completion")
 _SCORE_KEYS = ("overall_score", "score", "rating", "fine-grained_score", "helpfulness")
@@ -72,7 +72,8 @@ def group_single_responses(
 
 
 def _is_single(row: Row) -> bool:
-    return "response" in row and "chosen" not in row and _score_key(row) is not None
+    has_prompt = any(row.get(key) is not None for key in PROMPT_KEYS)
+    return has_prompt and "response" in row and "chosen" not in row and _score_key(row) is not None
 
 
 def _prompt_of(row: Any) -> object:

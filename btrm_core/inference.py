@@ -24,11 +24,26 @@ def make_plan(
 ) -> Plan:
     """The plan of one epoch over `pairs`, for rows of the given form."""
     lengths = (pairs.shared_P, pairs.chosen_P, pairs.rejected_P)
-    budget = {"pairs_per_step": pairs_per_step, "tokens_per_batch": tokens_per_batch, "world": world}
-    order = {"seed": seed, "epoch": epoch, "multiple_of": form.multiple_of}
     if form.layout == "padded":
-        return plan_padded(*lengths, **budget, **order)
-    return plan(*lengths, share_prefix=form.layout == "shared", **budget, **order)
+        return plan_padded(
+            *lengths,
+            pairs_per_step=pairs_per_step,
+            tokens_per_batch=tokens_per_batch,
+            world=world,
+            seed=seed,
+            epoch=epoch,
+            multiple_of=form.multiple_of,
+        )
+    return plan(
+        *lengths,
+        pairs_per_step=pairs_per_step,
+        tokens_per_batch=tokens_per_batch,
+        world=world,
+        seed=seed,
+        epoch=epoch,
+        multiple_of=form.multiple_of,
+        share_prefix=form.layout == "shared",
+    )
 
 
 @torch.no_grad()

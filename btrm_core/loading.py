@@ -1,7 +1,7 @@
 """Opens a finished reward model, from a directory or the hub, with transformers alone.
 
 Decides what may be scored with: a checkpoint with a trained head of one output, whole safetensors weights, and a pad
-token of its own. Code that comes with a checkpoint is never run. No family is needed; an installed one is only compared.
+token of its own. Code that comes with a checkpoint is never run. No family is needed; an installed one is compared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The file that an interrupted `btrm score` leaves behind, and how the next call goes on with it.
 
-Decides: rewards are only ever continued for the same input and the same model, after the last whole line, by one process
-at a time. What a line says is `records`'.
+Decides: rewards are only ever continued for the same input and the same model, after the last whole line, by one
+process at a time. What a line says is `records`'.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def partial_file(target: Path, header: dict[str, Any]) -> Iterator[tuple[IO[byte
 
     Args:
         target: the output.
-        header: JSON values that say what the rewards are of; the lines of a partial file with another header are dropped.
+        header: JSON values that say what the rewards are of; lines written under another header are dropped.
 
     Raises:
         DataError: another process is writing it.

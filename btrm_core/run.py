@@ -243,9 +243,9 @@ def self_test_vectors(session: Session) -> list[dict[str, Any]]:
     vectors = []
     for i in range(min(SELF_TEST_PAIRS, len(pairs))):
         for ids in pairs.group(i).sequences:
-            batch = collate([share([ids])], kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id).to(
-                session.runtime.device
-            )
+            batch = collate(
+                [share([ids.tolist()])], kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id
+            ).to(session.runtime.device)
             reward = float(engine(batch).float().item())
             vectors.append({"input_ids": [int(t) for t in ids], "reward": reward})
     engine.train()

@@ -253,13 +253,21 @@ class Scorer:
         Raises:
             ConfigError: GPU memory ran out.
         """
-        found = bundles(sequences, together, self.tokens_per_batch)
+        return self.bundle_rewards(bundles(sequences, together, self.tokens_per_batch))
+
+    def bundle_rewards(self, found: Sequence[Bundle]) -> np.ndarray:
+        """Return the rewards [S] of bundles that hold the places 0 to S - 1 together, float32.
+
+        Raises:
+            ConfigError: GPU memory ran out.
+        """
         arrange = padded_rows if self.model.kernel == PADDED else packed_rows
-        places, parts = [], []
+        places: list[int] = []
+        parts = []
         for row in arrange(found, self.tokens_per_batch):
             places += [member for bundle in row for member in bundle.members]
             parts.append(self._row_rewards(row))
-        rewards_S = np.zeros(len(sequences), dtype=np.float32)
+        rewards_S = np.zeros(len(places), dtype=np.float32)
         if parts:
             rewards_S[places] = torch.cat(parts).float().cpu().numpy()  # the only wait for the device
         return rewards_S

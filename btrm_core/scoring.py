@@ -1,7 +1,7 @@
 """Files of conversations to files of rewards, and preference data to an evaluation.
 
-Decides: that a scored file has one line per input line in their order, and that memory does not grow with the file. What a
-line means is `records`', how an interrupted call is continued `partial`'s; the numbers are the scorer's.
+Decides: that a scored file has one line per input line in their order, and that memory does not grow with the file.
+What a line means is `records`', how an interrupted call is continued `partial`'s; the numbers are the scorer's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from btrm_core.evaluate import figures_of
 from btrm_core.partial import Tally, header_file, partial_file
 from btrm_core.records import CONVERSATION, PAIR, RESPONSES, Record, read_record, written
 from btrm_core.report import evaluation_text, subset_table
+from btrm_core.rows import Bundle
 from btrm_core.scorer import Group, Scored, Scorer
 
 FORMAT_VERSION = 1
@@ -287,9 +288,8 @@ def encoded_rewards(scorer: Scorer, pairs: EncodedPairs, name: str = "") -> np.n
     with tqdm(total=len(pairs), unit="pair", desc=name, dynamic_ncols=True, file=sys.stderr, leave=False) as bar:
         for start in range(0, len(pairs), _EVALUATED_TOGETHER):
             places = range(start, min(start + _EVALUATED_TOGETHER, len(pairs)))
-            sequences = [ids.tolist() for i in places for ids in pairs.group(i).sequences]
-            found = scorer.sequence_rewards(sequences, [i for i in places for _ in range(2)])
-            rewards_P2[places.start : places.stop] = found.reshape(-1, 2)
+            found = [Bundle(pairs.group(i), (2 * n, 2 * n + 1)) for n, i in enumerate(places)]
+            rewards_P2[places.start : places.stop] = scorer.bundle_rewards(found).reshape(-1, 2)
             bar.update(len(places))
     if not np.isfinite(rewards_P2).all():
         worst = int(np.flatnonzero(~np.isfinite(rewards_P2).all(axis=1))[0])

@@ -13,8 +13,10 @@ seconds. The same checks run as `pytest --btrm-family=foo` and as `btrm families
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
@@ -99,11 +101,16 @@ def run_checks(name: str, model: str | None = None) -> list[CheckResult]:
     Returns:
         One result per check, in the order in which they build on each other. Never raises for a family.
     """
-    checked = type("Checked", (FamilyConformance,), {"family": name, "model": model})
+
+    class Checked(FamilyConformance):
+        pass
+
+    Checked.family, Checked.model = name, model
     try:
-        return [_run(checked(), check) for check in _checks()]
+        with _quiet():
+            return [_run(Checked(), check) for check in _checks()]
     finally:
-        checked.teardown_class()
+        Checked.teardown_class()
 
 
 def format_checks(results: Sequence[CheckResult]) -> str:
@@ -120,11 +127,24 @@ def format_checks(results: Sequence[CheckResult]) -> str:
 _WORDS = {"pass": "passed", "fail": "failed", "skip": "skipped"}
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars off the screen, and what libraries and plugins print out of the results."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _checks() -> list[str]:
     """The names of the checks, those of the base classes in the order in which pytest runs them."""
-    return [
-        name for base in reversed(FamilyConformance.__mro__) for name in vars(base) if name.startswith("test_")
-    ]
+    return [name for base in reversed(FamilyConformance.__mro__) for name in vars(base) if name.startswith("test_")]
 
 
 def _run(checks: FamilyConformance, name: str) -> CheckResult:

@@ -36,6 +36,8 @@ def texts(row, **options):
         {"prompt": "Name a prime.", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": [USER], **STANDARD},
         {"question": "Name a prime.", "chosen": "7", "rejected": "8"},
+        {"messages": [USER], "chosen": "7", "rejected": "8"},
+        {"prompt": "Name a prime.", "messages": [USER, GOOD], **STANDARD},
         {"instruction": "Name a prime.", "input": "", "chosen": "7", "rejected": "8"},
         {"chosen": "\n\nHuman: Name a prime.\n\nAssistant: 7", "rejected": "\n\nHuman: Name a prime.\n\nAssistant: 8"},
         {"prompt": "\n\nHuman: Name a prime.\n\nAssistant:", "chosen": " 7", "rejected": " 8"},
@@ -312,6 +314,8 @@ def test_neighbouring_single_responses_are_joined():
     joined = list(group_single_responses(enumerate([*rows, row("q", "d", 4)], start=1)))
     assert [(line, number) for line, number, _ in joined] == [(1, 2), (3, 1), (4, 1), (5, 1)]
     assert texts(joined[0][2]) == [("b", "a")]
+    no_prompt = [{"response": "a", "score": 1}, {"response": "b", "score": 2}]
+    assert [number for _, number, _ in group_single_responses(enumerate(no_prompt))] == [1, 1]
     fails(joined[1][2], "only one response", "'responses' holds one response, nothing to compare", bad=False)
 
 

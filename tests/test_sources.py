@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import hub_server
 import pytest
 
 from btrm_core.errors import DataError
@@ -204,23 +205,48 @@ def test_change_of_equal_size_with_the_old_time_is_noticed(tmp_path, monkeypatch
     assert found(path, tmp_path / "c")[0].content != first
 
 
-def test_unreachable_hub_is_one_quick_line(tmp_path):
-    """In a process of its own, because the Hub client reads its address when it is imported."""
+def load_in_a_process(address: str, home: Path, *specs: str) -> list[str]:
+    """Load each source in one new process (the Hub client reads its address when it is imported)."""
     code = (
-        "import sys; from pathlib import Path; from btrm_core.sources import resolve\n"
-        "from btrm_core.errors import DataError\n"
-        "try: resolve(['some-org/some-pairs:test'], Path(sys.argv[1]))\n"
-        "except DataError as error: print(error)\n"
+        "import sys\nfrom btrm_core.data import load_pairs\nfrom btrm_core.errors import DataError\n"
+        "for spec in sys.argv[1:]:\n"
+        "    try:\n        data = load_pairs([spec])\n        print(len(data), data[0].id, data.fingerprint)\n"
+        "    except DataError as error:\n        print(error)\n"
     )
-    address = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, **address},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout.startswith("cannot load 'some-org/some-pairs:test' from the Hugging Face Hub: ")
-    assert done.stdout.endswith("pass a local file.\n")
-    assert done.stdout.count("\n") == 1
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "BTRM_CACHE": str(home / "b"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code, *specs]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert "Retrying" not in done.stderr
+    return done.stdout.splitlines()
+
+
+NOT_CACHED = "The Hub cannot be reached and the data set is not in its cache; pass a local file."
+
+
+def test_hub_data_sets(tmp_path):
+    rows = [json.dumps({**ROW, "prompt": f"{n}?"}) + "\n" for n in range(4)]
+    files = {"train.jsonl": "".join(rows[:3]).encode(), "test.jsonl": rows[3].encode()}
+    with hub_server.serve("some-org/pairs", files) as address:
+        lines = load_in_a_process(
+            address,
+            tmp_path,
+            *(
+                "some-org/pairs",
+                "some-org/pairs:test",
+                "some-org/pairs:default:test",
+                "some-org/pairs:nope",
+                "org/other",
+            ),
+        )
+    offline = load_in_a_process(address, tmp_path, "some-org/pairs:test", "org/other")
+    assert [line.rpartition(" ")[0] for line in lines[:3]] == ["3 some-org/pairs:1", *["1 some-org/pairs:1"] * 2]
+    assert lines[3:] == [
+        "cannot load 'some-org/pairs:nope' from the Hugging Face Hub: Unknown split \"nope\". Should be one of "
+        "['train', 'test']. Check the id, the split and the connection, or pass a local file.",
+        "'org/other' is neither a file here nor a data set of the Hugging Face Hub. Check the spelling; for a private "
+        "data set, log in with 'hf auth login'.",
+    ]
+    assert offline[0] == lines[1]  # from the Hub client's cache, with the same fingerprint
+    assert offline[1].startswith("cannot load 'org/other' from the Hugging Face Hub: ")
+    assert offline[1].endswith(NOT_CACHED)

@@ -53,7 +53,7 @@ class ModelChecks:
             )
 
     def test_head_is_initialised(self) -> None:
-        """The head's initialiser fills the whole tensor with finite values of a right size, the same for equal seeds."""
+        """The head's initialiser fills the tensor with finite values of a right size, the same for equal seeds."""
         family = self.subject.family
         for size in (64, 4096):
             head, again = _drawn_head(family, size, seed=1), _drawn_head(family, size, seed=1)
@@ -111,7 +111,7 @@ class ModelChecks:
         )
 
     def test_tiny_model_is_built(self) -> None:
-        """`btrm train --family NAME` alone has a model to train: the recipe's tiny shape builds and gets a reward head."""
+        """`btrm train --family NAME` alone has a model to train: the tiny shape builds and gets a reward head."""
         try:
             _ = self.subject.base
         except Missing as error:
@@ -127,7 +127,7 @@ class ModelChecks:
             raise NotConforming(
                 str(error),
                 "no model of this family can be trained",
-                "look at init_head, and at recipe().attention: a kernel that runs on a CPU (eager) should be among them",
+                "look at init_head, and at recipe().attention: one that runs on a CPU (eager) should be among them",
             ) from error
 
     def test_training_lowers_the_loss(self) -> None:
@@ -142,7 +142,8 @@ class ModelChecks:
 
     def test_packed_equals_separate(self) -> None:
         """Pairs packed into one row, sharing their prompts, get the rewards they get one by one."""
-        from btrm_core.model import PADDED, self_check
+        from btrm_core.attention import PADDED
+        from btrm_core.model import self_check
 
         model, longest = self.subject.model, sorted(self.subject.groups, key=lambda group: -len(group.tokens))
         if model.kernel == PADDED:
@@ -158,7 +159,7 @@ class ModelChecks:
         )
 
     def test_saved_model_scores_alike(self) -> None:
-        """The saved directory, loaded without the plugin, gives the rewards of the live model, also through `Scorer`."""
+        """The saved directory, loaded without the plugin, gives the live model's rewards, also through `Scorer`."""
         import torch
         from transformers import AutoModelForSequenceClassification
 

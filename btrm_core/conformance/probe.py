@@ -1,7 +1,7 @@
 """What a check runs in a process of its own: `python -m btrm_core.conformance.probe import|answers NAME ...`.
 
-Prints JSON. `import` says what importing a plugin does beyond importing it; `answers` says what its hooks answer, each as
-a value or a digest that can be compared with another process's.
+Prints JSON. `import` says what importing a plugin does beyond importing it; `answers` says what its hooks answer, each
+as a value or a digest that can be compared with another process's.
 """
 
 from __future__ import annotations

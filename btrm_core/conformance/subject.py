@@ -82,7 +82,8 @@ class Subject:
         if not self.points:
             raise Missing(f"no family '{self.name}' is installed")
         with _or_missing("the plugin cannot be imported"):
-            return self.points[0].load()  # type: ignore[no-any-return]
+            plugin: object = self.points[0].load()
+        return plugin
 
     @cached_property
     def family(self) -> Family:
@@ -110,7 +111,7 @@ class Subject:
     def base(self) -> Path:
         """Directory of a tiny base model (config, weights, tokenizer), like one that a user would start from."""
         directory = self.directory / "base"
-        with _or_missing("the tiny model cannot be built"), _quiet():
+        with _or_missing("the tiny model cannot be built"):
             if self._checkpoint is not None or self._tokenizer is not None:
                 self._write_small_copy(directory)
             else:
@@ -189,7 +190,7 @@ class Subject:
 
         runtime = Runtime(None, 0, 1, torch.device("cpu"), torch.float32, 0)
         values = {"model.name": str(self.base), "model.dtype": "fp32"}
-        with _or_missing("the tiny model cannot be given a reward head"), _quiet():
+        with _or_missing("the tiny model cannot be given a reward head"):
             return build_model(apply(RunConfig(family=self.name), values), self.family, self.chat, runtime)[0]
 
     @cached_property
@@ -242,8 +243,7 @@ class Subject:
             "terminal_token": chat.terminal_token,
         }
         state = {name.removeprefix("hf."): value for name, value in self.model.state_dict().items()}
-        with _quiet():
-            save_model(directory, self.model.hf, state, chat, manifest, card="")
+        save_model(directory, self.model.hf, state, chat, manifest, card="")
         return directory
 
     def _require_shape(self) -> TinyShape:
@@ -295,17 +295,3 @@ def _or_missing(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise Missing(f"{what}: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bars that transformers shows while it writes and reads weights."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -35,7 +35,7 @@ class TextChecks:
     subject: Subject
 
     def test_answers_go_together(self) -> None:
-        """btrm accepts tokenizer, pad token and template as a run would: its own start-up checks pass."""
+        """Tokenizer, pad token and template pass the checks with which a run begins."""
         from btrm_core.chat import prepare_chat
 
         subject = self.subject
@@ -83,7 +83,7 @@ class TextChecks:
         chat, again = self.subject.chat, self._reloaded()
         require(
             (again.pad.token, again.pad_id) == (chat.pad.token, chat.pad_id),
-            f"pad token {chat.pad.token!r} (id {chat.pad_id}) is {again.pad.token!r} (id {again.pad_id}) after reloading",
+            f"pad token {chat.pad.token!r} ({chat.pad_id}) is {again.pad.token!r} ({again.pad_id}) after reloading",
             "a trained checkpoint is used without the plugin",
             "let setup_tokenizer change only what save_pretrained keeps",
         )
@@ -201,7 +201,7 @@ class TextChecks:
         )
 
     def test_ids_equal_apply_chat_template(self) -> None:
-        """btrm's ids are those of the tokenizer's own `apply_chat_template`, id for id."""
+        """The ids in btrm are those of the tokenizer's own `apply_chat_template`, id for id."""
         chat = self.subject.chat
         for name, ids in self._encoded().items():
             own = chat.tokenizer.apply_chat_template(_CONVERSATIONS[name], tokenize=True, return_dict=False)
@@ -231,7 +231,10 @@ class TextChecks:
         chat = self.subject.chat
         names = sorted(str(chat.tokenizer.convert_ids_to_tokens(index)) for index in chat.control_ids)
         spelled = " ".join(names)
-        conversation = [{"role": "user", "content": f"a {spelled} b"}, {"role": "assistant", "content": f"c {spelled} d"}]
+        conversation = [
+            {"role": "user", "content": f"a {spelled} b"},
+            {"role": "assistant", "content": f"c {spelled} d"},
+        ]
         plain = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
         ids, expected = chat.encode([conversation, plain])
         extra = Counter(i for i in ids if i in chat.control_ids)
@@ -287,4 +290,6 @@ class TextChecks:
 
 def _common(first: list[int], second: list[int]) -> int:
     """How many ids two sequences begin with in common."""
-    return next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

@@ -127,22 +127,24 @@ def test_recipe(family):
 
 
 @pytest.fixture(scope="module")
-def real(family, real_tokenizers):
-    return family.setup_tokenizer(AutoTokenizer.from_pretrained(real_tokenizers / "gemma"), None)
+def real(real_tokenizers):
+    """Google's vocabulary; gemma2's answers about it are the same, as the tests above show."""
+    return load("gemma").setup_tokenizer(AutoTokenizer.from_pretrained(real_tokenizers / "gemma"), None)
 
 
 @pytest.mark.hub
-def test_the_real_tokenizer_keeps_the_contract(family, real, tmp_path):
+def test_the_real_tokenizer_keeps_the_contract(real, tmp_path):
+    family = load("gemma")
     template = family.chat_template(real)
     for messages in CONVERSATIONS.values():
         check_conversation(real, template, messages, "<end_of_turn>")
     check_pad(family, real, "<pad>")
-    check_reload(real, template, family.name, tmp_path)
+    check_reload(real, template, "gemma", tmp_path)
 
 
 @pytest.mark.hub
 @pytest.mark.parametrize("name", ["one turn", "several turns", "empty answer", "unicode", "lines"])
-def test_the_template_agrees_with_googles_up_to_the_last_line_break(family, real, name):
+def test_the_template_agrees_with_googles_up_to_the_last_line_break(real, name):
     own = ids(real, real.chat_template, CONVERSATIONS[name])
     assert real.decode(own[-1]) == "\n"
-    assert ids(real, family.chat_template(real), CONVERSATIONS[name]) == own[:-1]
+    assert ids(real, load("gemma").chat_template(real), CONVERSATIONS[name]) == own[:-1]

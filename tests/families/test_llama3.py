@@ -67,12 +67,14 @@ def test_does_not_claim_another_architecture_with_its_rotary_base(family):
 
 def test_setup_tokenizer_refuses_a_foreign_vocabulary(family):
     foreign = tiny_tokenizer(TinyShape("llama", special_tokens={"bos_token": "<s>", "eos_token": "</s>"}), [], 300)
+    foreign.name_or_path = "some/model"
     with pytest.raises(FamilyError) as caught:
         family.setup_tokenizer(foreign, None)
     assert str(caught.value) == (
-        f"family 'llama3' ({family.origin}): hook setup_tokenizer failed: the tokenizer of PreTrainedTokenizerFast has no "
-        "<|begin_of_text|>, <|start_header_id|>, <|end_header_id|>, <|eot_id|>, which the Llama 3 chat format needs: the "
-        "checkpoint's vocabulary is not this family's. Choose the family that the checkpoint was made for, or write one"
+        f"family 'llama3' ({family.origin}): hook setup_tokenizer failed: the tokenizer of some/model has no "
+        "<|begin_of_text|>, <|start_header_id|>, <|end_header_id|>, <|eot_id|>, which the Llama 3 chat format needs: "
+        "the checkpoint's vocabulary is not this family's. Choose the family that the checkpoint was made for, or write "
+        "one"
     )
 
 
