@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -43,10 +44,12 @@ def digest(*values: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@functools.cache
 def code_digest(*modules: str) -> str:
     """Return the SHA-256 of the source of modules of this package (glob patterns without .py).
 
-    Part of every cache key: an entry written by other code is not read, even between two releases.
+    Part of every cache key: an entry written by other code is not read, even between two releases. Read once
+    per process, so that an edit beside a running program does not change its mind.
     """
     whole = hashlib.sha256()
     for pattern in modules:
@@ -158,7 +161,8 @@ def _sweep(parent: Path) -> None:
 
 
 def _unwritable(parent: Path, error: OSError) -> DataError:
+    reason = os.strerror(error.errno) if error.errno else str(error)  # Arrow wraps the system's words in its own
     return DataError(
-        f"cannot write the data cache '{parent}': {error.strerror or error}. "
+        f"cannot write the data cache '{parent}': {reason}. "
         "Free some space, or set BTRM_CACHE to a folder on another disk."
     )

@@ -64,7 +64,7 @@ def save_model(
     try:
         staging.chmod(0o755)
         hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
-        chat.tokenizer.save_pretrained(staging)
+        _save_tokenizer(chat, manifest.get("max_length"), staging)
         (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
@@ -74,6 +74,17 @@ def save_model(
         raise explained(error, directory) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_tokenizer(chat: ChatFormat, max_length: int | None, directory: Path) -> None:
+    """Save the tokenizer with the sides it is used with, which `save_pretrained` alone forgets."""
+    tokenizer = chat.tokenizer
+    sides = {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}
+    tokenizer.init_kwargs.update(sides)
+    if max_length:
+        tokenizer.model_max_length = max_length
+        tokenizer.init_kwargs["model_max_length"] = max_length
+    tokenizer.save_pretrained(directory)
 
 
 def publish(staging: Path, target: Path) -> None:

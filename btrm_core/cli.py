@@ -1,10 +1,11 @@
 """The `btrm` command: one function per subcommand, each a translation of flags into a call.
 
-Decides: names of flags, exit codes, what goes to standard output (results) and standard error (everything else). torch,
-transformers and deepspeed are imported inside the commands that need them, so that `btrm families` and `--help` answer at
-once.
+Decides: names of flags, exit codes, what goes to standard output (results) and standard error (all else). torch,
+transformers and deepspeed are imported inside the commands that need them, so that `btrm families` and `--help` answer
+at once.
 
-Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 1 for a failed check or a bug.
+Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 1 for a failed check or a
+bug.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -57,6 +59,9 @@ FLAGS: dict[str, str] = {
 """Flag of `btrm train` -> setting; what a flag does not say, the configuration file or the family says."""
 
 
+SPEAK_LATER_SECONDS = 3.0
+
+
 class Commands(click.Group):
     """Prints errors of the user on one line, and keeps tracebacks for bugs and `--debug`."""
 
@@ -65,6 +70,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BtrmError as error:
+            _let_the_main_process_speak()
             if ctx.params.get("debug"):
                 traceback.print_exc()
             click.echo(f"btrm: {' '.join(str(error).split())}", err=True)
@@ -72,6 +78,19 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("btrm: interrupted", err=True)
             raise SystemExit(130) from None
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception:
+            _let_the_main_process_speak()
+            traceback.print_exc()
+            click.echo("btrm: this is a bug; please report it with the lines above", err=True)
+            raise SystemExit(1) from None
+
+
+def _let_the_main_process_speak() -> None:
+    """Of several processes with the same error only the first one need say so: the launcher ends the others meanwhile."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SPEAK_LATER_SECONDS)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -138,12 +157,13 @@ def train(
         from btrm_core.launch import launch
 
         raise SystemExit(launch(sys.argv[1:], gpus, processes))
-    from btrm_core import run
+    from btrm_core import distributed, run
 
     if dry_run:
         click.echo(run.dry_run(run_config))
         return
     outcome = run.train(run_config)
+    distributed.leave()
     if outcome.signal is not None:
         raise SystemExit(130 if outcome.signal == 2 else 0)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -29,7 +29,6 @@ Equal scores and declared ties hold no preference: they are skipped and counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,7 @@ from btrm_core.formats import PROMPT_KEYS, Row, RowError, Scored, finite, shown,
 Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant")
+_OWN_ROLES = {name: name for name in ROLES}
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _TRANSCRIPT = re.compile(r"\s*Human:")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -206,7 +206,7 @@ def _message(message: Any, where: str) -> Message:
     role, content = message[role_key], message[content_key]
     if not isinstance(content, str):
         raise RowError("wrong type", f"'{where}.{content_key}' is {shown(content)}, expected text")
-    known: Mapping[str, str] = _SHAREGPT_ROLES if sharegpt else {name: name for name in ROLES}
+    known = _SHAREGPT_ROLES if sharegpt else _OWN_ROLES
     if not isinstance(role, str) or role not in known:
         raise RowError("unknown role", f"unknown role {shown(role)} in '{where}', expected {', '.join(known)}")
     return {"role": known[role], "content": content}

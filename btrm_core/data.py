@@ -255,12 +255,13 @@ def _converted(
     scored: Scored,
 ) -> Iterator[Pair]:
     """Yield the pairs of a source and keep the report."""
+    subset = source.subset
     for line, number, row in group_single_responses(rows):
         issue = row if isinstance(row, RowIssue) else None
         report.rows += number if line else 0
         if not isinstance(row, RowIssue):
             try:
-                pairs = convert_row(row, name=source.name, line=line, subset=source.subset, scored=scored)
+                pairs = convert_row(row, name=source.name, line=line, subset=subset, scored=scored)
             except RowError as error:
                 issue = RowIssue(source.where, line, str(error), error.kind, error.bad)
             else:

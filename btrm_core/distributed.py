@@ -70,7 +70,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str | None = None) -> Iterator[Runtime]:
-    """Start the process group and Accelerate with DeepSpeed; everything is taken down again at the end.
+    """Start the process group and Accelerate with DeepSpeed; Accelerate's state is taken down again at the end.
 
     A process that no launcher started becomes a world of one without opening a port, so that two runs on one machine
     never clash.
@@ -78,7 +78,7 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
     Raises:
         ConfigError: the DeepSpeed setting is unknown, or its file contradicts what btrm derives.
     """
-    _quiet()
+    quiet()
     plugin_dict = deepspeed_config(config)
     dtype = torch.bfloat16 if plugin_dict["bf16"]["enabled"] else torch.float32
     _join_process_group()
@@ -111,6 +111,12 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
         PartialState._reset_state()
         GradientState._reset_state()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def leave() -> None:
+    """Leave the process group, at the end of a process; runs within one process share it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -236,8 +242,8 @@ def _join_process_group() -> None:
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def _quiet() -> None:
-    """Keep DeepSpeed from compiling C++, choosing devices aloud and writing to standard output."""
+def quiet() -> None:
+    """Before anything imports DeepSpeed: keep it from compiling C++, choosing devices aloud and writing to standard output."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # without this the first ZeRO engine imports torch's inductor for an optimiser that is not used
@@ -248,7 +254,8 @@ def _quiet() -> None:
     import deepspeed.ops
 
     for handler in deepspeed.utils.logger.handlers:
-        handler.setStream(sys.stderr)
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.setStream(sys.stderr)
     deepspeed.utils.logger.setLevel("ERROR")
     if not torch.cuda.is_available():
         # its only user is inference; otherwise it is compiled at the first start

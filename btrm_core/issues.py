@@ -63,6 +63,11 @@ class IssueReport:
         return sum(self.counts.values())
 
     @property
+    def noteworthy(self) -> bool:
+        """True if the user should see the report: something was left out, or chosen on their behalf."""
+        return bool(self.counts or self.skipped or self.notes)
+
+    @property
     def first_bad(self) -> RowIssue | None:
         """The first bad row of the first kind met; None when every row is sound."""
         return next((self.examples[kind][0] for kind in self.counts), None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
+import signal
 import sys
+import uuid
 
 from btrm_core.errors import ConfigError
 
@@ -18,11 +20,40 @@ def launch(arguments: list[str], gpus: str | None, processes: int | None) -> int
     count = processes if processes is not None else _gpu_count(str(gpus))
     if count < 1:
         raise ConfigError(f"--processes {count}: expected 1 or more")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={count}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--max-restarts=0"]
-    command += ["-m", "btrm_core", *_without(arguments, ("--gpus", "--processes"))]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
-    return subprocess.run(command, env=environment, check=False).returncode
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    return _run(["-m", "btrm_core", *_without(arguments, ("--gpus", "--processes"))], count)
+
+
+def _run(arguments: list[str], count: int) -> int:
+    """Run this interpreter `count` times; the first process that fails ends the others and gives the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # the failing process has said what is wrong; the launcher's account of it would hide that
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        return _exit_code(error.get_first_failure()[1].exitcode)
+    except SignalException as error:
+        return 130 if error.sigval == signal.SIGINT else 0
+    return 0
+
+
+def _exit_code(code: int) -> int:
+    """A process that a signal ended reports its negative number; a shell says 128 plus it."""
+    return 128 - code if code < 0 else code
 
 
 def _gpu_count(gpus: str) -> int:

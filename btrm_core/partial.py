@@ -75,10 +75,11 @@ def partial_file(target: Path, header: dict[str, Any]) -> Iterator[tuple[IO[byte
         stream.seek(0)
         known, done, size = header_file(target), Tally(), 0
         if Path(stream.name).stat().st_size:
+            what = "is not of this input and model: starting anew"
             with contextlib.suppress(OSError, ValueError):
                 if json.loads(known.read_text(encoding="utf-8")) == header:
                     done, size = _whole_lines(stream)
-            what = f"goes on after {done.lines:,} lines" if size else "is not of this input and model: starting anew"
+                    what = f"goes on after {done.lines:,} lines" if size else "holds no whole line: starting anew"
             print(f"{stream.name} {what}", file=sys.stderr)
         stream.truncate(size)
         known.write_text(json.dumps(header) + "\n", encoding="utf-8")

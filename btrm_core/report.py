@@ -41,7 +41,14 @@ def start_trackers(runtime: Runtime, directory: Path, config: RunConfig) -> None
     settings = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in flat(config).items() if v is not None}
     name = config.output.run_name or directory.name
     wandb = {"name": name, "dir": str(directory), "id": _run_id(directory), "resume": "allow"}
-    runtime.accelerator.init_trackers(config.output.project, config=settings, init_kwargs={"wandb": wandb})
+    try:
+        runtime.accelerator.init_trackers(config.output.project, config=settings, init_kwargs={"wandb": wandb})
+    except Exception as error:  # every tracker has errors of its own
+        hint = "; `wandb login`, or WANDB_MODE=offline keeps it local" if "wandb" in config.output.report_to else ""
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"--report-to {config.output.report_to}: the tracker does not start ({first}){hint}"
+        ) from error
 
 
 def _run_id(directory: Path) -> str:
@@ -92,7 +99,8 @@ class Reporter:
         self.bar.close()
         if self.file is not None:
             self.file.close()
-        self.runtime.accelerator.end_training()
+        for tracker in self.runtime.accelerator.trackers:
+            tracker.finish()
 
 
 def bar_text(figures: Mapping[str, Any]) -> str:

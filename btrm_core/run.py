@@ -76,6 +76,7 @@ def train(config: RunConfig) -> Outcome:
     Raises:
         BtrmError: a subclass says what the user can put right; no half-written model is left.
     """
+    distributed.quiet()
     family, config, chat = choose(config)
     output = output_directory(config, family)
     checkpoint.refuse_overwrite(output / "model", config.output.overwrite)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("BTRM_CACHE", tempfile.mkdtemp(prefix="btrm-tests-"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("btrm", deadline=None)  # the machine may be busy
+settings.load_profile("btrm")
 
 FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL"}
 

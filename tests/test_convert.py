@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btrm_core.convert import convert_row, parse_transcript
@@ -285,6 +285,7 @@ def test_equal_texts_among_several_scored_pairs_are_left_out():
     assert texts(row, scored="all") == [("a", "b"), ("a", "b")]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=3), st.integers(0, 4)), min_size=2, max_size=6))
 def test_every_pair_of_scored_responses_prefers_the_higher_score(responses):
     row = {"prompt": "p", "responses": [f"{i}{text}" for i, (text, _) in enumerate(responses)]}
@@ -329,6 +330,7 @@ turns = st.lists(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.booleans(), turns, contents, contents)
 def test_standard_rows_round_trip(has_system, prompt, chosen, rejected):
     prompt = [{"role": "system", "content": "s"}, *prompt] if has_system else prompt
@@ -360,12 +362,14 @@ plain_turns = st.lists(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(plain, plain_turns)
 def test_transcripts_round_trip(first, rest):
     messages = [{"role": "user", "content": first}, *rest]
     assert parse_transcript(transcript(messages)) == messages
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

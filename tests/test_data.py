@@ -60,6 +60,7 @@ def test_pairs_and_columns(tmp_path):
     assert [len(batch) for batch in data.batches(1)] == [1, 1]
     assert data.rows(1, 9) == [data.dataset[1]]
     assert data.issues.format() == "2 rows read: 2 pairs"
+    assert not data.issues.noteworthy
 
 
 def test_several_sources_are_mixed_in_order(tmp_path):
@@ -113,6 +114,7 @@ def test_bad_rows_are_counted_and_shown(tmp_path):
     assert ids(first) == ["a.jsonl:1", "a.jsonl:13"]
     assert first.issues == again.issues == IssueReport.from_dict(json.loads(json.dumps(first.issues.to_dict())))
     assert first.issues.bad == 11
+    assert first.issues.noteworthy
 
 
 @pytest.mark.parametrize("load_before", [False, True])

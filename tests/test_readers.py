@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btrm_core import readers
@@ -141,6 +141,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.dictionaries(st.text(max_size=4), json_values, max_size=4), max_size=6),
     st.sampled_from([None, 0, 2]),

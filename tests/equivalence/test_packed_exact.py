@@ -23,12 +23,13 @@ from tiny_models import (
     awkward_groups,
     gradients,
     largest_difference,
+    plain_casts,
     tiny_model,
     true_float64,
     weights_for,
 )
 
-from btrm_core import kernels
+from btrm_core import attention, kernels
 from btrm_core.attention import PADDED, SOFTCAP_KERNELS, collate
 from btrm_core.model import RewardModel
 from btrm_core.packing import Batch, TokenGroup
@@ -125,7 +126,7 @@ def test_planned_rows_with_a_pair_over_the_budget_equal_separate_passes(name: st
     rows = [row for rank in made.step(0).rows for row in rank]
     assert max(sum(len(groups[i].tokens) for i in row) for row in rows) > 48
     kernel = "eager" if name in SOFTCAPPED else "varlen"
-    model = reward_model(name, kernel, torch.float64)
+    model, alone = reward_model(name, kernel, torch.float64), reward_model(name, PADDED, torch.float64)
     with true_float64():
         rewards_P2 = torch.zeros(len(groups), 2, dtype=torch.float64)
         for row in rows:
@@ -133,7 +134,6 @@ def test_planned_rows_with_a_pair_over_the_budget_equal_separate_passes(name: st
             rewards_P2 = rewards_P2.index_put(
                 (pairs,), model(collate([groups[i] for i in row], kernel=kernel)).view(-1, 2)
             )
-        alone = RewardModel(tiny_model(name, torch.float64), PADDED)
         expected_P2 = torch.cat([alone(collate([g], kernel=PADDED)) for g in groups]).view(-1, 2)
         weights = weights_for(groups, torch.float64)
         got, want = gradients(model, rewards_P2.flatten(), weights), gradients(alone, expected_P2.flatten(), weights)
@@ -145,7 +145,12 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let FlexAttention be traced on the CPU, where torch refuses inputs that need gradients."""
     import torch.nn.attention.flex_attention as module
 
+    def with_plain_casts(*args: Any, **options: Any) -> torch.Tensor:
+        with plain_casts():
+            return kernels.flex(*args, **options)
+
     monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
+    monkeypatch.setitem(attention._FUNCTIONS, "flex", with_plain_casts)
     kernels._compiled_flex.cache_clear()
     torch._dynamo.reset()
     yield
@@ -228,7 +233,14 @@ def test_transformers_own_packing_by_positions_is_noticed(name: str) -> None:
         model.use_kernel(PADDED)
         batch.layout = None
         wrong = model(batch)
-    assert float((right - wrong).abs().max()) > 1e-2
+    assert float((right - wrong).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_scale_on_which_differences_are_measured(name: str) -> None:
+    rewards_S, found = separate(name, torch.float32)
+    assert 2 < float(rewards_S.abs().max()) < 5
+    assert 1.5 < max(float(gradient.abs().max()) for gradient in found.values()) < 5
 
 
 def test_groups_cover_what_they_should() -> None:

@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
 }
 PAIRS = [(variant, family) for variant, (users, _) in VARIANTS.items() for family in users]
+REAL = [(variant, users[0]) for variant, (users, _) in VARIANTS.items()]
 
 
 @functools.cache
@@ -113,7 +114,7 @@ def test_text_and_tiny_ids(variant, family, update_golden):
 
 
 @pytest.mark.hub
-@pytest.mark.parametrize(("variant", "family"), PAIRS)
+@pytest.mark.parametrize(("variant", "family"), REAL)
 def test_real_ids(variant, family, real_tokenizers, update_golden):
     chat = real_format(real_tokenizers / variant, family)
     ids = dict(zip(CONVERSATIONS, chat.encode(list(CONVERSATIONS.values())), strict=True))
@@ -151,9 +152,7 @@ def test_no_text_produces_a_control_token(variant, family, data):
 
 
 @pytest.mark.hub
-@pytest.mark.parametrize(
-    ("variant", "family"), [p for p in PAIRS if p[0] in ("gemma", "mistral-v1", "mistral-v3", "llama3")]
-)
+@pytest.mark.parametrize(("variant", "family"), [pair for pair in REAL if pair[0] in ("gemma", "llama3", "mistral-v3")])
 @given(data=st.data())
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_text_produces_a_control_token_of_a_real_tokenizer(variant, family, real_tokenizers, data):
@@ -170,6 +169,6 @@ def check_no_injection(chat: ChatFormat, data: st.DataObject) -> None:
     ids, plain = chat.encode([conversation])[0], chat.encode([benign])[0]
     assert control_ids(chat, ids) == control_ids(chat, plain)
     assert chat.encoder.encode_hidden(chat.render(benign), {}) == plain
-    decoded = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    decoded = chat.tokenizer.decode(ids, skip_special_tokens=False).replace("▁", " ")  # SentencePiece writes " " so
     for message in conversation:
-        assert message["content"] in decoded
+        assert message["content"].replace("▁", " ") in decoded

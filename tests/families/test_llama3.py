@@ -73,8 +73,8 @@ def test_setup_tokenizer_refuses_a_foreign_vocabulary(family):
     assert str(caught.value) == (
         f"family 'llama3' ({family.origin}): hook setup_tokenizer failed: the tokenizer of some/model has no "
         "<|begin_of_text|>, <|start_header_id|>, <|end_header_id|>, <|eot_id|>, which the Llama 3 chat format needs: "
-        "the checkpoint's vocabulary is not this family's. Choose the family that the checkpoint was made for, or write "
-        "one"
+        "the checkpoint's vocabulary is not this family's. Choose the family that the checkpoint was made for, or "
+        "write one"
     )
 
 

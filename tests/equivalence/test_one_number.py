@@ -1,0 +1,115 @@
+"""One number: the reward of a conversation is the same wherever it is computed.
+
+A model of each family is trained for a few steps; the rewards that the live model gave at the end are compared
+with the `Scorer`, with `btrm score`, and with the pipeline of transformers on the rendered text, also by the code of the
+model card. One prompt is longer than the sliding windows, and the tokenizers put a BOS before any text, as real ones do,
+so that a window on the wrong positions or a second BOS would show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scorer_samples import FAMILIES, base_model
+
+from btrm_core import config as settings
+from btrm_core import run
+from btrm_core.chat import Conversation
+from btrm_core.cli import main
+from btrm_core.scorer import Scorer
+from btrm_core.toy import sample_path
+
+EXACT = 1e-5
+STORY = "The ferry left the harbour at noon and came back late in the evening with tired passengers. "
+
+
+@dataclass(frozen=True)
+class Trained:
+    directory: Path
+    conversations: list[Conversation]
+    rewards: list[float]
+    """What the live model gave them at the end of training."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp(request.param)
+    held_out = [json.loads(line) for line in Path(sample_path("held_out")).read_text().splitlines()[:2]]
+    for side in ("chosen", "rejected"):
+        held_out[1][side][0]["content"] = STORY * 8 + held_out[1][side][0]["content"]
+    eval_data = root / "held_out.jsonl"
+    eval_data.write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    values: dict[str, Any] = {
+        "family": request.param,
+        "model.name": str(base_model(root / "base", request.param)),
+        "data.train": (sample_path("train"),),
+        "data.eval": (str(eval_data),),
+        "data.cache_dir": str(root / "cache"),
+        "data.max_length": 512,
+        "train.max_steps": 4,
+        "train.pairs_per_step": 8,
+        "train.learning_rate": 0.02,
+        "train.warmup_ratio": 0.0,
+        "output.dir": str(root / "run"),
+    }
+    outcome = run.train(settings.load_config(None, values))
+    assert outcome.directory is not None
+    vectors = json.loads((outcome.directory / "btrm.json").read_text())["self_test"]
+    conversations = [row[side] for row in held_out for side in ("chosen", "rejected")]
+    assert [v["input_ids"] for v in vectors] == Scorer(str(outcome.directory), device="cpu").chat.encode(conversations)
+    assert max(len(v["input_ids"]) for v in vectors) > 128  # the widest window of the toys
+    rewards = [v["reward"] for v in vectors]
+    assert np.std(rewards) > 1e-3
+    return Trained(outcome.directory, conversations, rewards)
+
+
+def test_scorer(trained: Trained) -> None:
+    scorer = Scorer(str(trained.directory.parent), device="cpu")
+    assert scorer.model.kernel != "padded"
+    assert scorer.self_test() <= EXACT
+    np.testing.assert_allclose(scorer.rewards(trained.conversations), trained.rewards, atol=EXACT, rtol=0)
+
+
+def test_score_command(trained: Trained, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(conversation) + "\n" for conversation in trained.conversations))
+    result = CliRunner().invoke(main, ["score", str(trained.directory), str(source), "-o", str(target)])
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line)["reward"] for line in target.read_text().splitlines()]
+    np.testing.assert_allclose(found, trained.rewards, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_transformers_pipeline(trained: Trained, batch_size: int) -> None:
+    from transformers import pipeline
+
+    reward = pipeline("text-classification", model=str(trained.directory), device="cpu")
+    texts = [reward.tokenizer.apply_chat_template(chat, tokenize=False) for chat in trained.conversations]
+    options: dict[str, Any] = {"top_k": None, "function_to_apply": "none", "batch_size": batch_size}
+    found = [labels[0]["score"] for labels in reward(texts, **options, add_special_tokens=False)]
+    np.testing.assert_allclose(found, trained.rewards, atol=EXACT, rtol=0)
+    raw = [labels[0]["score"] for labels in reward(texts, top_k=None, add_special_tokens=False)]
+    np.testing.assert_allclose(raw, trained.rewards, atol=EXACT, rtol=0)  # no sigmoid even if nothing is said
+    doubled = [labels[0]["score"] for labels in reward(texts, **options)]
+    assert np.abs(np.subtract(doubled, trained.rewards)).max() > 10 * EXACT  # a second BOS
+
+
+def test_the_code_of_the_model_card(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (trained.directory / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(trained.directory.parent)  # the card names the model as its directory is called
+    printed = io.StringIO()
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(printed):
+        exec(code, names)
+    expected = Scorer(str(trained.directory), device="cpu").rewards([names["chat"]])[0]
+    assert float(printed.getvalue()) == pytest.approx(expected, abs=EXACT)

@@ -1,0 +1,111 @@
+"""Small finished reward models that the scoring tests share, made without training, and the reference for their rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
+
+from btrm_core import families
+from btrm_core.basemodel import init_head, load_base, load_config, load_tokenizer, set_reward_config
+from btrm_core.chat import ChatFormat, Conversation, prepare_chat
+from btrm_core.checkpoint import save_model
+from btrm_core.settings import ModelConfig
+from btrm_core.toy import build_toy
+
+FAMILIES = ("gemma", "gemma2", "llama3", "mistral")
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
+
+PROMPT: Conversation = [
+    {"role": "user", "content": "Is tea hot?"},
+    {"role": "assistant", "content": "Often, yes."},
+    {"role": "user", "content": "And what is the capital of France?"},
+]
+RESPONSES = ["Paris.", "I am not going to tell you that.", "Paris is the capital, and Lyon is another city.", "Paris!"]
+
+
+def say(text: str, answer: str) -> Conversation:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+CONVERSATIONS = [
+    say("What is 2 + 2?", "4"),
+    [*PROMPT, {"role": "assistant", "content": RESPONSES[0]}],
+    say("Name a planet, please. " * 8, "Mars is a planet."),
+    [*PROMPT, {"role": "assistant", "content": RESPONSES[2]}],
+    [{"role": "system", "content": "Answer in one word."}, *say("Is ice cold?", "Yes")],
+]
+
+
+def base_model(directory: Path, family: str, **shape: Any) -> Path:
+    """A tiny causal language model whose tokenizer, like real ones, puts a BOS before any text of its own accord.
+
+    Its weights are large enough for every token to matter to the reward.
+    """
+    tiny = families.load(family).recipe().tiny
+    assert tiny is not None
+    build_toy(tiny, directory, **{**SMALL, **shape})
+    weights = load_file(directory / "model.safetensors")
+    large = {name: 12 * weight if weight.dim() == 2 else weight for name, weight in weights.items()}
+    save_file(large, directory / "model.safetensors", {"format": "pt"})
+    file = directory / "tokenizer.json"
+    backend, bos = Tokenizer.from_file(str(file)), tiny.special_tokens["bos_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    backend.save(str(file))
+    return directory
+
+
+def reward_model(directory: Path, family: str = "llama3", *, max_length: int = 256, **shape: Any) -> Path:
+    """A finished model directory."""
+    base = base_model(directory.with_name(directory.name + "-base"), family, **shape)
+    settings, plugin = ModelConfig(name=str(base)), families.load(family)
+    config = load_config(settings)
+    chat = prepare_chat(load_tokenizer(settings), config, plugin)
+    hf = load_base(settings, torch.float32).hf
+    set_reward_config(hf, chat.pad_id)
+    init_head(hf, plugin.init_head(32), seed=0)
+    hf.eval()
+    made = {
+        "family": family,
+        "origin": plugin.origin,
+        "template_sha256": chat.template_sha256,
+        "terminal_token": chat.terminal_token,
+        "max_length": max_length,
+        "answers": chat.answers,
+        "self_test": [{"input_ids": ids, "reward": own_reward(hf, ids)} for ids in chat.encode(CONVERSATIONS[:4])],
+    }
+    save_model(directory, hf, hf.state_dict(), chat, made, "# A model")
+    return directory
+
+
+@torch.no_grad()
+def own_reward(hf: Any, ids: Sequence[int]) -> float:
+    """The reward that transformers itself gives one sequence, unpadded."""
+    return float(hf(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, 0])
+
+
+def reference(directory: Path, chat: ChatFormat, conversations: Sequence[Conversation]) -> list[float]:
+    """Rewards of conversations, each alone, by transformers alone with eager attention."""
+    from transformers import AutoModelForSequenceClassification
+
+    hf = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    return [own_reward(hf, ids) for ids in chat.encode(conversations)]
+
+
+def change_json(file: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = json.loads(file.read_text())
+    for key, value in values.items():
+        content[key] = value
+        if value is None:
+            del content[key]
+    file.write_text(json.dumps(content))

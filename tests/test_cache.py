@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from btrm_core import cache
+from btrm_core.errors import DataError
+
+
+def test_root_is_the_argument_then_the_environment_then_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("BTRM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache.cache_root() == tmp_path / ".cache" / "btrm"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache.cache_root() == Path("/xdg/btrm")
+    monkeypatch.setenv("BTRM_CACHE", "~/own")
+    assert cache.cache_root() == tmp_path / "own"
+    assert cache.cache_root("~/given") == tmp_path / "given"
+
+
+def write_x(folder: Path) -> None:
+    (folder / "x").write_text("made")
+
+
+def test_entry_is_built_once(tmp_path):
+    calls = []
+
+    def build(folder):
+        calls.append(folder)
+        write_x(folder)
+
+    for _ in range(2):
+        assert (cache.build_once(tmp_path / "e", build) / "x").read_text() == "made"
+    assert len(calls) == 1
+    (tmp_path / "e" / "x").write_text("cut")  # another size: damaged
+    cache.build_once(tmp_path / "e", build)
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_the_first_of_two_builders_wins_and_both_go_on(tmp_path):
+    def slow(folder):
+        (folder / "x").write_text("second")
+        cache.build_once(tmp_path / "e", write_x)  # another process finishes meanwhile
+
+    assert (cache.build_once(tmp_path / "e", slow) / "x").read_text() == "made"
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_failed_build_leaves_nothing(tmp_path):
+    def fail(folder):
+        write_x(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.build_once(tmp_path / "e", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_line(tmp_path):
+    def full(folder):
+        raise OSError(28, "whatever Arrow says")
+
+    with pytest.raises(DataError) as error:
+        cache.build_once(tmp_path / "e", full)
+    assert str(error.value) == (
+        f"cannot write the data cache '{tmp_path}': No space left on device. "
+        "Free some space, or set BTRM_CACHE to a folder on another disk."
+    )
+
+
+def test_remains_of_killed_processes_are_swept_after_a_day(tmp_path):
+    for name, age in ((".building-1-old", 25), (".building-2-new", 1)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
+    cache.build_once(tmp_path / "e", write_x)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".building-2-new", "e"]
+
+
+def test_digest_depends_on_values_alone():
+    assert cache.digest({"a": 1, "b": 2}) == cache.digest({"b": 2, "a": 1}) != cache.digest({"a": 1}, {"b": 2})
+    assert cache.digest("\ud800") != cache.digest("?")
+
+
+def test_file_hash_is_remembered_once_the_file_has_settled(tmp_path, monkeypatch):
+    path, root = tmp_path / "a", tmp_path / "cache"
+    path.write_text("x")
+    young = cache.file_sha256(path, root)
+    assert not root.exists()
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)
+    assert cache.file_sha256(path, root) == young
+    known = next((root / "hashes").iterdir())
+    known.write_text(known.read_text().replace(young, "remembered"))
+    assert cache.file_sha256(path, root) == "remembered"
+    known.write_text("broken")
+    assert cache.file_sha256(path, root) == young
+
+
+def test_unreadable_file_is_one_line(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read '.*': Is a directory"):
+        cache.file_sha256(tmp_path, tmp_path / "c")
