@@ -7,6 +7,7 @@ built beforehand, with no head, loss, metrics, clipping or optimiser.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -103,7 +104,11 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
         time_optimizer(engine, gate)
         plan_of = Schedule(steps.stop, work.settings.steps, warmup_steps=0, peak=work.settings.learning_rate)
         calls = Callables(
-            log=log, evaluate=lambda step: None, save=lambda progress: None, stop_requested=lambda: stopped
+            log=log,
+            evaluate=lambda step: None,
+            save=lambda progress: None,
+            stop_requested=lambda: stopped,
+            say=lambda text: print(text, file=sys.stderr),
         )
         if gate.open():
             fit(engine, pairs, config, runtime, plan_of, Progress(step=steps.start), calls, form)

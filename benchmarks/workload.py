@@ -32,10 +32,10 @@ class Settings:
     precision: str = "fp32"
     attention: str = "auto"
     max_length: int = 4096
-    pairs_per_step: int = 16
+    pairs_per_step: int = 64
     micro_batch: int = 8
-    tokens_per_batch: int = 2048
-    steps: int = 4
+    tokens_per_batch: int = 4096
+    steps: int = 1
     passes: int = 3
     warmup: int = 1
     learning_rate: float = 1e-5

@@ -156,6 +156,25 @@ def freeze(hf: Any, model: ModelConfig) -> None:
         layer.requires_grad_(False)
 
 
+def use_kernels(hf: Any, kernels: str) -> None:
+    """Replace norms, rotary embedding and MLP by Liger's fused kernels, if asked for (arXiv:2410.10989).
+
+    `auto` keeps torch's: no gain has been measured yet.
+
+    Raises:
+        ConfigError: liger is asked for and not installed, or there is no GPU.
+    """
+    if kernels != "liger":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError("--kernels liger needs a GPU, and torch sees none; use --kernels torch")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ConfigError("--kernels liger needs liger-kernel; pip install 'btrm[liger]'") from error
+    _apply_liger_kernel_to_instance(model=hf)
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: decayed matrices, and norms, biases and the head without decay."""
     decayed: list[nn.Parameter] = []

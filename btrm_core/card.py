@@ -40,8 +40,8 @@ text = tokenizer.apply_chat_template(chat, tokenize=False)
 print(reward([text], top_k=None, function_to_apply="none", add_special_tokens=False)[0][0]["score"])
 ```
 
-Base model: `{base}`. Longest conversation: {max_length} tokens. All settings, the data's fingerprint and self-test vectors
-are in `btrm.json`.
+Base model: `{base}`. Longest conversation: {max_length} tokens. All settings, the data's fingerprint and self-test
+vectors are in `btrm.json`.
 """
 
 

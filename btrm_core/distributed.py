@@ -3,8 +3,8 @@
 Decides: how a run starts its process group, which DeepSpeed configuration it uses, and that nothing is compiled or
 printed behind the user's back. Does not decide: what is computed in a step.
 
-DeepSpeed stage 0 is not offered: under bf16 its optimiser counts a dummy step first, so that the first update is a quarter
-too small, and under fp32 it reports no gradient norm.
+DeepSpeed stage 0 is not offered: under bf16 its optimiser counts a dummy step first, so that the first update is a
+quarter too small, and under fp32 it reports no gradient norm.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     else:
         hint = did_you_mean(name, PRESETS)
         raise ConfigError(
-            f"--deepspeed {name!r}: expected one of {', '.join(PRESETS)} or a DeepSpeed JSON file ending in .json.{hint}"
+            f"--deepspeed {name!r}: expected one of {', '.join(PRESETS)} or a DeepSpeed JSON file ending in "
+            f".json.{hint}"
         )
     asked = user.get("bf16", {}).get("enabled", "auto") if config.model.dtype == "auto" else "auto"
     bf16 = compute_dtype(config.model.dtype) == torch.bfloat16 if asked == "auto" else bool(asked)
@@ -179,8 +180,8 @@ def _merge(user: dict[str, Any], derived: dict[str, Any], source: str) -> dict[s
     stage = merged.setdefault("zero_optimization", {}).get("stage", 1)
     if stage == 0:
         raise ConfigError(
-            f"{source}: zero_optimization.stage = 0, expected 1, 2 or 3: without ZeRO, DeepSpeed's bf16 optimiser makes "
-            "a wrong first update and reports no gradient norm in fp32; use --deepspeed zero1"
+            f"{source}: zero_optimization.stage = 0, expected 1, 2 or 3: without ZeRO, DeepSpeed's bf16 optimiser "
+            "makes a wrong first update and reports no gradient norm in fp32; use --deepspeed zero1"
         )
     merged["zero_optimization"].setdefault("stage", 1)
     _fill(merged, derived, source, "")

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from btrm_core import basemodel, families
-from btrm_core.attention import PADDED, choose_kernel, uses_softcap
+from btrm_core.adapters import add_adapters
+from btrm_core.attention import PADDED
 from btrm_core.cache import cache_root
 from btrm_core.chat import ChatFormat, prepare_chat
 from btrm_core.config import resolve
@@ -25,7 +26,7 @@ from btrm_core.errors import ConfigError, DataError
 from btrm_core.families import Family
 from btrm_core.inference import pair_rewards
 from btrm_core.loader import RowForm, row_form
-from btrm_core.model import RewardModel, self_check
+from btrm_core.model import RewardModel, choose_for, self_check
 from btrm_core.report import say, trackers
 from btrm_core.settings import RunConfig
 from btrm_core.startup import check_first_loss
@@ -127,16 +128,16 @@ def build_model(config: RunConfig, family: Family, chat: ChatFormat, runtime: Ru
         basemodel.add_embedding_row(hf, len(chat.tokenizer), [chat.pad_id])
     if base.head_is_new:
         basemodel.init_head(hf, family.init_head(hf.config.get_text_config().hidden_size), config.train.seed)
+    basemodel.use_kernels(hf, config.model.kernels)
     basemodel.freeze(hf, config.model)
     if config.model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    kernel = choose_kernel(
-        config.model.attention,
-        device_type=runtime.device.type,
-        softcap=uses_softcap(hf.config),
-        allowed=family.recipe().attention,
-        half=runtime.dtype != torch.float32,
-    )
+    allowed = family.recipe().attention
+    kernel = choose_for(hf, config.model.attention, runtime.device.type, allowed)
+    if config.lora.rank is not None:
+        hf = add_adapters(hf, config.lora, config.train.seed)
+        if config.model.gradient_checkpointing:
+            hf.enable_input_require_grads()
     return RewardModel(hf, kernel), base.head_is_new
 
 

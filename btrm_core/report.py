@@ -1,7 +1,7 @@
 """What a run shows and writes while it trains: a progress bar, `metrics.jsonl`, trackers, the closing summary.
 
-Decides: names and places of the figures. Only the main process shows and writes; the bar goes to standard error, so that
-standard output holds results alone.
+Decides: names and places of the figures. Only the main process shows and writes; the bar goes to standard error, so
+that standard output holds results alone.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Reporter:
 def bar_text(figures: Mapping[str, Any]) -> str:
     """The right end of the progress bar.
 
-    >>> bar_text({"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-5, "tokens_per_second": 1234.0, "pairs_per_second": 5.0})
+    >>> speed = {"tokens_per_second": 1234.0, "pairs_per_second": 5.0}
+    >>> bar_text({"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-5, **speed})
     'loss 0.500, acc 75%, 5.0 pairs/s, 1.2k tok/s, lr 1.0e-05'
     """
     return (
@@ -129,7 +130,8 @@ def subset_table(rows: list[Mapping[str, Any]]) -> str:
     """Accuracy per subset, one line each."""
     width = max((len(str(row["name"])) for row in rows), default=0)
     return "\n".join(
-        f"  {row['name']:<{width}}  accuracy {row['accuracy']:.3f}  margin {row['reward_margin']:+.3f}  pairs {row['pairs']}"
+        f"  {row['name']:<{width}}  accuracy {row['accuracy']:.3f}  margin {row['reward_margin']:+.3f}  "
+        f"pairs {row['pairs']}"
         for row in rows
     )
 

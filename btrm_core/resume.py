@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,18 @@ def identity(config: RunConfig, data_fingerprint: str, world: int) -> dict[str, 
     return json.loads(json.dumps({**kept, "data": data_fingerprint, "processes": world}))  # type: ignore[no-any-return]
 
 
-def save(engine: Any, progress: Progress, runtime: Runtime, directory: Path, who: dict[str, Any], keep: int) -> Path:
+def save(
+    engine: Any,
+    progress: Progress,
+    runtime: Runtime,
+    directory: Path,
+    who: dict[str, Any],
+    keep: int,
+    write_model: Callable[[Path], None],
+) -> Path:
     """Write the checkpoint of a step; all processes take part, and it counts only when all have finished.
+
+    It holds DeepSpeed's state and, in `model/`, the model as transformers reads it (`write_model` writes that).
 
     Raises:
         CheckpointError: the disk is full or cannot be written; the checkpoint before is still there.
@@ -60,6 +71,7 @@ def save(engine: Any, progress: Progress, runtime: Runtime, directory: Path, who
             staging.mkdir(parents=True)
         runtime.barrier()
         engine.save_checkpoint(str(staging), tag=STATE, save_latest=False)
+        write_model(staging / "model")
         runtime.barrier()
         if runtime.is_main:
             state = {"progress": dataclasses.asdict(progress), "identity": who}

@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from btrm_core import card, checkpoint, distributed, resume
-from btrm_core.attention import collate
-from btrm_core.chat import ChatFormat
+from btrm_core import checkpoint, distributed, resume
 from btrm_core.distributed import Runtime
 from btrm_core.evaluate import figures_of
-from btrm_core.families import Family
 from btrm_core.inference import make_plan, pair_rewards
 from btrm_core.interrupt import Interrupt, output_lock
 from btrm_core.loader import RowForm
-from btrm_core.packing import share
 from btrm_core.planner import Plan
 from btrm_core.prepare import (
     Data,
@@ -35,11 +30,11 @@ from btrm_core.prepare import (
     usable_form,
 )
 from btrm_core.report import Reporter, say, trackers
+from btrm_core.saving import Session, save_model
 from btrm_core.settings import RunConfig
 from btrm_core.summary import describe_run, introduce
-from btrm_core.trainer import Callables, Progress, Schedule, fit, schedule
+from btrm_core.trainer import Callables, Progress, fit, schedule
 
-SELF_TEST_PAIRS = 2
 EXAMPLES = 3
 
 
@@ -52,22 +47,6 @@ class Outcome:
     progress: Progress
     signal: int | None = None
     examples: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass
-class Session:
-    """A run under way: everything its steps share."""
-
-    config: RunConfig
-    family: Family
-    chat: ChatFormat
-    runtime: Runtime
-    data: Data
-    engine: Any
-    form: RowForm
-    plan: Schedule
-    output: Path
-    reporter: Reporter
 
 
 def train(config: RunConfig) -> Outcome:
@@ -145,11 +124,15 @@ def begin(
 
 def calls(session: Session, interrupt: Interrupt) -> Callables:
     """The seams of the training loop for this run."""
-    config, runtime = session.config, session.runtime
+    config, runtime, output = session.config, session.runtime, session.output
     who = resume.identity(config, session.data.report["fingerprint"], runtime.world)
 
     def save(progress: Progress) -> None:
-        path = resume.save(session.engine, progress, runtime, session.output / "resume", who, config.output.keep_last)
+        def write_model(directory: Path) -> None:
+            save_model(session, progress, None, directory)
+
+        keep = config.output.keep_last
+        path = resume.save(session.engine, progress, runtime, output / "resume", who, keep, write_model)
         say(runtime, f"step {progress.step}: checkpoint saved in {path}")
 
     def evaluate(step: int) -> dict[str, Any] | None:
@@ -158,7 +141,18 @@ def calls(session: Session, interrupt: Interrupt) -> Callables:
             session.reporter.log("eval", step, figures)
         return figures
 
-    return Callables(log=session.reporter.log, evaluate=evaluate, save=save, stop_requested=interrupt.requested)
+    def improved(progress: Progress, figures: dict[str, Any]) -> None:
+        if config.output.keep_best:
+            save_model(session, progress, figures, output / "best")
+
+    return Callables(
+        log=session.reporter.log,
+        evaluate=evaluate,
+        improved=improved,
+        save=save,
+        stop_requested=interrupt.requested,
+        say=lambda text: say(runtime, text),
+    )
 
 
 def evaluate_now(session: Session) -> dict[str, Any] | None:
@@ -189,7 +183,16 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     pairs = session.data.eval
     rewards_P2 = rewards_now(session, pairs) if pairs is not None else np.zeros((0, 2))
     evaluation = figures_of(pairs, rewards_P2) if pairs is not None else None
-    directory = save_final(session, progress, evaluation)
+    directory = session.output / "model"
+    best = session.output / "best"
+    if session.config.output.keep_best and checkpoint.is_finished(best):
+        evaluation = checkpoint.read_manifest(best)["evaluation"]
+        session.runtime.barrier()
+        if session.runtime.is_main:
+            checkpoint.publish(best, directory)
+        session.runtime.barrier()
+    else:
+        save_model(session, progress, evaluation, directory)
     if progress.stopped:
         say(session.runtime, f"stopped {progress.stopped}")
     return Outcome(directory, evaluation, progress, examples=examples(session.data, rewards_P2))
@@ -206,51 +209,6 @@ def examples(data: Data, rewards_P2: np.ndarray) -> tuple[dict[str, Any], ...]:
         question = pair.prompt[-1]["content"] if pair.prompt else ""
         shown.append({"prompt": question, "chosen": (chosen, pair.chosen), "rejected": (rejected, pair.rejected)})
     return tuple(shown)
-
-
-def save_final(session: Session, progress: Progress, evaluation: dict[str, Any] | None) -> Path:
-    """Write the model directory; all processes take part in gathering the weights."""
-    runtime, directory = session.runtime, session.output / "model"
-    vectors = self_test_vectors(session)
-    weights = runtime.accelerator.get_state_dict(session.engine)
-    if runtime.is_main:
-        made = card.manifest(
-            config=session.config,
-            family=session.family,
-            chat=session.chat,
-            data=session.data.report,
-            evaluation=evaluation,
-            training={
-                "steps": progress.step,
-                "seconds": round(progress.seconds, 1),
-                "layout": session.form.layout,
-                "kernel": session.form.kernel,
-            },
-            self_test=vectors,
-            dtype=str(runtime.dtype).removeprefix("torch."),
-        )
-        hf = session.engine.module.hf
-        state = {k.removeprefix("hf."): v for k, v in weights.items()}
-        checkpoint.save_model(directory, hf, state, session.chat, made, card.card(made, directory))
-    runtime.barrier()
-    return directory
-
-
-@torch.no_grad()
-def self_test_vectors(session: Session) -> list[dict[str, Any]]:
-    """A few conversations as ids with the live model's reward, each computed alone: what any reader must reproduce."""
-    pairs, engine, form = session.data.eval or session.data.train, session.engine, session.form
-    engine.eval()
-    vectors = []
-    for i in range(min(SELF_TEST_PAIRS, len(pairs))):
-        for ids in pairs.group(i).sequences:
-            batch = collate(
-                [share([ids.tolist()])], kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id
-            ).to(session.runtime.device)
-            reward = float(engine(batch).float().item())
-            vectors.append({"input_ids": [int(t) for t in ids], "reward": reward})
-    engine.train()
-    return vectors
 
 
 def dry_run(config: RunConfig) -> str:

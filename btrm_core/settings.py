@@ -22,7 +22,7 @@ class ModelConfig:
     attention: str = "auto"
     """Attention kernel: auto, flash, varlen, flex, sdpa or eager."""
     kernels: str = "auto"
-    """Kernels of norms and MLP: auto, liger or torch."""
+    """Kernels of norms, rotary embedding and MLP: liger (needs liger-kernel and a GPU) or torch; auto is torch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     activation_offload: bool = False
@@ -105,8 +105,6 @@ class TrainConfig:
     """Seed of the head, of the order of the pairs and of any dropout."""
     layout: str = "shared"
     """Rows: shared (packed, common prefixes once), packed (no sharing) or padded (the reference)."""
-    optimizer: str = "adamw"
-    """adamw, or with bitsandbytes adamw-8bit or paged-adamw-8bit."""
     auto_budget: bool = False
     """After running out of GPU memory, halve tokens_per_batch and go on from the same step."""
     skip_nan: bool = False
@@ -141,8 +139,6 @@ class LoraConfig:
     """Module names to adapt; all-linear means every linear layer of the backbone."""
     merge: bool = True
     """Save an ordinary checkpoint with the adapters merged; false saves the adapters alone."""
-    quantize: bool = False
-    """Load the frozen base in 4 bits (QLoRA; needs bitsandbytes and a GPU)."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "flash", "varlen", "flex", "sdpa", "eager"),
     "model.kernels": ("auto", "liger", "torch"),
     "train.layout": ("shared", "packed", "padded"),
-    "train.optimizer": ("adamw", "adamw-8bit", "paged-adamw-8bit"),
 }
 POSITIVE = (
     "data.max_length",

@@ -43,8 +43,8 @@ def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> float:
     if bad.any():
         some = ", ".join(ids[i] for i in np.flatnonzero(bad)[:3])
         raise TrainingError(
-            f"{int(bad.sum())} of {len(bad)} pairs have a reward that is not finite before training (first: {some}); the "
-            "base model's weights or the attention kernel are broken; try --attention eager"
+            f"{int(bad.sum())} of {len(bad)} pairs have a reward that is not finite before training (first: {some}); "
+            "the base model's weights or the attention kernel are broken; try --attention eager"
         )
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     if len(margin_P) > 1 and not margin_P.any():
@@ -56,8 +56,8 @@ def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> float:
     expected, slack = expected_first_loss(margin_P)
     if abs(loss - expected) > slack:
         raise TrainingError(
-            f"the first loss is {loss:.3f}, but an untrained head on these pairs must give {expected:.3f} ± {slack:.3f} "
-            f"(ln 2 + variance of the reward margin / 8); reward margin {margin_P.mean():+.3f} ± {margin_P.std():.3f}: one "
-            "side's tokens leak into the other, or the sides are told apart by position"
+            f"the first loss is {loss:.3f}, but an untrained head on these pairs must give {expected:.3f} ± "
+            f"{slack:.3f} (ln 2 + variance of the reward margin / 8); reward margin {margin_P.mean():+.3f} ± "
+            f"{margin_P.std():.3f}: one side's tokens leak into the other, or the sides are told apart by position"
         )
     return loss

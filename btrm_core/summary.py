@@ -33,8 +33,8 @@ def introduce(
     say(runtime, f"{len(data.train)} training pairs{held_out}, at most {config.data.max_length} tokens a conversation")
     say(
         runtime,
-        f"{plan.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {plan.peak:g}; rows {form.layout} "
-        f"with {form.kernel} attention, at most {config.train.tokens_per_batch} tokens",
+        f"{plan.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {plan.peak:g}; rows "
+        f"{form.layout} with {form.kernel} attention, at most {config.train.tokens_per_batch} tokens",
     )
     say(
         runtime,

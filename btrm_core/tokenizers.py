@@ -58,7 +58,8 @@ def self_contained(tokenizer: Any) -> Any:
     follows a control token. The generic class loads `tokenizer.json` as it stands.
 
     Args:
-        tokenizer: a fast transformers tokenizer; returned unchanged if it is of the generic class already.
+        tokenizer: a fast transformers tokenizer; returned unchanged if it is of the generic class already. The result
+            shares its backend.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +69,7 @@ def self_contained(tokenizer: Any) -> Any:
     named = {key: token for key, token in tokenizer.special_tokens_map.items() if key in _NAMED_TOKENS}
     extra = [*tokenizer.special_tokens_map.values(), *tokenizer.extra_special_tokens]
     plain = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=_Uncopied(backend),
         extra_special_tokens=[token for token in dict.fromkeys(extra) if token not in named.values()],
         clean_up_tokenization_spaces=False,
         model_max_length=tokenizer.model_max_length,
@@ -78,6 +79,16 @@ def self_contained(tokenizer: Any) -> Any:
     plain.name_or_path = tokenizer.name_or_path
     plain.chat_template = tokenizer.chat_template
     return plain
+
+
+class _Uncopied:
+    """Hands a backend to transformers, which makes a deep copy of it: two seconds for a large vocabulary."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self._backend
 
 
 def install_pad(tokenizer: Any, pad: PadToken, given_by: str) -> int:

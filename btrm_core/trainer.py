@@ -1,8 +1,8 @@
 """The training loop: linear, the same for every family, exact for any split of a step.
 
-Decides: what one optimiser step is, what is measured, when to evaluate, save and stop. The loss of a step is the sum over
-its pairs divided by their total weight, whatever rows and processes they were put on: micro-batches contribute sums, and
-DeepSpeed's mean over processes is multiplied away.
+Decides: what one optimiser step is, what is measured, when to evaluate, save and stop. The loss of a step is the sum
+over its pairs divided by their total weight, whatever rows and processes they were put on: micro-batches contribute
+sums, and DeepSpeed's mean over processes is multiplied away.
 
 Shapes: P pairs, S sequences.
 """
@@ -12,17 +12,18 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from btrm_core.distributed import Runtime
 from btrm_core.encoded import EncodedPairs
 from btrm_core.errors import TrainingError
 from btrm_core.inference import make_plan
-from btrm_core.loader import MicroBatch, RowForm, StepBatches, steps
+from btrm_core.loader import MicroBatch, RowForm, StepBatches, build_micro_batch, steps
 from btrm_core.loss import bradley_terry
 from btrm_core.metrics import PairSums, named, summarise, token_figures
 from btrm_core.settings import RunConfig
@@ -84,10 +85,14 @@ class Callables:
     """Write figures: split ("train" or "eval"), step, figures."""
     evaluate: Callable[[int], dict[str, Any] | None]
     """Evaluate the live model after a number of steps; None if there is nothing to evaluate on."""
+    improved: Callable[[Progress, dict[str, Any]], None]
+    """The evaluation loss is the lowest so far."""
     save: Callable[[Progress], None]
     """Save a resumable checkpoint."""
     stop_requested: Callable[[], bool]
     """True once this process was asked to stop (a signal)."""
+    say: Callable[[str], None]
+    """Tell the user something, once over all processes."""
 
 
 def fit(
@@ -113,58 +118,121 @@ def fit(
         form: How rows are laid out.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite, and such steps are not to be skipped.
+        TrainingError: the loss or the gradient is not finite, and such steps are not to be skipped; or the memory of
+            the GPU does not suffice.
     """
-    train, output = config.train, config.output
+    started, before = time.monotonic(), progress.seconds
+    budget = config.train.tokens_per_batch
+    engine.train()
+    while progress.step < plan_of.total_steps and not progress.stopped:
+        try:
+            for step in _stream(pairs, config, runtime, plan_of, progress.step, budget, form):
+                sums, stop, seconds = _timed_step(engine, step, config, runtime, plan_of, calls)
+                progress.step, progress.seconds = step.index + 1, before + time.monotonic() - started
+                calls.log("train", progress.step, step_figures(sums, engine, step, plan_of, seconds))
+                if not applied(engine):
+                    _skip_or_stop(not_finite(engine, step, pairs, runtime), progress, config.train.skip_nan)
+                _after_step(progress, config, runtime, plan_of, calls, stop)
+                if progress.stopped:
+                    break
+        except torch.OutOfMemoryError as error:
+            budget = smaller_budget(error, budget, config, runtime, pairs, form)
+            _discard_gradients(engine, pairs, form, runtime)
+            calls.say(f"out of memory in step {progress.step + 1}: going on with --tokens-per-batch {budget}")
+    return progress
+
+
+def _stream(
+    pairs: EncodedPairs,
+    config: RunConfig,
+    runtime: Runtime,
+    plan_of: Schedule,
+    first: int,
+    budget: int,
+    form: RowForm,
+) -> Iterator[StepBatches]:
+    """The steps from `first` on, in rows of at most `budget` tokens; the pairs of a step do not depend on it."""
+    epochs = range(math.ceil(plan_of.total_steps / plan_of.steps_per_epoch))
+    train = config.train
     plans = [
         make_plan(
             pairs,
             form,
             pairs_per_step=int(train.pairs_per_step or 1),
-            tokens_per_batch=train.tokens_per_batch,
+            tokens_per_batch=budget,
             world=runtime.world,
             seed=train.seed,
             epoch=epoch,
         )
-        for epoch in range(math.ceil(plan_of.total_steps / plan_of.steps_per_epoch))
+        for epoch in epochs
     ]
+    workers = 2 if runtime.device.type == "cuda" else 0
+    last = plan_of.total_steps
+    return steps(pairs, plans, rank=runtime.rank, form=form, first=first, last=last, workers=workers)
+
+
+def _timed_step(
+    engine: Any, step: StepBatches, config: RunConfig, runtime: Runtime, plan_of: Schedule, calls: Callables
+) -> tuple[dict[str, float], bool, float]:
+    started = time.monotonic()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = plan_of.learning_rate(step.index)
+    # what dropout draws follows from seed and step, so a resumed run draws the same
+    torch.manual_seed(config.train.seed * 1_000_003 + step.index * 1_009 + runtime.rank)
+    sums, stop = train_step(engine, step, config, runtime, stop=calls.stop_requested())
+    return sums, stop, time.monotonic() - started
+
+
+def _after_step(
+    progress: Progress, config: RunConfig, runtime: Runtime, plan_of: Schedule, calls: Callables, stop: bool
+) -> None:
+    """Evaluate, save and decide whether to stop, as the settings say for this step."""
+    train, output = config.train, config.output
     eval_every = output.eval_every or max(1, plan_of.total_steps // 10)
-    started, before = time.monotonic(), progress.seconds
-    engine.train()
-    stream = steps(
-        pairs,
-        plans,
-        rank=runtime.rank,
-        form=form,
-        first=progress.step,
-        last=plan_of.total_steps,
-        workers=2 if runtime.device.type == "cuda" else 0,
-    )
-    for step in stream:
-        step_started = time.monotonic()
-        _set_learning_rate(engine, plan_of.learning_rate(step.index))
-        torch.manual_seed(
-            train.seed * 1_000_003 + step.index * 1_009 + runtime.rank
-        )  # dropout, the same after a resume
-        sums, stop = train_step(engine, step, config, runtime, stop=calls.stop_requested())
-        progress.step = step.index + 1
-        progress.seconds = before + time.monotonic() - started
-        figures = step_figures(sums, engine, step, plan_of, time.monotonic() - step_started)
-        calls.log("train", progress.step, figures)
-        if not applied(engine):
-            _skip_or_stop(not_finite(engine, step, pairs, runtime), progress, train.skip_nan)
-        last = progress.step == plan_of.total_steps
-        if progress.step % eval_every == 0 or last:
-            _evaluated(calls.evaluate(progress.step), progress, train.early_stopping)
-        if train.max_hours and runtime.any(progress.seconds > train.max_hours * 3600):
-            progress.stopped = f"after {train.max_hours} hours, as asked"
-        if stop:
-            progress.stopped = "signal"
-        if progress.stopped or (output.save_every and progress.step % output.save_every == 0 and not last):
-            calls.save(progress)
-        if progress.stopped:
-            break
-    return progress
+    last = progress.step == plan_of.total_steps
+    if progress.step % eval_every == 0 or last:
+        _evaluated(calls, progress, train.early_stopping)
+    if train.max_hours and runtime.any(progress.seconds > train.max_hours * 3600):
+        progress.stopped = f"after {train.max_hours:g} hours, as asked"
+    if stop:
+        progress.stopped = "signal"
+    due = output.save_every is not None and progress.step % output.save_every == 0 and not last
+    if progress.stopped == "signal" or due:
+        calls.save(progress)
+
+
+def smaller_budget(
+    error: torch.OutOfMemoryError, budget: int, config: RunConfig, runtime: Runtime, pairs: EncodedPairs, form: RowForm
+) -> int:
+    """Half the token budget after the memory ran out, if that was asked for and can help.
+
+    Raises:
+        TrainingError: it was not, or rows are single pairs already, or other processes are in the middle of the step.
+    """
+    shared = pairs.shared_P if form.layout == "shared" else 2 * pairs.shared_P
+    longest = int((shared + pairs.chosen_P + pairs.rejected_P).max())
+    advice = f"--tokens-per-batch {max(budget // 2, longest)}"
+    if budget <= longest:
+        advice = "--gradient-checkpointing, --deepspeed zero3-offload or --max-length (a row is a single pair already)"
+    if not config.train.auto_budget or runtime.world > 1 or budget <= longest:
+        more = "" if config.train.auto_budget else "; --auto-budget halves it by itself on one GPU"
+        first = str(error).strip().splitlines()[0]
+        raise TrainingError(f"the GPU is out of memory ({first}); try {advice}{more}") from error
+    return max(budget // 2, longest)
+
+
+def _discard_gradients(engine: Any, pairs: EncodedPairs, form: RowForm, runtime: Runtime) -> None:
+    """Throw away what a step has gathered so far, at every ZeRO stage.
+
+    DeepSpeed itself clears the gradients of a step whose gradient is not finite and keeps the weights, so one pair with
+    a loss of NaN does it without touching its internals.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    micro = build_micro_batch(pairs, np.array([int(np.argmin(pairs.shared_P))]), form).to(runtime.device)
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(engine(micro.batch).sum() * math.nan, scale_wrt_gas=False)
+    engine.step()
 
 
 def train_step(
@@ -255,26 +323,23 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _evaluated(figures: dict[str, Any] | None, progress: Progress, patience: int | None) -> None:
+def _evaluated(calls: Callables, progress: Progress, patience: int | None) -> None:
+    figures = calls.evaluate(progress.step)
     if figures is None:
         return
     if figures["loss"] < progress.best_loss:
         progress.best_loss, progress.evaluations_since_best = figures["loss"], 0
+        calls.improved(progress, figures)
         return
     progress.evaluations_since_best += 1
     if patience is not None and progress.evaluations_since_best >= patience:
         progress.stopped = f"early: the evaluation loss has not fallen for {patience} evaluations"
 
 
-def _set_learning_rate(engine: Any, value: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = value
-
-
 def _skip_or_stop(reason: str, progress: Progress, skip: bool) -> None:
     if not skip:
         raise TrainingError(
-            f"{reason}; the weights are as before this step. Lower --learning-rate, look at these pairs, or go on without "
-            "such steps with --set train.skip_nan=true"
+            f"{reason}; the weights are as before this step. Lower --learning-rate, look at these pairs, or go on "
+            "without such steps with --set train.skip_nan=true"
         )
     progress.skipped_steps.append(progress.step)

@@ -23,17 +23,17 @@ def ways_to_shorten(prompt: Prompt) -> list[tuple[int, Shorten]]:
         Pairs (most, shorten): `shorten(n)` for n in 1..most returns the shorter prompt, the messages dropped from it
         and the characters cut from what is left.
     """
-    system = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
+    system = prompt[:1] if prompt and prompt[0].get("role") == "system" else []
     rest = prompt[len(system) :]
-    starts = [i for i, message in enumerate(rest) if message["role"] == "user" and i > 0]  # of later exchanges
+    starts = [i for i, message in enumerate(rest) if message.get("role") == "user" and i > 0]  # of later exchanges
     dropped = starts[-1] if starts else 0
     last, after = rest[dropped : dropped + 1], rest[dropped + 1 :]
     ways: list[tuple[int, Shorten]] = [(len(starts), lambda n: (system + rest[starts[n - 1] :], starts[n - 1], 0))]
-    question = last[0]["content"] if last and last[0]["role"] == "user" else ""
+    question = last[0].get("content", "") if last and last[0].get("role") == "user" else ""
     if question:
         ways.append((len(question), lambda n: ([*system, *_cut(last, n), *after], dropped, n)))
     if system:
-        head, emptied = system[0]["content"], _cut(last, len(question)) if question else last
+        head, emptied = system[0].get("content", ""), _cut(last, len(question)) if question else last
         ways.append((len(head), lambda n: ([*_cut(system, n), *emptied, *after], dropped, len(question) + n)))
     return ways
 
@@ -57,4 +57,4 @@ def smallest(most: int, attempt: Callable[[int], _Found | None]) -> _Found | Non
 
 def _cut(messages: Prompt, n: int) -> Prompt:
     """Cut n characters from the left of a list of one message."""
-    return [{**message, "content": message["content"][n:]} for message in messages]
+    return [{**message, "content": message.get("content", "")[n:]} for message in messages]

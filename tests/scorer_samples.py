@@ -1,4 +1,4 @@
-"""Small finished reward models that the scoring tests share, made without training, and the reference for their rewards."""
+"""Small finished reward models that the scoring tests share, made without training, and the reference for rewards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from btrm_core import families
 from btrm_core.basemodel import init_head, load_base, load_config, load_tokenizer, set_reward_config
 from btrm_core.chat import ChatFormat, Conversation, prepare_chat
 from btrm_core.checkpoint import save_model
+from btrm_core.hookspecs import TinyShape
 from btrm_core.settings import ModelConfig
-from btrm_core.toy import build_toy
+from btrm_core.toy import SHAPE, build_toy
 
 FAMILIES = ("gemma", "gemma2", "llama3", "mistral")
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
@@ -43,16 +44,10 @@ CONVERSATIONS = [
 
 
 def base_model(directory: Path, family: str, **shape: Any) -> Path:
-    """A tiny causal language model whose tokenizer, like real ones, puts a BOS before any text of its own accord.
-
-    Its weights are large enough for every token to matter to the reward.
-    """
-    tiny = families.load(family).recipe().tiny
-    assert tiny is not None
+    """A tiny causal language model whose tokenizer, like real ones, puts a BOS before any text of its own accord."""
+    tiny = _tiny(family)
     build_toy(tiny, directory, **{**SMALL, **shape})
-    weights = load_file(directory / "model.safetensors")
-    large = {name: 12 * weight if weight.dim() == 2 else weight for name, weight in weights.items()}
-    save_file(large, directory / "model.safetensors", {"format": "pt"})
+    _enlarge(directory)
     file = directory / "tokenizer.json"
     backend, bos = Tokenizer.from_file(str(file)), tiny.special_tokens["bos_token"]
     backend.post_processor = processors.TemplateProcessing(
@@ -62,16 +57,45 @@ def base_model(directory: Path, family: str, **shape: Any) -> Path:
     return directory
 
 
+def real_tokenizer_base(directory: Path, family: str, tokenizer: Path) -> Path:
+    """A tiny causal language model over the vocabulary of a real tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tiny, real = _tiny(family), AutoTokenizer.from_pretrained(tokenizer)
+    config = AutoConfig.for_model(tiny.model_type, vocab_size=len(real), **{**SHAPE, **SMALL, **tiny.config})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    real.save_pretrained(directory)
+    _enlarge(directory)
+    return directory
+
+
+def _tiny(family: str) -> TinyShape:
+    tiny = families.load(family).recipe().tiny
+    assert tiny is not None
+    return tiny
+
+
+def _enlarge(directory: Path) -> None:
+    """Make the weights large enough for every token to matter to a reward."""
+    weights = load_file(directory / "model.safetensors")
+    large = {name: 12 * weight if weight.dim() == 2 else weight for name, weight in weights.items()}
+    save_file(large, directory / "model.safetensors", {"format": "pt"})
+
+
 def reward_model(directory: Path, family: str = "llama3", *, max_length: int = 256, **shape: Any) -> Path:
     """A finished model directory."""
     base = base_model(directory.with_name(directory.name + "-base"), family, **shape)
+    return finished(base, directory, family, max_length)
+
+
+def finished(base: Path, directory: Path, family: str, max_length: int = 256) -> Path:
+    """A finished model directory made of a base model and a new head."""
     settings, plugin = ModelConfig(name=str(base)), families.load(family)
-    config = load_config(settings)
-    chat = prepare_chat(load_tokenizer(settings), config, plugin)
-    hf = load_base(settings, torch.float32).hf
+    chat = prepare_chat(load_tokenizer(settings), load_config(settings), plugin)
+    hf = load_base(settings, torch.float32).hf.eval()
     set_reward_config(hf, chat.pad_id)
-    init_head(hf, plugin.init_head(32), seed=0)
-    hf.eval()
+    init_head(hf, plugin.init_head(hf.config.hidden_size), seed=0)
     made = {
         "family": family,
         "origin": plugin.origin,

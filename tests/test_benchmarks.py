@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from benchmarks import environment, flops, harness, results, table
 from benchmarks.gate import Gate
 from benchmarks.harness import ArmRun
-from benchmarks.workload import Settings, Workload, common_prefix, token_counts
+from benchmarks.workload import Settings, Workload, common_prefix, plan_steps, token_counts
 
 PAIRS = [([5, 6, 7, 8, 9], [5, 6, 7, 3]), ([5, 6, 4], [5, 6, 4, 4, 4, 4, 2]), ([9, 9], [9, 8]), ([7, 3], [7, 2, 1])]
 PAD = 0
@@ -144,6 +146,18 @@ def test_the_gate_stops_after_the_steps_it_was_told(tmp_path: Path) -> None:
     assert last == {"losses": {}}
 
 
+@pytest.fixture
+def clean_state() -> Iterator[None]:
+    """Trainers leave accelerate's process-wide state behind, in which DeepSpeed of later tests would not start."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
 def _tiny_model(work: Workload) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -161,14 +175,18 @@ def _tiny_model(work: Workload) -> None:
 
 
 def _first_loss(work: Workload, run: Any, tmp_path: Path) -> tuple[float, list[int]]:
+    lines = _answers(work, run, tmp_path)
+    return lines[-1]["losses"]["1"], [step["tokens"] for step in lines[1]["steps"]]
+
+
+def _answers(work: Workload, run: Any, tmp_path: Path) -> list[dict[str, Any]]:
     commands, answers = tmp_path / "in", tmp_path / "out"
     commands.write_text('{"run": 2}\n{"stop": true}\n')
     with commands.open() as reader, answers.open("w") as writer:
         gate = Gate(reader, writer, "cpu")
         run(work, gate, range(0, 2))
         gate.close()
-    lines = list(map(json.loads, answers.read_text().splitlines()))
-    return lines[-1]["losses"]["1"], [step["tokens"] for step in lines[1]["steps"]]
+    return list(map(json.loads, answers.read_text().splitlines()))
 
 
 def _expected_loss(work: Workload) -> float:
@@ -183,7 +201,7 @@ def _expected_loss(work: Workload) -> float:
     return float(np.mean(losses))
 
 
-def test_trl_trains_on_the_same_pairs_in_its_own_batches(work: Workload, tmp_path: Path) -> None:
+def test_trl_trains_on_the_same_pairs_in_its_own_batches(work: Workload, tmp_path: Path, clean_state: None) -> None:
     pytest.importorskip("trl", reason="TRL is not installed: pip install 'btrm[bench]'")
     from benchmarks.arms import run_trl
 
@@ -193,13 +211,36 @@ def test_trl_trains_on_the_same_pairs_in_its_own_batches(work: Workload, tmp_pat
     assert tokens == [4 * 7, 4 * 3]
 
 
-def test_the_seed_recipe_pads_each_pair_by_itself(work: Workload, tmp_path: Path) -> None:
+def test_the_seed_recipe_pads_each_pair_by_itself(work: Workload, tmp_path: Path, clean_state: None) -> None:
     from benchmarks.arms import run_seed
 
     _tiny_model(work)
     loss, tokens = _first_loss(work, run_seed, tmp_path)
     assert loss == pytest.approx(_expected_loss(work), abs=1e-5)
     assert tokens == [2 * 5 + 2 * 7, 2 * 2 + 2 * 3]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_btrm_trains_on_the_same_pairs(work: Workload, tmp_path: Path, layout: str, clean_state: None) -> None:
+    from benchmarks.btrm_arms import OURS
+
+    work.steps = plan_steps(work.settings, work.pairs)
+    _tiny_model(work)
+    loss, tokens = _first_loss(work, OURS[f"btrm-{layout}"], tmp_path)
+    assert loss == pytest.approx(_expected_loss(work), abs=1e-5)
+    key = {"shared": "minimal", "packed": "conversations", "padded": "padded"}[layout]
+    assert tokens == [token_counts([work.pairs[i] for i in step], 2)[key] for step in work.steps[:2]]
+
+
+def test_the_ceiling_computes_the_rows_of_btrm_shared(work: Workload, tmp_path: Path) -> None:
+    from benchmarks.btrm_arms import OURS
+
+    work.steps = plan_steps(work.settings, work.pairs)
+    _tiny_model(work)
+    for arm in ("backbone", "backbone-causal"):
+        tokens = _answers(work, OURS[arm], tmp_path)[1]["steps"]
+        wanted = [token_counts([work.pairs[i] for i in step], 1)["minimal"] for step in work.steps[:2]]
+        assert [step["tokens"] for step in tokens] == wanted
 
 
 def test_scoring_arms_give_the_same_rewards_and_a_table(work: Workload) -> None:

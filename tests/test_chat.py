@@ -398,6 +398,11 @@ def test_a_long_answer_is_never_cut():
     assert group == EncodedGroup([], error="answer longer than max_length 64")
 
 
+def test_messages_without_a_role_do_not_stop_the_run():
+    chat = chat_format("headers")
+    assert chat.encode_group([{"content": "x" * 100}], ["y"], 20).error == "answer longer than max_length 20"
+
+
 def test_a_conversation_without_a_question_cannot_be_shortened():
     chat = chat_format("headers")
     assert chat.encode_group([], ["a" * 100], 20).error == "answer longer than max_length 20"

@@ -173,9 +173,12 @@ def test_a_reward_that_is_not_finite_is_an_error(copy: Path) -> None:
 
 def test_a_run_directory_and_a_model_of_another_trainer_will_do(scorer: Scorer, copy: Path, tmp_path: Path) -> None:
     (copy / "btrm.json").unlink()
+    change_json(copy / "tokenizer_config.json", model_max_length=None)
     other = Scorer(str(tmp_path), device="cpu")  # tmp_path/model is the model
     assert other.directory == copy
     assert other.max_length == 1024  # what its positions allow
+    change_json(copy / "tokenizer_config.json", model_max_length=128)
+    assert Scorer(str(copy), device="cpu").max_length == 128
     np.testing.assert_allclose(other.rewards(CONVERSATIONS), scorer.rewards(CONVERSATIONS), atol=EXACT)
 
 

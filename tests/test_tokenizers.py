@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import subprocess
@@ -18,11 +19,11 @@ from chat_samples import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken, AutoTokenizer
+from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
 
 from btrm_core.errors import FamilyError
 from btrm_core.hookspecs import PadToken, TinyShape
-from btrm_core.tokenizers import Encoder, fast_backend, install_pad, rename_tokens, tiny_tokenizer
+from btrm_core.tokenizers import Encoder, fast_backend, install_pad, rename_tokens, self_contained, tiny_tokenizer
 
 MAKERS = {"bytes": byte_tokenizer, "metaspace": metaspace_tokenizer, "unigram": unigram_tokenizer}
 
@@ -95,6 +96,43 @@ def test_tiny_tokenizer_survives_saving(tmp_path):
     assert again.special_tokens_map == tokenizer.special_tokens_map
     assert again.all_special_ids == tokenizer.all_special_ids
     assert _digest(again) == _digest(tokenizer)
+
+
+# self_contained
+
+
+def llama_tokenizer():
+    """A tokenizer of a class that builds its backend anew when it is loaded."""
+    model = json.loads(metaspace_tokenizer().backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return LlamaTokenizer(
+        vocab=model["vocab"],
+        merges=merges,
+        legacy=True,
+        extra_special_tokens=["[INST]", "[/INST]"],
+        model_max_length=99,
+    )
+
+
+def test_a_self_contained_tokenizer_comes_back_with_the_same_ids(tmp_path):
+    text = "<s>[INST] hello a [/INST]hello</s>"
+    original = llama_tokenizer()
+    expected = original(text, add_special_tokens=False)["input_ids"]
+    plain = self_contained(original)
+    assert plain(text, add_special_tokens=False)["input_ids"] == expected
+    assert plain(text)["input_ids"] == original(text)["input_ids"]
+    assert plain.special_tokens_map == original.special_tokens_map
+    assert set(plain.all_special_ids) == set(original.all_special_ids)
+    plain.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(text, add_special_tokens=False)["input_ids"] == expected
+    assert again.model_max_length == 99
+
+
+def test_a_tokenizer_of_the_generic_class_is_self_contained():
+    tokenizer = byte_tokenizer()
+    assert self_contained(tokenizer) is tokenizer
 
 
 # install_pad

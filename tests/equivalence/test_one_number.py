@@ -1,9 +1,9 @@
 """One number: the reward of a conversation is the same wherever it is computed.
 
-A model of each family is trained for a few steps; the rewards that the live model gave at the end are compared
-with the `Scorer`, with `btrm score`, and with the pipeline of transformers on the rendered text, also by the code of the
-model card. One prompt is longer than the sliding windows, and the tokenizers put a BOS before any text, as real ones do,
-so that a window on the wrong positions or a second BOS would show.
+A model of each family is trained for a few steps; the rewards that the live model gave at the end are compared with the
+`Scorer`, with `btrm score`, and with the pipeline of transformers on the rendered text, also by the code of the model
+card. One prompt is longer than the sliding windows, and the tokenizers put a BOS before any text, as real ones do, so
+that a window on the wrong positions or a second BOS would show.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from scorer_samples import FAMILIES, base_model
+from scorer_samples import CONVERSATIONS, FAMILIES, base_model, finished, real_tokenizer_base
 
 from btrm_core import config as settings
 from btrm_core import run
@@ -113,3 +113,34 @@ def test_the_code_of_the_model_card(trained: Trained, monkeypatch: pytest.Monkey
         exec(code, names)
     expected = Scorer(str(trained.directory), device="cpu").rewards([names["chat"]])[0]
     assert float(printed.getvalue()) == pytest.approx(expected, abs=EXACT)
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gemma", "gemma"),
+        ("gemma2", "gemma"),
+        ("llama3", "llama3"),
+        ("llama3", "llama3-first"),
+        ("llama3", "llama3.1"),
+        ("mistral", "mistral-v1"),
+        ("mistral", "mistral-v3"),
+    ],
+)
+def test_pipeline_with_real_tokenizers(family: str, name: str, real_tokenizers: Path, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    base = real_tokenizer_base(tmp_path / "base", family, real_tokenizers / name)
+    model = str(finished(base, tmp_path / "model", family))
+    scorer = Scorer(model, device="cpu")
+    reward = pipeline("text-classification", model=model, device="cpu")
+    chats = [
+        *CONVERSATIONS,
+        [{"role": "user", "content": "  Grüße, 你好!\n"}, {"role": "assistant", "content": " 🙂 "}],
+    ]
+    texts = [reward.tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    found = reward(texts, top_k=None, function_to_apply="none", add_special_tokens=False)
+    expected = scorer.rewards(chats)
+    assert np.std(expected) > 0.01
+    np.testing.assert_allclose([labels[0]["score"] for labels in found], expected, atol=EXACT, rtol=0)

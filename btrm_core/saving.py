@@ -1,0 +1,91 @@
+"""Turning a run under way into a model directory: gather the weights, merge adapters, describe, write.
+
+All processes take part; the main one writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btrm_core import card, checkpoint
+from btrm_core.adapters import merged_weights
+from btrm_core.attention import collate
+from btrm_core.chat import ChatFormat
+from btrm_core.distributed import Runtime
+from btrm_core.families import Family
+from btrm_core.loader import RowForm
+from btrm_core.packing import share
+from btrm_core.prepare import Data
+from btrm_core.report import Reporter
+from btrm_core.settings import RunConfig
+from btrm_core.trainer import Progress, Schedule
+
+SELF_TEST_PAIRS = 2
+
+
+@dataclass
+class Session:
+    """A run under way: everything its steps share."""
+
+    config: RunConfig
+    family: Family
+    chat: ChatFormat
+    runtime: Runtime
+    data: Data
+    engine: Any
+    form: RowForm
+    plan: Schedule
+    output: Path
+    reporter: Reporter
+
+
+def save_model(session: Session, progress: Progress, evaluation: dict[str, Any] | None, directory: Path) -> None:
+    """Write the live model to `directory`, atomically; with adapters, merged unless the run keeps them apart."""
+    runtime, config, model = session.runtime, session.config, session.engine.module
+    vectors = self_test_vectors(session)
+    gathered = runtime.accelerator.get_state_dict(session.engine)
+    if runtime.is_main:
+        made = card.manifest(
+            config=config,
+            family=session.family,
+            chat=session.chat,
+            data=session.data.report,
+            evaluation=evaluation,
+            training={
+                "steps": progress.step,
+                "seconds": round(progress.seconds, 1),
+                "skipped_steps": progress.skipped_steps,
+                "layout": session.form.layout,
+                "kernel": session.form.kernel,
+            },
+            self_test=vectors,
+            dtype=str(runtime.dtype).removeprefix("torch."),
+        )
+        weights = {name.removeprefix("hf."): tensor for name, tensor in gathered.items()}
+        hf = model.base_model
+        if config.lora.rank is not None and config.lora.merge:
+            weights = merged_weights(model.hf, weights)
+        elif config.lora.rank is not None:
+            hf = model.hf
+        checkpoint.save_model(directory, hf, weights, session.chat, made, card.card(made, directory))
+    runtime.barrier()
+
+
+@torch.no_grad()
+def self_test_vectors(session: Session) -> list[dict[str, Any]]:
+    """A few conversations as ids with the live model's reward, each computed alone: what any reader must reproduce."""
+    pairs, engine, form = session.data.eval or session.data.train, session.engine, session.form
+    engine.eval()
+    vectors = []
+    for i in range(min(SELF_TEST_PAIRS, len(pairs))):
+        for ids in pairs.group(i).sequences:
+            groups = [share([ids.tolist()])]
+            batch = collate(groups, kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id)
+            reward = float(engine(batch.to(session.runtime.device)).item())
+            vectors.append({"input_ids": ids.tolist(), "reward": reward})
+    engine.train()
+    return vectors
