@@ -20,7 +20,7 @@ from benchmarks.gate import Gate
 from benchmarks.workload import Workload
 
 
-class AtTheGate(TrainerCallback):
+class AtTheGate(TrainerCallback):  # type: ignore[misc]
     """Holds a `Trainer` between steps and passes its logged loss on."""
 
     def __init__(self, gate: Gate) -> None:
@@ -94,7 +94,7 @@ class SeedCollator:
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "return_loss": True}
 
 
-class SeedTrainer(Trainer):
+class SeedTrainer(Trainer):  # type: ignore[misc]
     """`Trainer` with the Bradley-Terry loss over interleaved rows."""
 
     loss_is_scaled_for_ga = False  # a mean per micro-batch, as the seed's transformers averaged it

@@ -266,9 +266,7 @@ def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
         raise CheckpointError(f"{directory} holds no tokenizer, expected a model directory written by `btrm train`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, ImportError, and its parsers whatever they like
+    except Exception as error:  # OSError, ValueError, ImportError, and whatever the parsers raise
         raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({one_line(error)})") from error
     file = directory / "chat_template.jinja"
     template = file.read_bytes().decode("utf-8") if file.is_file() else tokenizer.chat_template

@@ -136,12 +136,13 @@ def model_directory(path: str) -> Path:
 
 
 def explained(error: Exception, directory: Path) -> Exception:
-    """Disk errors as one line; anything else as it is. safetensors wraps its own in text."""
-    number = getattr(error, "errno", None)
-    if number == errno.ENOSPC or "No space left" in str(error):
+    """Disk errors as one line, also those that safetensors reports as text; anything else as it is."""
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return CheckpointError(f"the disk is full while saving {directory}; nothing was left behind. Free some space")
-    if isinstance(error, OSError):
-        return CheckpointError(f"cannot write {directory}: {error.strerror or error}; nothing was left behind")
+    if isinstance(error, OSError) or "os error" in text:
+        reason = getattr(error, "strerror", None) or text.rpartition("I/O error: ")[2]
+        return CheckpointError(f"cannot write {directory}: {reason}; nothing was left behind")
     return error
 
 

@@ -185,8 +185,8 @@ def families(name: str | None, model: str | None, check: bool, as_json: bool, de
     if name is None:
         entries = list_families()
         click.echo(_dumps([vars(e) for e in entries]) if as_json else family_view.format_families(entries))
-        if debug:
-            click.echo(family_view.tracebacks(entries), err=True)
+        for line in family_view.tracebacks(entries) if debug else ():
+            click.echo(line, err=True)
     elif check:
         _check_family(name, model, as_json)
     else:
@@ -239,6 +239,44 @@ def evaluate(model: str, data: tuple[str, ...], tokens_per_batch: int, dtype: st
     scorer = Scorer(model, dtype=dtype, tokens_per_batch=tokens_per_batch)
     result = evaluate_sources(scorer, data)
     click.echo(_dumps(result) if as_json else format_evaluation(result))
+
+
+@main.command("plan")
+@click.option("--model", metavar="ID|DIR", required=True, help="Model; its config.json is enough, no weights are read.")
+@click.option("--gpus", type=int, default=1, show_default=True, help="Number of GPUs.")
+@click.option("--gpu", metavar="NAME", help="GPU by name (h100, h200, a100, ...), for memory and speed.")
+@click.option("--gpu-memory", type=float, metavar="GB", help="Memory of one GPU.")
+@click.option("--deepspeed", metavar="PRESET|FILE", help="Only this one. Default: all presets.")
+@click.option("--max-length", type=int)
+@click.option("--tokens-per-batch", type=int)
+@click.option("--pairs-per-step", type=int)
+@click.option("--pairs", type=int, help="Pairs of the training data, for the hours.")
+@click.option("--tokens-per-pair", type=float, help="Mean tokens of a pair, its common prefix counted once.")
+@click.option("--epochs", type=float, default=1.0, show_default=True)
+@click.option("--lora-rank", type=int)
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan_command(
+    model: str, gpus: int, gpu: str | None, gpu_memory: float | None, as_json: bool, **options: Any
+) -> None:
+    """Memory per GPU, communication and time of a run, for every ZeRO preset; recommends a command."""
+    from btrm_core.estimate import estimate, format_estimate, to_dict
+    from btrm_core.hardware import read_hardware
+
+    given = {name: value for name, value in options.items() if value is not None}
+    made = estimate(model, model=model, hardware=read_hardware(gpus, gpu, gpu_memory), **given)
+    click.echo(_dumps(to_dict(made)) if as_json else format_estimate(made))
+
+
+@main.command("new-family")
+@click.argument("name")
+@click.option("--directory", metavar="DIR", help="Where to write the package. Default: btrm-NAME.")
+def new_family_command(name: str, directory: str | None) -> None:
+    """Write a family package that can be installed, tested and published."""
+    from btrm_core.new_family import new_family
+
+    written = new_family(name, directory)
+    click.echo(f"written: {written}; next: pip install -e {written} && pytest {written}")
 
 
 @main.group()

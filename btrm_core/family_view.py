@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,6 +129,18 @@ def format_families(entries: Sequence[FamilyEntry]) -> str:
     return "\n".join(
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
     )
+
+
+def tracebacks(entries: Sequence[FamilyEntry]) -> list[str]:
+    """Why each broken family is broken, with the traceback of its own error."""
+    out = []
+    for entry in entries:
+        if entry.status != "ok":
+            try:
+                families.load(entry.name)
+            except FamilyError as error:
+                out.append("".join(traceback.format_exception(error)))
+    return out
 
 
 def format_description(description: Mapping[str, Any]) -> str:

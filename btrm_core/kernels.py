@@ -261,16 +261,18 @@ def flash_version() -> tuple[int, ...] | None:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled once for all row lengths.
+    """FlexAttention, compiled.
 
     Compiled even where it could run without: un-compiled, a non-linear score function under
-    gradient checkpointing gives wrong gradients, silently.
+    gradient checkpointing gives wrong gradients, silently. The second row length makes the graph
+    dynamic, so a run compiles two graphs for training and at most two for evaluation. Asking for
+    dynamic shapes at once would save one, but turns the soft-cap into a symbol, which fails.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
     # The CPU has no kernel with gradients; ahead-of-time tracing alone follows the same path there.
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True, backend=backend)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, backend=backend)
     return compiled
 
 

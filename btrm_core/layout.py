@@ -247,19 +247,17 @@ def _run_mask(run: Run, window: int | None, dtype: torch.dtype, device: torch.de
 def _mask_mod(
     end_T: torch.Tensor, position_T: torch.Tensor, window: int | None
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The rule for FlexAttention, which evaluates it inside partly visible blocks only."""
+    """The rule for FlexAttention, which evaluates it inside partly visible blocks only.
 
-    def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        return (kv <= q) & (q < end_T[kv])
+    The window is put into a tensor of lowest visible positions: layers with and without one, and rows
+    of any length, then share one compiled graph.
+    """
+    lowest_T = torch.zeros_like(position_T) if window is None else position_T - (window - 1)
 
-    if window is None:
-        return causal
-    size: int = window
+    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return (kv <= q) & (q < end_T[kv]) & (position_T[kv] >= lowest_T[q])
 
-    def sliding(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        return (kv <= q) & (q < end_T[kv]) & (position_T[q] - position_T[kv] < size)
-
-    return sliding
+    return visible
 
 
 def classify_blocks(

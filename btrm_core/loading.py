@@ -22,12 +22,13 @@ from btrm_core import families
 from btrm_core.cache import digest
 from btrm_core.chat import ChatFormat, chat_from_checkpoint
 from btrm_core.checkpoint import MANIFEST, model_directory
-from btrm_core.errors import CheckpointError, FamilyError
+from btrm_core.errors import CheckpointError, ConfigError, FamilyError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "score.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other forms
 
 
 def find_model(name: str) -> Path:
@@ -41,7 +42,8 @@ def find_model(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return model_directory(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+        found = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES)
+        return model_directory(found)
     except CheckpointError:
         raise
     except Exception as error:  # the hub's client raises types of several libraries
@@ -125,15 +127,17 @@ def weight_names(directory: Path) -> set[str]:
         raise CheckpointError(f"{directory / WEIGHTS} is damaged: {_first(error)}") from error
 
 
-def load_weights(directory: Path, dtype: torch.dtype | str) -> Any:
-    """Load the sequence-classification model in evaluation mode; no weight may be missing.
+def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """Load the sequence-classification model onto a device, in evaluation mode; no weight may be missing.
 
     Args:
         directory: a model directory that `check_head` lets through.
         dtype: a torch type, or "auto" for the one the weights are saved in.
+        device: where it computes.
 
     Raises:
         CheckpointError: transformers has no such model, or weights are missing, damaged or of another shape.
+        ConfigError: the device has not enough memory.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -149,7 +153,10 @@ def load_weights(directory: Path, dtype: torch.dtype | str) -> Any:
         raise CheckpointError(f"the weights of {directory} are incomplete: {some} missing; copy the directory anew")
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise CheckpointError(f"{directory}: {type(hf).__name__} has no linear head called `score`, which btrm reads")
-    return hf.requires_grad_(False).eval()
+    try:
+        return hf.requires_grad_(False).eval().to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(f"{directory} does not fit into the memory of {device}; try --dtype bf16") from error
 
 
 def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> str:

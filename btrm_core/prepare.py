@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from btrm_core import basemodel, families
 from btrm_core.adapters import add_adapters
@@ -32,9 +33,13 @@ from btrm_core.settings import RunConfig
 from btrm_core.startup import check_first_loss
 from btrm_core.toy import embedded_settings
 
+if TYPE_CHECKING:
+    from btrm_core.formats import Scored
+
 CHECKED_PAIRS = 512
 CHECKED_GROUPS = 3
 MAX_WORKERS = 8
+SHOW_PROGRESS_FROM = 20_000
 
 
 @dataclass(frozen=True)
@@ -86,36 +91,39 @@ def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = Non
 
 def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     data = config.data
-    rows = load_pairs(data.train, strict=data.strict, cache_dir=data.cache_dir)
-    issues = {"train": rows.issues}
-    overlap = 0
+    scored = cast("Scored", data.scored)
+    rows = load_pairs(data.train, strict=data.strict, cache_dir=data.cache_dir, scored=scored)
     held_out: PairData | None = None
     if data.eval:
-        held_out = load_pairs(data.eval, strict=data.strict, cache_dir=data.cache_dir)
-        issues["eval"] = held_out.issues
-        rows, overlap = drop_overlap(rows, held_out)
-    elif data.held_out_fraction > 0:
+        held_out = load_pairs(data.eval, strict=data.strict, cache_dir=data.cache_dir, scored=scored)
+        rows, _ = drop_overlap(rows, held_out)
+    issues = {"train": rows.issues, **({"eval": held_out.issues} if held_out is not None else {})}
+    if not data.eval and data.held_out_fraction > 0:
         rows, held_out = split_held_out(rows, data.held_out_fraction)
     workers = data.workers or max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
-    encoded = {
-        name: encode_pairs(part, chat, int(data.max_length or 0), workers=workers, cache_dir=data.cache_dir)
-        for name, part in (("train", rows), ("eval", held_out))
-        if part is not None and len(part.dataset)
-    }
-    if not len(encoded["train"]):
+    encoded: dict[str, EncodedPairs] = {}
+    for name, part in (("train", rows), ("eval", held_out)):
+        if part is not None and len(part):
+            with tqdm(total=len(part), desc=f"encoding {name} pairs", disable=len(part) < SHOW_PROGRESS_FROM) as bar:
+                encoded[name] = encode_pairs(
+                    part,
+                    chat,
+                    int(data.max_length or 0),
+                    workers=workers,
+                    cache_dir=data.cache_dir,
+                    progress=lambda done, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
+                )
+    if not len(encoded.get("train", ())):
         raise DataError("no training pairs are left after encoding; see the counts above, or raise --max-length")
     report = {
         "sources": list(data.train),
         "eval_sources": list(data.eval) or f"held out by prompt hash, {data.held_out_fraction:g} of the pairs",
         "fingerprint": rows.fingerprint,
-        "train_prompts_dropped_as_in_eval": overlap,
         "rows": {name: issue.to_dict() for name, issue in issues.items()},
         "encoding": {name: part.report for name, part in encoded.items()},
     }
-    lines = [f"{name} data: {issue.format()}" for name, issue in issues.items() if issue.bad]
+    lines = [f"{name} data: {issue.format()}" for name, issue in issues.items() if issue.noteworthy]
     lines += [f"{name} data: {text}" for name, part in encoded.items() if (text := part.describe())]
-    if overlap:
-        lines.append(f"train data: {overlap} pairs dropped because their prompt is in the evaluation data")
     return Data(encoded["train"], encoded.get("eval"), report, lines, held_out)
 
 

@@ -30,6 +30,7 @@ _REWARDS: dict[str, tuple[str, ...]] = {
     PAIR: ("chosen_reward", "rejected_reward", "reward_margin"),
     RESPONSES: ("rewards",),
 }
+_NOT_SCORED = ("id", "subset", "margin", "weight")
 _ADDED = {"truncated", "error", *(name for names in _REWARDS.values() for name in names)}
 
 
@@ -90,7 +91,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 def _content(row: dict[str, Any], kind: str) -> tuple[list[Message], list[str]]:
     if kind == PAIR:
-        pair = convert_row(row)[0]
+        pair = convert_row({key: value for key, value in row.items() if key not in _NOT_SCORED})[0]
         return pair.prompt, [pair.chosen, pair.rejected]
     if kind == RESPONSES:
         responses = row["responses"]

@@ -114,8 +114,8 @@ class Scorer:
         loading.check_head(self.directory)
         self.chat = loading.load_chat(self.directory)
         as_saved = dtype == "auto" and self.device.type != "cpu"
-        hf = loading.load_weights(self.directory, "auto" if as_saved else DTYPES.get(dtype, torch.float32))
-        hf.to(self.device)
+        compute = "auto" if as_saved else DTYPES.get(dtype, torch.float32)
+        hf = loading.load_weights(self.directory, compute, self.device)
         self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
         self.identity = loading.identity(self.directory, self.chat, hf, hf.dtype)
         self.model = self._reward_model(hf, attention)
@@ -230,6 +230,7 @@ class Scorer:
                 errors = tuple(self.chat.encode_group(prompt, [r], self.max_length).error for r in responses)
                 good = [r for r, error in zip(responses, errors, strict=True) if error is None]
                 result = self.chat.encode_group(prompt, good, self.max_length) if good else result
+                errors = tuple(error or result.error for error in errors)
             encoded.append((result, errors))
         return encoded
 

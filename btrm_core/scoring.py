@@ -193,6 +193,7 @@ def _chunks(path: Path, skip: int, budget: int) -> Iterator[_Chunk]:
 def summary(done: Tally, new_lines: int, units: int, seconds: float, target: Path) -> str:
     """One line about a finished file.
 
+    >>> from collections import Counter
     >>> tally = Tally(Counter(pair=1200), failed=2, truncated=3, first_error="line 7: not JSON")
     >>> summary(tally, 1202, 2400, 12.0, Path("out.jsonl"))
     'out.jsonl: 1,200 pairs scored in 12.0 s (100.0 pairs/s); 3 truncated; 2 not scored (line 7: not JSON)'

@@ -65,6 +65,9 @@ class DataConfig:
     """Longest conversation in tokens; longer ones lose whole oldest turns of the prompt, equally on both sides."""
     held_out_fraction: float = 0.05
     """Share of the training pairs held out for evaluation when no evaluation data is given; 0 holds out none."""
+    scored: str = "best-vs-worst"
+    """Pairs of a row with several scored responses: best-vs-worst, best-vs-each or all; a row's pairs weigh 1 together
+    (InstructGPT, arXiv:2203.02155, section 3.5)."""
     strict: bool = False
     """Stop at the first bad row instead of counting it and going on."""
     workers: int | None = None
@@ -197,6 +200,7 @@ class RunConfig:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "data.scored": ("best-vs-worst", "best-vs-each", "all"),
     "model.dtype": ("auto", "bf16", "fp32"),
     "model.attention": ("auto", "flash", "varlen", "flex", "sdpa", "eager"),
     "model.kernels": ("auto", "liger", "torch"),

@@ -1,4 +1,4 @@
-"""A broken family harms nobody but those who use it: each way of being broken, really installed, beside working ones."""
+"""A broken family harms nobody but those who use it: each way of being broken, installed beside working families."""
 
 from __future__ import annotations
 
@@ -156,13 +156,12 @@ def test_a_hook_that_fails_is_an_error_of_the_user(environment, name):
 
 
 def test_training_with_a_broken_family_stops_before_anything_is_written(environment, tmp_path):
-    for name in ("syntaxerror", "raising"):
-        output = tmp_path / name
-        done = environment.btrm("train", "--family", name, "--output", str(output))
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        assert f"family '{name}' (btrm-{name} 1.0)" in done.stderr.splitlines()[-1]
-        assert not output.exists()
+    output = tmp_path / "output"
+    done = environment.btrm("train", "--family", "syntaxerror", "--output", str(output))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("btrm: family 'syntaxerror' (btrm-syntaxerror 1.0) is broken: ")
+    assert not output.exists()
 
 
 def test_an_uninstalled_family_vanishes(environment, tmp_path):

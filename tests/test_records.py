@@ -24,6 +24,7 @@ def record(value: Any, line: int = 3) -> Record:
         ({"chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": "No"}]}, "pair", ["Hello", "No"]),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, "pair", ["Hello", "No"]),
         ({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"}, "pair", ["A", "B"]),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b", "id": 1.5, "weight": "heavy"}, "pair", ["a", "b"]),
         ({"prompt": [USER], "responses": ["a", BOT, [BOT]], "messages": None}, "responses", ["a", "Hello", "Hello"]),
         ({"messages": [USER, BOT], "chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": ""}]}, "pair", None),
     ],

@@ -46,31 +46,39 @@ class TextChecks:
 
     def test_pad_token_is_safe(self) -> None:
         """The pad token is neither EOS, BOS nor the terminal token, and never occurs in data."""
-        subject, chat = self.subject, self.subject.chat
-        pad = chat.pad
+        subject, tokenizer = self.subject, self.subject.tokenizer
+        pad = subject.family.ask("pad_token", tokenizer=tokenizer).value
         advice = (
             "answer with a token that the vocabulary reserves and nothing writes, or with PadToken(..., new=True) if "
             "there is none"
         )
-        own = subject.tokenizer
-        for role, token in (("EOS", own.eos_token), ("BOS", own.bos_token), ("terminal", chat.terminal_token)):
+        ids = self._rendered_ids()
+        terminal = {tokenizer.convert_ids_to_tokens(sequence[-1]) for sequence in ids.values()}
+        for role, tokens in (("EOS", {tokenizer.eos_token}), ("BOS", {tokenizer.bos_token}), ("terminal", terminal)):
             require(
-                pad.token != token,
+                pad.token not in tokens,
                 f"pad token {pad.token!r} is the {role} token",
                 "whoever loads the checkpoint looks for the last token that is not padding, and finds the one before",
                 advice,
             )
         require(
-            pad.new or pad.token in own.get_vocab(),
-            f"pad token {pad.token!r} is not in the vocabulary",
-            "btrm adds a token, with a row in the embedding, only when it is told to",
-            "say PadToken(..., new=True), or name a token of the vocabulary",
+            pad.new != (pad.token in tokenizer.get_vocab()),
+            f"pad token {pad.token!r} is {'already' if pad.new else 'not'} in the vocabulary",
+            "btrm adds a token, with a row in the embedding, when it is told to and only then",
+            "say PadToken(..., new=True) for a token that the vocabulary does not have, and only for one",
         )
-        holding = [name for name, ids in self._encoded().items() if chat.pad_id in ids]
-        holding += [f"pair {n + 1} of the sample" for n, g in enumerate(subject.groups) if chat.pad_id in g.tokens]
+        pad_id = None if pad.new else tokenizer.convert_tokens_to_ids(pad.token)
+        holding = [name for name, sequence in ids.items() if pad_id in sequence]
         require(
             not holding,
-            f"pad token {pad.token!r} occurs in the conversation {holding[0] if holding else ''}",
+            f"pad token {pad.token!r} occurs in a conversation {', '.join(holding)}",
+            "a token that means something cannot also mean nothing",
+            advice,
+        )
+        holding = [str(n + 1) for n, group in enumerate(subject.groups) if subject.chat.pad_id in group.tokens]
+        require(
+            not holding,
+            f"pad token {pad.token!r} occurs in pair {', '.join(holding)} of btrm's sample",
             "a token that means something cannot also mean nothing",
             advice,
         )

@@ -72,8 +72,9 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(outcome.directory, conversations, rewards)
 
 
-def test_scorer(trained: Trained) -> None:
+def test_scorer(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     scorer = Scorer(str(trained.directory.parent), device="cpu")
+    assert not [record for record in caplog.records if record.name == "btrm"]  # same template, packed rows
     assert scorer.model.kernel != "padded"
     assert scorer.self_test() <= EXACT
     np.testing.assert_allclose(scorer.rewards(trained.conversations), trained.rewards, atol=EXACT, rtol=0)

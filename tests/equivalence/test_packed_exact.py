@@ -30,17 +30,18 @@ from tiny_models import (
 )
 
 from btrm_core import attention, kernels
-from btrm_core.attention import PADDED, SOFTCAP_KERNELS, collate
+from btrm_core.attention import PADDED, collate
 from btrm_core.model import RewardModel
 from btrm_core.packing import Batch, TokenGroup
 from btrm_core.planner import plan
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
-CASES = [
+DEFAULT = {name: "eager" if name in SOFTCAPPED else "varlen" for name in CONFIGS}
+OTHERS = [
     (name, kernel)
     for name in CONFIGS
-    for kernel in ("varlen", "sdpa", "eager")
-    if name not in SOFTCAPPED or kernel in SOFTCAP_KERNELS
+    for kernel in ("sdpa", "eager")
+    if name not in SOFTCAPPED and DEFAULT[name] != kernel
 ]
 
 Results = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -87,18 +88,28 @@ def reward_model(
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize(("name", "kernel"), CASES)
-def test_one_row_equals_separate_passes(name: str, kernel: str, dtype: torch.dtype, checkpointing: bool) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_row_equals_separate_passes(name: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    check_one_row(name, DEFAULT[name], dtype, checkpointing)
+
+
+@pytest.mark.parametrize(("name", "kernel"), OTHERS)
+def test_one_row_through_another_kernel_equals_separate_passes(name: str, kernel: str) -> None:
+    check_one_row(name, kernel, torch.float64, True)
+    check_one_row(name, kernel, torch.float32, False)
+
+
+def check_one_row(name: str, kernel: str, dtype: torch.dtype, checkpointing: bool) -> None:
     model = reward_model(name, kernel, dtype, checkpointing=checkpointing)
     batch = collate(awkward_groups(), kernel=kernel, multiple_of=16)
     assert batch.shared > 0
     assert difference(packed(model, [batch], dtype), separate(name, dtype)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("name", "kernel"), CASES)
-def test_packing_without_sharing_equals_separate_passes(name: str, kernel: str) -> None:
-    model = reward_model(name, kernel, torch.float64)
-    batch = collate(awkward_groups(), kernel=kernel, share_prefix=False)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packing_without_sharing_equals_separate_passes(name: str) -> None:
+    model = reward_model(name, DEFAULT[name], torch.float64)
+    batch = collate(awkward_groups(), kernel=DEFAULT[name], share_prefix=False)
     assert batch.computed == batch.useful
     assert difference(packed(model, [batch], torch.float64), separate(name, torch.float64)) < 1e-10
 
@@ -112,8 +123,7 @@ def test_padded_lines_equal_separate_passes(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padded_lines_through_a_packing_kernel_equal_separate_passes(name: str) -> None:
-    kernel = "eager" if name in SOFTCAPPED else "varlen"
-    model = reward_model(name, kernel, torch.float64, checkpointing=True)
+    model = reward_model(name, DEFAULT[name], torch.float64, checkpointing=True)
     batch = collate(awkward_groups(), kernel=PADDED)
     assert difference(packed(model, [batch], torch.float64), separate(name, torch.float64)) < 1e-10
 
@@ -125,7 +135,7 @@ def test_planned_rows_with_a_pair_over_the_budget_equal_separate_passes(name: st
     made = plan(*lengths, pairs_per_step=len(groups), tokens_per_batch=48, world=2, seed=0, epoch=0)
     rows = [row for rank in made.step(0).rows for row in rank]
     assert max(sum(len(groups[i].tokens) for i in row) for row in rows) > 48
-    kernel = "eager" if name in SOFTCAPPED else "varlen"
+    kernel = DEFAULT[name]
     model, alone = reward_model(name, kernel, torch.float64), reward_model(name, PADDED, torch.float64)
     with true_float64():
         rewards_P2 = torch.zeros(len(groups), 2, dtype=torch.float64)
@@ -211,7 +221,7 @@ def test_a_wrong_mask_or_position_is_noticed(spoil: Callable[[Batch], None], nam
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_wrong_window_is_noticed(name: str) -> None:
-    kernel = "eager" if name in SOFTCAPPED else "varlen"
+    kernel = DEFAULT[name]
     model = reward_model(name, kernel, torch.float64, sliding_window=10)
     results = packed(model, [collate(awkward_groups(), kernel=kernel)], torch.float64)
     assert float((results[0] - separate(name, torch.float64)[0]).abs().max()) > 1e-2

@@ -1,0 +1,280 @@
+"""The command line as a user meets it: every mistake gets one line and exit code 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from btrm_core.cli import FLAGS, main, train
+from btrm_core.config import setting_types
+from btrm_core.toy import sample_path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def fails(*arguments):
+    """Run a command that must fail for a reason of the user's; return its one line."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("btrm: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0].removeprefix("btrm: ")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny Llama-3-shaped causal language model, as it would come from a hub."""
+    from btrm_core.families import load
+    from btrm_core.toy import build_toy
+
+    directory = tmp_path_factory.mktemp("base") / "tiny-llama3"
+    build_toy(load("llama3").recipe().tiny, directory, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    return directory
+
+
+def changed_config(base, target, **changes):
+    target.mkdir()
+    for path in base.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((base / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+def test_help_and_families_answer_without_torch():
+    code = "import sys; from btrm_core.cli import main; main(standalone_mode=False); sys.exit('torch' in sys.modules)"
+    for arguments in (["families"], ["--help"], ["train", "--help"], ["families", "--json"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    names = [entry["name"] for entry in json.loads(done.stdout)]
+    assert {"gemma", "gemma2", "llama3", "mistral"} <= set(names)
+
+
+def test_every_flag_is_a_setting():
+    assert set(FLAGS.values()) <= set(setting_types())
+    options = {parameter.name for parameter in train.params}
+    assert set(FLAGS) <= options
+    assert options - set(FLAGS) == {"gpus", "processes", "config_file", "assignments", "dry_run"}
+
+
+def test_unknown_family():
+    line = fails("train", "--family", "lama3")
+    assert line.startswith("unknown family 'lama3'. Did you mean 'llama3'? Installed: gemma, gemma2, llama3, mistral")
+
+
+def test_a_family_that_does_not_claim_the_checkpoint(base):
+    line = fails("train", "--family", "gemma", "--model", base, "--data", sample_path("train"))
+    assert "gemma" in line
+    assert "llama3" in line
+
+
+def test_detection_finds_the_family(base, tmp_path):
+    result = invoke("train", "--model", base, "--data", sample_path("train"), "--dry-run", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "family: llama3 (btrm " in result.stdout
+
+
+def test_no_family_claims_it(base, tmp_path):
+    other = changed_config(base, tmp_path / "other", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    line = fails("train", "--model", other, "--data", sample_path("train"))
+    assert "gemma, gemma2, llama3, mistral" in line
+
+
+def test_pad_equal_to_eos_is_refused(base):
+    line = fails(
+        "train",
+        "--family",
+        "llama3",
+        "--model",
+        base,
+        "--data",
+        sample_path("train"),
+        "--set",
+        "tokenizer.pad_token=<|eot_id|>",
+    )
+    assert "tokenizer.pad_token" in line
+
+
+def test_no_weights(base, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in base.iterdir():
+        if "safetensors" not in path.name:
+            (empty / path.name).write_bytes(path.read_bytes())
+    line = fails(
+        "train", "--family", "llama3", "--model", empty, "--data", sample_path("train"), "--output", tmp_path / "o"
+    )
+    assert line == (
+        f"the base model directory {empty} has no weights in safetensors form (found none); expected model.safetensors "
+        "or model.safetensors.index.json"
+    )
+    assert not (tmp_path / "o" / "model").exists()
+
+
+def test_weights_that_are_not_safetensors(base, tmp_path):
+    pickled = changed_config(base, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    line = fails(
+        "train", "--family", "llama3", "--model", pickled, "--data", sample_path("train"), "--output", tmp_path / "o"
+    )
+    assert "found only pytorch_model.bin, which may run code or lose precision" in line
+
+
+def test_there_is_no_such_model():
+    assert fails("train", "--model", "./nowhere", "--data", "x.jsonl") == (
+        "the base model ./nowhere is neither a directory nor a hub id of the form owner/name"
+    )
+
+
+def test_a_base_model_cannot_score(base, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    line = fails("score", base, tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl")
+    assert "head" in line
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_nothing_to_train():
+    assert fails("train") == (
+        "nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR"
+    )
+
+
+def test_no_data(base):
+    assert fails("train", "--family", "llama3", "--model", base) == (
+        "no training data is named: give --data SRC (a file, a dataset directory or a hub id)"
+    )
+
+
+def test_no_data_left(base, tmp_path):
+    row = {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "a"}]}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    line = fails(
+        "train", "--family", "llama3", "--model", base, "--data", tmp_path / "bad.jsonl", "--output", tmp_path / "o"
+    )
+    assert "bad.jsonl:1" in line
+
+
+def test_everything_is_too_long(base, tmp_path):
+    line = fails(
+        "train",
+        "--family",
+        "llama3",
+        "--model",
+        base,
+        "--data",
+        sample_path("train"),
+        "--max-length",
+        4,
+        "--output",
+        tmp_path,
+    )
+    assert "no pair" in line or "no training pairs" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--set", "train.lr=1"], "unknown setting 'train.lr'."),
+        (["--set", "train.seed"], "--set 'train.seed' is not of the form section.key=value, e.g. --set train.seed=1"),
+        (["--deepspeed", "zero9"], "--deepspeed 'zero9': expected one of zero1, zero2, zero2-offload, zero3"),
+        (["--report-to", "wandbb"], "--report-to 'wandbb': expected none or one of wandb, tensorboard"),
+        (["--config", "none.toml"], "cannot read the configuration file none.toml: No such file or directory"),
+        (["--gpus", "2"], "--gpus 2: torch sees no GPU on this machine; on a CPU use --processes N"),
+        (["--kernels", "liger"], "--kernels liger needs a GPU, and torch sees none; use --kernels torch"),
+    ],
+)
+def test_settings(arguments, line, tmp_path):
+    import torch
+
+    if torch.cuda.is_available() and arguments[0] in ("--gpus", "--kernels"):
+        pytest.skip("this machine has a GPU")
+    assert fails("train", "--family", "llama3", "--output", tmp_path / "o", *arguments).startswith(line)
+
+
+def test_dry_run_says_everything_and_writes_nothing(tmp_path):
+    result = invoke("train", "--family", "mistral", "--dry-run", "--output", tmp_path / "o", "--seed", 7)
+    assert result.exit_code == 0, result.stderr
+    assert not (tmp_path / "o").exists()
+    for text in ("family: mistral (btrm ", "pad token '<unk>'", "seed = 7", "template sha256: ", '"stage": 1'):
+        assert text in result.stdout
+
+
+def test_a_file_that_is_no_model_is_not_overwritten(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("mine")
+    line = fails("train", "--family", "llama3", "--output", tmp_path, "--overwrite")
+    assert line == f"{tmp_path / 'model'} exists and is no btrm model; choose another --output or remove it"
+
+
+def start(*arguments, **environment):
+    command = [sys.executable, "-m", "btrm_core", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def wait_for_steps(output: Path, count: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        path = output / "metrics.jsonl"
+        if path.exists() and path.read_text().count('"split": "train"') >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run did not get to its steps in time")
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(tmp_path):
+    arguments = ("train", "--family", "llama3", "--output", tmp_path, "--pairs-per-step", 4, "--eval-every", 10_000)
+    process = start(*arguments)
+    wait_for_steps(tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with the same command and --resume" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "model").exists()
+    assert list((tmp_path / "resume").glob("step-*/COMPLETE"))
+
+
+@pytest.mark.timeout(240)
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
+        "from btrm_core.cli import main; main(sys.argv[1:])"
+    )
+    warm = invoke("train", "--family", "llama3", "--dry-run")
+    assert warm.exit_code == 0
+    arguments = ["train", "--family", "llama3", "--output", str(tmp_path), "--max-steps", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    assert f"cannot write {tmp_path / 'model'}: File too large" in done.stderr
+    assert "nothing was left behind" in done.stderr
+    assert not [p for p in tmp_path.iterdir() if "model" in p.name]
+
+
+@pytest.mark.timeout(240)
+def test_wandb_offline_and_tensorboard_get_the_figures(tmp_path):
+    process = start(
+        "train", "--family", "llama3", "--output", tmp_path, "--max-steps", 2, "--report-to", "wandb,tensorboard",
+        WANDB_MODE="offline",
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(runs) == 1
+    assert runs[0].stat().st_size > 1000
+    assert list(tmp_path.rglob("events.out.tfevents*"))
