@@ -188,9 +188,7 @@ def _merge(user: dict[str, Any], derived: dict[str, Any], source: str) -> dict[s
     _fill_auto_buckets(merged["zero_optimization"])
     params = merged["optimizer"].setdefault("params", {})
     # torch's own AdamW: DeepSpeed's fused ones are C++ that is compiled at run time
-    params["torch_adam"] = True
-    if torch.cuda.is_available() and "offload_optimizer" not in merged["zero_optimization"]:
-        params["fused"] = True
+    params.update(torch_adam=True, fused=True)
     return dict(merged)
 
 

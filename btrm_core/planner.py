@@ -15,7 +15,6 @@ P: pairs, or groups of K sequences, of the whole data set.
 from __future__ import annotations
 
 import functools
-import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from btrm_core.balance import even_out, fill, share_out
 from btrm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Plan:
             raise IndexError(f"step {index} of an epoch of {self.num_steps} steps")
         ids = self.order_P[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
         rows = self._packed_rows(ids) if self.lines is None else self._padded_rows(ids)
-        ranks = _share_out(rows, [float(self.cost_P[row].sum()) for row in rows], self.world)
+        ranks = share_out(rows, [float(self.cost_P[row].sum()) for row in rows], self.world)
         cost = tuple(float(sum(self.cost_P[row].sum() for row in rank)) for rank in ranks)
         return Step(pair_ids=ids, rows=ranks, cost=cost)
 
@@ -152,9 +152,10 @@ class Plan:
         per_rank = max(1, -(-needed // self.world))
         while True:
             bins = per_rank * self.world - len(own)
-            filled = _fill(rest, tokens, cost, bins, limit)
+            filled = fill(rest, tokens, cost, bins, limit)
             if filled is not None:
-                return [ids[[i]] for i in own] + [ids[members] for members in filled]
+                even = even_out(filled, self.tokens_P[ids], self.cost_P[ids], limit)
+                return [ids[[i]] for i in own] + [ids[members] for members in even]
             per_rank += 1
 
     def _padded_rows(self, ids: IntArray) -> list[IntArray]:
@@ -166,41 +167,6 @@ class Plan:
             if all(len(row) <= 1 or self.row_tokens(row) <= self.budget for row in rows):
                 return rows
             per_rank += 1
-
-
-def _fill(items: list[int], tokens: list[int], cost: list[float], bins: int, limit: int) -> list[list[int]] | None:
-    """Put items, most expensive first, each into the cheapest bin that has room; None if one finds none."""
-    if bins < 1:
-        return None if items else []
-    members: list[list[int]] = [[] for _ in range(bins)]
-    room = [limit] * bins
-    heap = [(0.0, number) for number in range(bins)]
-    for item in items:
-        skipped = []
-        while heap and tokens[item] > room[heap[0][1]]:
-            skipped.append(heapq.heappop(heap))
-        if not heap:
-            return None
-        load, number = heap[0]
-        heapq.heapreplace(heap, (load + cost[item], number))
-        members[number].append(item)
-        room[number] -= tokens[item]
-        for entry in skipped:
-            heapq.heappush(heap, entry)
-    return members
-
-
-def _share_out(rows: list[IntArray], cost: list[float], world: int) -> tuple[tuple[IntArray, ...], ...]:
-    """Give every rank as many rows: the most expensive first, each to the rank that has computed least."""
-    per_rank = len(rows) // world
-    ranks: list[list[IntArray]] = [[] for _ in range(world)]
-    heap = [(0.0, rank) for rank in range(world)]
-    for number in sorted(range(len(rows)), key=lambda i: (-cost[i], i)):
-        load, rank = heapq.heappop(heap)
-        ranks[rank].append(rows[number])
-        if len(ranks[rank]) < per_rank:
-            heapq.heappush(heap, (load + cost[number], rank))
-    return tuple(tuple(rank) for rank in ranks)
 
 
 def _rounded(count: int, multiple: int) -> int:

@@ -57,9 +57,20 @@ def choose(config: RunConfig) -> tuple[Family, RunConfig, ChatFormat]:
     """Find the family, fill the settings from its recipe (or the embedded default), and set up its tokenizer.
 
     Raises:
+        FamilyError: as `choose_family`, or an answer of the family breaks the contract of its hook.
+        ConfigError: as `choose_family`.
+    """
+    family, config, described = choose_family(config)
+    return family, config, prepare_chat(basemodel.load_tokenizer(config.model), described, family)
+
+
+def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
+    """Find the family and fill the settings; returns the base model's transformers configuration as well.
+
+    Raises:
         FamilyError: the family is unknown or broken, or does not claim the checkpoint; without `--family`, not exactly
             one claims it.
-        ConfigError: data is given without a base model, or nothing says what to train.
+        ConfigError: no data is named for a base model, or nothing says what to train.
     """
     trackers(config.output.report_to)
     if config.model.name is None and config.family is None:
@@ -75,8 +86,7 @@ def choose(config: RunConfig) -> tuple[Family, RunConfig, ChatFormat]:
     config = resolve(config, family.recipe())
     if not config.data.train:
         raise ConfigError("no training data is named: give --data SRC (a file, a dataset directory or a hub id)")
-    chat = prepare_chat(basemodel.load_tokenizer(config.model), described, family)
-    return family, config, chat
+    return family, config, described
 
 
 def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = None) -> Data:

@@ -22,19 +22,6 @@ WRITE_TURN = "{{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ message['content'] 
 READ = 'return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")'
 DOCSTRING_END = "from __future__ import annotations\n"
 HEAD = "@hookimpl\ndef recipe() -> Recipe:"
-SAVES_OTHERWISE = """
-    class Odd(type(tokenizer)):
-        def save_pretrained(self, directory, **options):
-            from tokenizers import normalizers
-
-            backend = type(self.backend_tokenizer).from_str(self.backend_tokenizer.to_str())
-            backend.normalizer = normalizers.Lowercase()
-            other = type(tokenizer)(tokenizer_object=backend, bos_token=BOS, eos_token="<|im_end|>", pad_token="<|im_start|>")
-            return other.save_pretrained(directory, **options)
-
-    tokenizer.__class__ = Odd
-    return tokenizer
-"""
 
 
 def head(body: str) -> tuple[str, str, str]:
@@ -53,7 +40,7 @@ FAULTS = [
     ("only_known_hooks", (CODE, "def pad_token()", "def pad_token(token)"), "hook pad_token takes 'token'"),
     ("only_known_hooks", (CODE, "def pad_token()", "def pad_token(tokenizer=1)"), "takes 'tokenizer=1'"),
     ("no_unmarked_hooks", (CODE, "@hookimpl\ndef pad_token", "def pad_token"), "function 'pad_token' has the name of"),
-    ("says_what_it_is", (CODE, '"""Foo models: ChatML turns on a Llama-shaped model.', '"""'), "docstring begins with"),
+    ("says_what_it_is", (CODE, "ChatML turns", "ChatML turns" + " and more" * 12), "docstring begins with"),
     ("import_is_light", imports("import transformers"), "importing the plugin imports transformers"),
     ("import_is_light", imports("import socket; socket.socket().close()"), "does this: socket.__new__"),
     ("import_is_light", imports("open('/etc/passwd').close()"), "reads /etc/passwd"),
@@ -79,7 +66,6 @@ FAULTS = [
         (CODE, "PadToken(PAD,", "PadToken('<|im_start|>',"),
         "'<|im_start|>' occurs in a conversation",
     ),
-    ("pad_token_survives_saving", (CODE, "    return tokenizer\n", SAVES_OTHERWISE), "is '<|im_start|>'"),
     ("template_compiles", (TEMPLATE, "{%- endfor %}", ""), "the template fails on the roles (user, assistant)"),
     ("exactly_one_bos", (TEMPLATE, "{{- bos_token }}", "{{- bos_token ~ bos_token }}"), "BOS '<s>' occurs 2 times"),
     ("exactly_one_bos", (TEMPLATE, "{{- bos_token }}", ""), "BOS '<s>' occurs 0 times"),
@@ -119,7 +105,6 @@ FAULTS = [
         (TEMPLATE, "not in ['system', 'user', 'assistant']", "== 'nobody'"),
         "a message of role 'gizmo' is rendered as",
     ),
-    ("ids_survive_saving", (CODE, "    return tokenizer\n", SAVES_OTHERWISE), "has other ids after saving and loading"),
     ("claims_its_own_only", (CODE, "and rope_theta(config) == ROPE_THETA", ""), "also claims checkpoints of 'llama3'"),
     (
         "claims_its_own_only",
@@ -149,20 +134,18 @@ FAULTS = [
         (CODE, "max_length=4096", "attention=('flash',)"),
         "the tiny model cannot be given a reward",
     ),
-    (
-        "pipeline_scores_alike",
-        (CODE, "    return tokenizer\n", SAVES_OTHERWISE.replace('"<|im_start|>")', "PAD)")),
-        "the transformers pipeline, all texts a batch gives rewards that differ",
-    ),
 ]
 # What an earlier check, or btrm itself, refuses first: these can only fail through a fault in btrm or transformers.
 SHIELDED = {
     "plugin_is_no_class",  # has a test of its own below
+    "pad_token_survives_saving",
+    "ids_survive_saving",
     "ids_equal_apply_chat_template",
     "control_tokens_in_content_stay_text",
     "training_lowers_the_loss",
     "packed_equals_separate",
     "saved_model_scores_alike",
+    "pipeline_scores_alike",
 }
 
 
@@ -236,13 +219,9 @@ def test_the_good_package_passes_and_what_cannot_be_checked_is_skipped(install):
     assert check("exactly_one_bos").status == "pass"
     assert check("recipe_is_sane").status == "pass"
     skipped = check("exactly_one_bos", special_tokens={"eos_token": "<|im_end|>", "pad_token": "<pad>"})
-    assert (skipped.status, skipped.what) == (
-        "skip",
-        "hook setup_tokenizer fails: family 'foo' (btrm-foo 0.1.0): hook setup_tokenizer failed: the tokenizer of "
-        f"{skipped.what.partition('tokenizer of ')[2].partition(' has')[0]} has no <s>, which the Foo chat format needs: "
-        "the checkpoint's vocabulary is not this family's. Choose the family that the checkpoint was made for, or write "
-        "one",
-    )
+    assert skipped.status == "skip"
+    assert skipped.what.startswith("hook setup_tokenizer fails: family 'foo' (btrm-foo 0.1.0): hook setup_tokenizer ")
+    assert "has no <s>, which the Foo chat format needs" in skipped.what
 
 
 def test_a_family_without_claims_is_not_asked_for_one(install):

@@ -129,17 +129,20 @@ class ContractChecks:
                 "a run that uses this family stops there",
                 "put right what the message says; each answer is described in btrm_core.hookspecs",
             ) from error
-        checkpoint = subject._checkpoint or str(subject.base)
-        there = _run_probe(["answers", subject.name, checkpoint, subject.source], cwd=str(subject.directory))
-        for other, where in ((again, "when asked a second time"), (there, "in another process")):
-            for hook in here:
-                require(
-                    here[hook] == other[hook],
-                    f"hook {hook} answers differently {where}: {here[hook]!r:.80} and {other[hook]!r:.80}",
-                    "every process of a run asks for itself; if their answers differ, they train different models",
-                    "let the answer depend on the arguments alone: no clock, no random numbers, no order of a set, no "
-                    "path relative to the current directory",
-                )
+        _require_same(here, again, "when asked a second time")
+        probe = ["answers", subject.name, subject.checkpoint, subject.source]
+        _require_same(here, _run_probe(probe, cwd=str(subject.directory)), "in another process")
+
+
+def _require_same(here: dict[str, Any], other: dict[str, Any], where: str) -> None:
+    for hook in here:
+        require(
+            here[hook] == other[hook],
+            f"hook {hook} answers differently {where}: {here[hook]!r:.80} and {other[hook]!r:.80}",
+            "every process of a run asks for itself; if their answers differ, they train different models",
+            "let the answer depend on the arguments alone: no clock, no random numbers, no order of a set, no path "
+            "relative to the current directory",
+        )
 
 
 def _marked(plugin: object) -> Iterator[tuple[str, Any]]:

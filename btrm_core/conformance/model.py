@@ -112,6 +112,7 @@ class ModelChecks:
 
     def test_tiny_model_is_built(self) -> None:
         """`btrm train --family NAME` alone has a model to train: the tiny shape builds and gets a reward head."""
+        _ = self.subject.family
         try:
             _ = self.subject.base
         except Missing as error:

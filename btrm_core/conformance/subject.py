@@ -126,7 +126,7 @@ class Subject:
         from transformers import AutoConfig
 
         with _or_missing("the config cannot be read"):
-            return AutoConfig.from_pretrained(self._checkpoint or self.base)
+            return AutoConfig.from_pretrained(self.checkpoint)
 
     def fresh_tokenizer(self) -> Any:
         """The tokenizer as it is loaded before any hook has seen it, anew on every call."""
@@ -135,7 +135,12 @@ class Subject:
         with _or_missing("the tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.source)
 
-    @cached_property
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint whose config is used: the one given, or the tiny base model."""
+        return self._checkpoint or str(self.base)
+
+    @property
     def source(self) -> str:
         """Where the tokenizer is loaded from."""
         return self._tokenizer or self._checkpoint or str(self.base)

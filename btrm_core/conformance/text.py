@@ -181,8 +181,9 @@ class TextChecks:
     def test_rendering_is_date_free(self) -> None:
         """The same conversation is rendered the same on two dates."""
         for name, conversation in _CONVERSATIONS.items():
+            # The macro takes the place of the function that transformers gives to templates as their clock.
             dated = [
-                self._render(conversation, date_string=day, strftime_now=lambda _format, day=day: day)
+                self._render(conversation, f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}", date_string=day)
                 for day in ("03 Feb 2001", "27 Nov 2033")
             ]
             require(
@@ -252,12 +253,12 @@ class TextChecks:
             "let setup_tokenizer return a tokenizer whose control tokens are added tokens of its tokenizer.json",
         )
 
-    def _render(self, conversation: Conversation, **variables: Any) -> str:
-        """Render with the family's template; a template that fails is the family's fault."""
+    def _render(self, conversation: Conversation, prelude: str = "", **variables: Any) -> str:
+        """Render with the family's template after a prelude; a template that fails is the family's fault."""
         subject = self.subject
         try:
             text = subject.tokenizer.apply_chat_template(
-                conversation, chat_template=subject.template, tokenize=False, **variables
+                conversation, chat_template=prelude + subject.template, tokenize=False, **variables
             )
         except Missing:
             raise

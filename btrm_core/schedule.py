@@ -1,0 +1,59 @@
+"""How long a run is, the learning rate of each step, and where the run stands.
+
+Decides: the learning rate as a function of the step alone, so that resuming needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from btrm_core.settings import RunConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps there are and the learning rate of each; derived once, from the plan and the settings.
+
+    >>> s = Schedule(total_steps=10, steps_per_epoch=5, warmup_steps=2, peak=1.0)
+    >>> [round(s.learning_rate(i), 2) for i in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    peak: float
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to zero (arXiv:1608.03983, equation 5, without restarts)."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        span = max(1, self.total_steps - self.warmup_steps)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / span))
+
+
+def schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule of a run whose settings are resolved."""
+    train = config.train
+    total = max(1, round(steps_per_epoch * (train.epochs or 1.0)))
+    if train.max_steps is not None:
+        total = min(total, train.max_steps)
+    return Schedule(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=math.ceil(total * (train.warmup_ratio or 0.0)),
+        peak=float(train.learning_rate or 0.0),
+    )
+
+
+@dataclass
+class Progress:
+    """What changes while training, apart from weights and optimiser: all that a resumed run must know."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    evaluations_since_best: int = 0
+    skipped_steps: list[int] = field(default_factory=list)
+    stopped: str | None = None
