@@ -18,7 +18,18 @@ EVEN = 1.002
 
 
 def fill(items: list[int], tokens: list[int], cost: list[float], bins: int, limit: int) -> list[list[int]] | None:
-    """Put items, most expensive first, each into the cheapest bin that has room; None if one finds none."""
+    """Put items, most expensive first, each into the cheapest bin that has room.
+
+    Args:
+        items: indices into `tokens` and `cost`, most expensive first.
+        tokens: room that each item takes.
+        cost: cost of each item.
+        bins: number of bins.
+        limit: room of a bin.
+
+    Returns:
+        The items of every bin, or None if an item finds no room.
+    """
     if bins < 1:
         return None if items else []
     members: list[list[int]] = [[] for _ in range(bins)]
@@ -44,6 +55,15 @@ def even_out(members: list[list[int]], tokens: IntArray, cost: FloatArray, limit
 
     With few items in a bin (many ranks), filling alone leaves the busiest 2 to 3 per cent above the
     mean, and more where the budget is tight.
+
+    Args:
+        members: the items of every bin, indices into `tokens` and `cost`.
+        tokens: room that each item takes.
+        cost: cost of each item.
+        limit: room of a bin.
+
+    Returns:
+        The items of every bin, no bin above the limit if none was.
     """
     if len(members) < 2:
         return members
@@ -74,7 +94,16 @@ def even_out(members: list[list[int]], tokens: IntArray, cost: FloatArray, limit
 
 
 def share_out(rows: list[IntArray], cost: list[float], world: int) -> tuple[tuple[IntArray, ...], ...]:
-    """Give every rank as many rows: the most expensive first, each to the rank that has computed least."""
+    """Give every rank equally many rows, most expensive first, each to the rank with least to do.
+
+    Args:
+        rows: the rows, a multiple of `world`.
+        cost: cost of each row.
+        world: number of ranks.
+
+    Returns:
+        The rows of every rank, most expensive first.
+    """
     per_rank = len(rows) // world
     ranks: list[list[IntArray]] = [[] for _ in range(world)]
     heap = [(0.0, rank) for rank in range(world)]

@@ -70,7 +70,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BtrmError as error:
-            _let_the_main_process_speak()
+            if not _speaks():
+                raise SystemExit(error.exit_code) from None
             if ctx.params.get("debug"):
                 traceback.print_exc()
             click.echo(f"btrm: {' '.join(str(error).split())}", err=True)
@@ -81,21 +82,27 @@ class Commands(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except Exception:
-            _let_the_main_process_speak()
+            if not _speaks():
+                raise SystemExit(1) from None
             traceback.print_exc()
             click.echo("btrm: this is a bug; please report it with the lines above", err=True)
             raise SystemExit(1) from None
 
 
-def _let_the_main_process_speak() -> None:
-    """Of several processes with the same error only the first one need say so: the launcher ends the others meanwhile."""
+def _speaks() -> bool:
+    """Of several processes that fail, one says why: the first, once they know each other; until then, the main one."""
+    failure = sys.modules.get("btrm_core.failure")
+    if failure is not None and failure.speaks is not None:
+        return bool(failure.speaks)
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(SPEAK_LATER_SECONDS)
+        time.sleep(SPEAK_LATER_SECONDS)  # the launcher ends this process meanwhile, if all fail alike
+    return True
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="btrm")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # from deepspeed's launcher
 def main(debug: bool) -> None:
     """Train, check and use Bradley-Terry reward models."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

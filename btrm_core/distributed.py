@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from btrm_core.errors import ConfigError, did_you_mean
+from btrm_core.failure import shared
 from btrm_core.settings import RunConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -94,15 +95,17 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
     )
+    runtime = Runtime(
+        accelerator=accelerator,
+        rank=torch.distributed.get_rank(),
+        world=torch.distributed.get_world_size(),
+        device=accelerator.device,
+        dtype=dtype,
+        zero_stage=int(plugin_dict["zero_optimization"]["stage"]),
+    )
     try:
-        yield Runtime(
-            accelerator=accelerator,
-            rank=torch.distributed.get_rank(),
-            world=torch.distributed.get_world_size(),
-            device=accelerator.device,
-            dtype=dtype,
-            zero_stage=int(plugin_dict["zero_optimization"]["stage"]),
-        )
+        with shared(runtime.world):
+            yield runtime
     finally:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -186,6 +189,9 @@ def _merge(user: dict[str, Any], derived: dict[str, Any], source: str) -> dict[s
     merged["zero_optimization"].setdefault("stage", 1)
     _fill(merged, derived, source, "")
     _fill_auto_buckets(merged["zero_optimization"])
+    if merged["bf16"]["enabled"]:
+        # each gradient goes to its fp32 sum at once; otherwise all bf16 gradients lie there a second time until then
+        merged["bf16"].setdefault("immediate_grad_update", True)
     params = merged["optimizer"].setdefault("params", {})
     # torch's own AdamW: DeepSpeed's fused ones are C++ that is compiled at run time
     params.update(torch_adam=True, fused=True)
@@ -251,7 +257,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=message)
     import deepspeed
     import deepspeed.ops
+    import deepspeed.runtime.bf16_optimizer
 
+    # prints memory figures to standard output, whatever the level of the log
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     for handler in deepspeed.utils.logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.setStream(sys.stderr)

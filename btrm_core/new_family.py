@@ -6,6 +6,7 @@ Decides what such a package holds. Its files lie in `family_package/` and are a 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from importlib import resources
 from pathlib import Path
@@ -44,6 +45,9 @@ def new_family(name: str, directory: str | Path | None = None) -> Path:
     if taken:
         raise ConfigError(f"family '{name}' is installed already ({taken[0].origin}); choose another name")
     files = package_files(name)
+    module = f"btrm_{name.replace('-', '_')}"
+    if importlib.util.find_spec(module) is not None:
+        raise ConfigError(f"a module {module} is installed already; choose another name")
     target = Path(directory) if directory is not None else Path(f"btrm-{name}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{target} exists already; choose another --directory, or remove it")

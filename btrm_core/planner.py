@@ -109,9 +109,11 @@ class Plan:
             raise IndexError(f"step {index} of an epoch of {self.num_steps} steps")
         ids = self.order_P[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
         rows = self._packed_rows(ids) if self.lines is None else self._padded_rows(ids)
-        ranks = share_out(rows, [float(self.cost_P[row].sum()) for row in rows], self.world)
-        cost = tuple(float(sum(self.cost_P[row].sum() for row in rank)) for rank in ranks)
-        return Step(pair_ids=ids, rows=ranks, cost=cost)
+        ranks = share_out(rows, [self._row_cost(row) for row in rows], self.world)
+        return Step(pair_ids=ids, rows=ranks, cost=tuple(sum(map(self._row_cost, rank)) for rank in ranks))
+
+    def _row_cost(self, row: IntArray) -> float:
+        return float(self.cost_P[row].sum() if self.lines is None else self.row_tokens(row))
 
     def row_tokens(self, row: IntArray) -> int:
         """Tokens that a row or padded batch of these pairs computes, rounding and padding included."""

@@ -36,7 +36,7 @@ from btrm_core.toy import embedded_settings
 if TYPE_CHECKING:
     from btrm_core.formats import Scored
 
-CHECKED_PAIRS = 512
+CHECKED_PAIRS = 64
 CHECKED_GROUPS = 3
 MAX_WORKERS = 8
 SHOW_PROGRESS_FROM = 20_000

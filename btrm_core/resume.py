@@ -1,27 +1,32 @@
 """Resumable checkpoints: weights, optimiser and position of a run, each complete or not there at all.
 
-Decides: where they lie (`resume/step-N` in the output directory), when one counts, and when a run may go on from one.
-The order of the data needs no state: it follows from the seed and the step.
+Decides: where they lie (`resume/step-N` in the output directory), when one counts, whether it is undamaged, and when a
+run may go on from one. The order of the data needs no state: it follows from the seed and the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from btrm_core.checkpoint import explained, publish
 from btrm_core.config import flat
 from btrm_core.distributed import Runtime
 from btrm_core.errors import CheckpointError
+from btrm_core.schedule import Progress
 from btrm_core.settings import RunConfig
-from btrm_core.trainer import Progress
 
 COMPLETE = "COMPLETE"
 STATE = "state"
+RECORD = "trainer.json"
 FREE_TO_CHANGE = (
     "output.",
     "data.workers",
@@ -33,18 +38,30 @@ FREE_TO_CHANGE = (
     "train.skip_nan",
     "train.early_stopping",
     "model.attention",
+    "model.dtype",
     "model.kernels",
     "model.gradient_checkpointing",
     "model.activation_offload",
+    "distributed.",
     "train.layout",
 )
-"""Settings that change no result: a resumed run may have others."""
+"""Settings that change no result: a resumed run may have others. What is computed in, the ZeRO stage and the number of
+processes are compared as they turn out, not as they were set."""
+SHARDING = ("processes", "ZeRO stage")
+"""What the optimiser's state is cut by: DeepSpeed cannot read it back under another value, forced or not."""
 
 
-def identity(config: RunConfig, data_fingerprint: str, world: int) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+def identity(config: RunConfig, fingerprints: Mapping[str, str], runtime: Runtime) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint; `fingerprints` say what data is trained on."""
     kept = {k: v for k, v in flat(config).items() if not k.startswith(FREE_TO_CHANGE)}
-    return json.loads(json.dumps({**kept, "data": data_fingerprint, "processes": world}))  # type: ignore[no-any-return]
+    made = {
+        **kept,
+        **fingerprints,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "processes": runtime.world,
+        "ZeRO stage": runtime.zero_stage,
+    }
+    return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
 
 def save(
@@ -73,9 +90,10 @@ def save(
         engine.save_checkpoint(str(staging), tag=STATE, save_latest=False)
         write_model(staging / "model")
         runtime.barrier()
+        files = digests(staging, runtime)
         if runtime.is_main:
-            state = {"progress": dataclasses.asdict(progress), "identity": who}
-            (staging / "trainer.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            state = {"progress": dataclasses.asdict(progress), "identity": who, "files": files}
+            (staging / RECORD).write_text(json.dumps(state, indent=1), encoding="utf-8")
             (staging / COMPLETE).touch()
             publish(staging, target)
             _prune(directory, keep)
@@ -87,40 +105,87 @@ def save(
     return target
 
 
+def digests(directory: Path, runtime: Runtime) -> dict[str, list[Any]]:
+    """Size and SHA-256 of every file by its path in `directory`, on every process; they share the reading."""
+    paths = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    mine = {}
+    for path in paths[runtime.rank :: runtime.world]:
+        with (directory / path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            mine[path] = [os.fstat(file.fileno()).st_size, digest]
+    return {path: entry for part in _gather(mine, runtime) for path, entry in part.items()}
+
+
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints under `directory`, oldest first."""
     return sorted(path.parent for path in directory.glob(f"step-*/{COMPLETE}"))
 
 
-def find(resume: str, directory: Path) -> Path | None:
-    """The checkpoint a `--resume` value means; None means to begin anew.
+def clean(directory: Path) -> None:
+    """Remove what a run that was ended during a save has left; nobody else may be writing there."""
+    for left in directory.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def find(resume: str, directory: Path, runtime: Runtime, say: Callable[[str], None]) -> Path | None:
+    """The undamaged checkpoint a `--resume` value means, found by all processes together; None means to begin anew.
 
     Raises:
-        CheckpointError: a checkpoint was asked for and there is no complete one.
+        CheckpointError: the checkpoint asked for is not there, is not complete, or is damaged.
     """
     if resume == "no":
         return None
     if resume in ("auto", "latest-good"):
-        found = complete(directory)
-        return found[-1] if found else None
+        for path in reversed(complete(directory)):
+            damage = damaged(path, runtime)
+            if damage is None:
+                return path
+            if resume == "auto":
+                raise CheckpointError(f"{damage}; --resume latest-good goes on from the newest undamaged checkpoint")
+            say(f"{damage}; looking at the one before")
+        return None
     path = Path(resume)
     if not (path / COMPLETE).exists():
         raise CheckpointError(f"--resume {resume}: there is no complete checkpoint (no file {COMPLETE} in it)")
+    damage = damaged(path, runtime)
+    if damage is not None:
+        raise CheckpointError(damage)
     return path
+
+
+def damaged(path: Path, runtime: Runtime) -> str | None:
+    """What is wrong with the files of a checkpoint, as one line on every process; None if they are as written."""
+    try:
+        written = json.loads((path / RECORD).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"the checkpoint {path} is damaged: {RECORD} cannot be read ({error})"
+    found = digests(path, runtime)
+    for name, (size, digest) in written.items():
+        if name not in found:
+            return f"the checkpoint {path} is damaged: {name} is missing"
+        if found[name][0] != size:
+            return f"the checkpoint {path} is damaged: {name} has {found[name][0]} bytes, expected {size}"
+        if found[name][1] != digest:
+            return f"the checkpoint {path} is damaged: the content of {name} has changed since it was written"
+    return None
 
 
 def load(engine: Any, path: Path, who: dict[str, Any], force: bool) -> Progress:
     """Put weights and optimiser back as they were, and return where the run stood.
 
     Raises:
-        CheckpointError: data or settings differ (each difference is named) and `force` is off, or files are damaged.
+        CheckpointError: data or settings differ (each difference is named) and `force` is off; the number of processes
+            or the ZeRO stage differ; or DeepSpeed cannot read its files.
     """
-    try:
-        state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
-    before, now = state["identity"], json.loads(json.dumps(who))
-    changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    state = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    before = state["identity"]
+    changed = [f"{k}: {before.get(k)!r} -> {who.get(k)!r}" for k in {**before, **who} if before.get(k) != who.get(k)]
+    cut = [text for text in changed if text.startswith(SHARDING)]
+    if cut:
+        raise CheckpointError(
+            f"cannot resume from {path}: {'; '.join(cut)}; the optimiser's state is cut by these. Use those of before, "
+            f"or begin anew from its weights with --model {path / 'model'} and a fresh optimiser"
+        )
     if changed and not force:
         raise CheckpointError(
             f"cannot resume from {path}: {'; '.join(changed)}; use the settings and data of before, or --force-resume"
@@ -133,6 +198,32 @@ def load(engine: Any, path: Path, who: dict[str, Any], force: bool) -> Progress:
     return Progress(**{**state["progress"], "stopped": None})
 
 
+def rewind(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that were done after the checkpoint: they are done, and written, again."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            done = json.loads(line)["step"]
+        except (ValueError, KeyError):  # the line that was being written when the run was ended
+            continue
+        if done <= step:
+            kept.append(line + "\n")
+    staging = metrics.with_name(f".{metrics.name}.tmp")
+    staging.write_text("".join(kept), encoding="utf-8")
+    staging.replace(metrics)
+
+
+def _gather(mine: dict[str, list[Any]], runtime: Runtime) -> list[dict[str, list[Any]]]:
+    if runtime.world == 1:
+        return [mine]
+    parts: list[dict[str, list[Any]]] = [{}] * runtime.world
+    torch.distributed.all_gather_object(parts, mine)
+    return parts
+
+
 def _prune(directory: Path, keep: int) -> None:
     for old in complete(directory)[:-keep]:
+        (old / COMPLETE).unlink()  # first, lest half a checkpoint counts if this is interrupted
         shutil.rmtree(old, ignore_errors=True)

@@ -29,11 +29,13 @@ from btrm_core.prepare import (
     output_directory,
     usable_form,
 )
+from btrm_core.profiling import Profiler
 from btrm_core.report import Reporter, say, trackers
 from btrm_core.saving import Session, save_model
+from btrm_core.schedule import Progress, schedule
 from btrm_core.settings import RunConfig
 from btrm_core.summary import describe_run, introduce
-from btrm_core.trainer import Callables, Progress, fit, schedule
+from btrm_core.trainer import Callables, fit
 
 EXAMPLES = 3
 
@@ -72,11 +74,14 @@ def train(config: RunConfig) -> Outcome:
         made = plan_of_epoch(config, data, form, runtime.world)
         plan = schedule(config, made.num_steps)
         introduce(config, family, chat, data, plan, runtime, form)
-        progress = begin(engine, config, data, runtime, output, form, head_is_new)
+        fingerprints = {"data": data.report["fingerprint"], "chat template": chat.template_sha256}
+        who = resume.identity(config, fingerprints, runtime)
+        progress = begin(engine, config, data, runtime, output, form, head_is_new, who)
         reporter = Reporter(runtime, output, plan.total_steps, progress.step, config)
         session = Session(config, family, chat, runtime, data, engine, form, plan, output, reporter)
         try:
-            progress = fit(engine, data.train, config, runtime, plan, progress, calls(session, interrupt), form)
+            seams, profiler = calls(session, interrupt, who), profiler_of(session)
+            progress = fit(engine, data.train, config, runtime, plan, progress, seams, form, profiler)
             return finish(session, progress, interrupt)
         finally:
             engine.destroy()
@@ -104,12 +109,16 @@ def begin(
     output: Path,
     form: RowForm,
     head_is_new: bool,
+    who: dict[str, Any],
 ) -> Progress:
     """Start anew, after checking the first loss of a new head, or go on from a checkpoint."""
-    found = resume.find(config.output.resume, output / "resume")
+    if runtime.is_main:
+        resume.clean(output / "resume")
+    found = resume.find(config.output.resume, output / "resume", runtime, lambda text: say(runtime, text))
     if found is not None:
-        who = resume.identity(config, data.report["fingerprint"], runtime.world)
         progress = resume.load(engine, found, who, config.output.force_resume)
+        if runtime.is_main:
+            resume.rewind(output / "metrics.jsonl", progress.step)
         say(runtime, f"resuming from {found} after step {progress.step}")
         return progress
     if config.output.resume != "no":
@@ -122,10 +131,9 @@ def begin(
     return Progress()
 
 
-def calls(session: Session, interrupt: Interrupt) -> Callables:
+def calls(session: Session, interrupt: Interrupt, who: dict[str, Any]) -> Callables:
     """The seams of the training loop for this run."""
     config, runtime, output = session.config, session.runtime, session.output
-    who = resume.identity(config, session.data.report["fingerprint"], runtime.world)
 
     def save(progress: Progress) -> None:
         def write_model(directory: Path) -> None:
@@ -153,6 +161,12 @@ def calls(session: Session, interrupt: Interrupt) -> Callables:
         stop_requested=interrupt.requested,
         say=lambda text: say(runtime, text),
     )
+
+
+def profiler_of(session: Session) -> Profiler:
+    """Measures some steps of the main process, if that is asked for."""
+    wanted = session.config.output.profile and session.runtime.is_main
+    return Profiler(session.output if wanted else None, lambda text: say(session.runtime, text))
 
 
 def evaluate_now(session: Session) -> dict[str, Any] | None:

@@ -21,8 +21,8 @@ from btrm_core.loader import RowForm
 from btrm_core.packing import share
 from btrm_core.prepare import Data
 from btrm_core.report import Reporter
+from btrm_core.schedule import Progress, Schedule
 from btrm_core.settings import RunConfig
-from btrm_core.trainer import Progress, Schedule
 
 SELF_TEST_PAIRS = 2
 

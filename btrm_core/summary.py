@@ -14,8 +14,8 @@ from btrm_core.loader import RowForm
 from btrm_core.planner import Plan
 from btrm_core.prepare import Data, device_name
 from btrm_core.report import evaluation_text, say, subset_table
+from btrm_core.schedule import Schedule
 from btrm_core.settings import RunConfig
-from btrm_core.trainer import Schedule
 
 if TYPE_CHECKING:
     from btrm_core.run import Outcome

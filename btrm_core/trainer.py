@@ -13,7 +13,8 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,55 +27,10 @@ from btrm_core.inference import make_plan
 from btrm_core.loader import MicroBatch, RowForm, StepBatches, build_micro_batch, steps
 from btrm_core.loss import bradley_terry
 from btrm_core.metrics import PairSums, named, summarise, token_figures
+from btrm_core.offload import activation_context
+from btrm_core.profiling import Profiler
+from btrm_core.schedule import Progress, Schedule
 from btrm_core.settings import RunConfig
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps there are and the learning rate of each; derived once, from the plan and the settings.
-
-    >>> s = Schedule(total_steps=10, steps_per_epoch=5, warmup_steps=2, peak=1.0)
-    >>> [round(s.learning_rate(i), 2) for i in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.04]
-    """
-
-    total_steps: int
-    steps_per_epoch: int
-    warmup_steps: int
-    peak: float
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to zero (arXiv:1608.03983, equation 5, without restarts)."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        span = max(1, self.total_steps - self.warmup_steps)
-        return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / span))
-
-
-def schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
-    """The schedule of a run whose settings are resolved."""
-    train = config.train
-    total = max(1, round(steps_per_epoch * (train.epochs or 1.0)))
-    if train.max_steps is not None:
-        total = min(total, train.max_steps)
-    return Schedule(
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=math.ceil(total * (train.warmup_ratio or 0.0)),
-        peak=float(train.learning_rate or 0.0),
-    )
-
-
-@dataclass
-class Progress:
-    """What changes while training, apart from weights and optimiser: all that a resumed run must know."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best_loss: float = math.inf
-    evaluations_since_best: int = 0
-    skipped_steps: list[int] = field(default_factory=list)
-    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +51,15 @@ class Callables:
     """Tell the user something, once over all processes."""
 
 
+@dataclass(frozen=True)
+class Around:
+    """What surrounds the passes of a step without changing its result."""
+
+    profiler: Profiler
+    activations: Callable[[], AbstractContextManager[Any]]
+    """Where a forward pass keeps what its backward pass needs."""
+
+
 def fit(
     engine: Any,
     pairs: EncodedPairs,
@@ -104,6 +69,7 @@ def fit(
     progress: Progress,
     calls: Callables,
     form: RowForm,
+    profiler: Profiler | None = None,
 ) -> Progress:
     """Train from `progress.step` to the end of the schedule, or until asked to stop.
 
@@ -116,6 +82,7 @@ def fit(
         progress: Where to start; changed in place and returned.
         calls: Logging, evaluation, saving and stopping.
         form: How rows are laid out.
+        profiler: Measures some of the steps; None measures none.
 
     Raises:
         TrainingError: the loss or the gradient is not finite, and such steps are not to be skipped; or the memory of
@@ -123,22 +90,26 @@ def fit(
     """
     started, before = time.monotonic(), progress.seconds
     budget = config.train.tokens_per_batch
+    around = Around(profiler or Profiler(None, calls.say), activation_context(engine, config.model.activation_offload))
     engine.train()
     while progress.step < plan_of.total_steps and not progress.stopped:
         try:
-            for step in _stream(pairs, config, runtime, plan_of, progress.step, budget, form):
-                sums, stop, seconds = _timed_step(engine, step, config, runtime, plan_of, calls)
+            stream = _stream(pairs, config, runtime, plan_of, progress.step, budget, form)
+            for step in around.profiler.waiting_for(stream):
+                sums, stop, seconds = _timed_step(engine, step, config, runtime, plan_of, calls, around)
                 progress.step, progress.seconds = step.index + 1, before + time.monotonic() - started
                 calls.log("train", progress.step, step_figures(sums, engine, step, plan_of, seconds))
                 if not applied(engine):
                     _skip_or_stop(not_finite(engine, step, pairs, runtime), progress, config.train.skip_nan)
                 _after_step(progress, config, runtime, plan_of, calls, stop)
+                around.profiler.step_done()
                 if progress.stopped:
                     break
         except torch.OutOfMemoryError as error:
             budget = smaller_budget(error, budget, config, runtime, pairs, form)
             _discard_gradients(engine, pairs, form, runtime)
             calls.say(f"out of memory in step {progress.step + 1}: going on with --tokens-per-batch {budget}")
+    around.profiler.close()
     return progress
 
 
@@ -172,14 +143,20 @@ def _stream(
 
 
 def _timed_step(
-    engine: Any, step: StepBatches, config: RunConfig, runtime: Runtime, plan_of: Schedule, calls: Callables
+    engine: Any,
+    step: StepBatches,
+    config: RunConfig,
+    runtime: Runtime,
+    plan_of: Schedule,
+    calls: Callables,
+    around: Around,
 ) -> tuple[dict[str, float], bool, float]:
     started = time.monotonic()
     for group in engine.optimizer.param_groups:
         group["lr"] = plan_of.learning_rate(step.index)
     # what dropout draws follows from seed and step, so a resumed run draws the same
     torch.manual_seed(config.train.seed * 1_000_003 + step.index * 1_009 + runtime.rank)
-    sums, stop = train_step(engine, step, config, runtime, stop=calls.stop_requested())
+    sums, stop = train_step(engine, step, config, runtime, around, stop=calls.stop_requested())
     return sums, stop, time.monotonic() - started
 
 
@@ -236,7 +213,7 @@ def _discard_gradients(engine: Any, pairs: EncodedPairs, form: RowForm, runtime:
 
 
 def train_step(
-    engine: Any, step: StepBatches, config: RunConfig, runtime: Runtime, *, stop: bool
+    engine: Any, step: StepBatches, config: RunConfig, runtime: Runtime, around: Around, *, stop: bool
 ) -> tuple[dict[str, float], bool]:
     """One optimiser step; returns the sums over the pairs of all processes, and whether one of them was asked to stop.
 
@@ -245,14 +222,16 @@ def train_step(
     sums = PairSums(runtime.device)
     last = len(step.micro_batches) - 1
     for i, micro in enumerate(step.micro_batches):
-        moved = micro.to(runtime.device)
-        loss = _micro_loss(engine, moved, config, sums)
-        engine.set_gradient_accumulation_boundary(i == last)
-        engine.backward(loss * (runtime.world / step.total_weight), scale_wrt_gas=False)
+        with around.profiler.part("forward"), around.activations():
+            loss = _micro_loss(engine, micro.to(runtime.device), config, sums)
+        with around.profiler.part("backward"):
+            engine.set_gradient_accumulation_boundary(i == last)
+            engine.backward(loss * (runtime.world / step.total_weight), scale_wrt_gas=False)
     flag = torch.tensor([float(stop)], dtype=torch.float64).to(runtime.device)
     totals = runtime.sum(torch.cat([sums.vector(), flag]))
     values = named(totals[:-1])
-    engine.step()
+    with around.profiler.part("optimizer"):
+        engine.step()
     return values, bool(totals[-1].item() > 0)
 
 

@@ -28,7 +28,7 @@ class ContractChecks:
     subject: Subject
 
     def test_entry_point_resolves(self) -> None:
-        """`btrm --family NAME` finds the plugin, in one distribution only, and can load it."""
+        """`btrm train --family NAME` finds the plugin, in one distribution only, and can load it."""
         name, installed = self.subject.name, bool(self.subject.points)
         try:
             load(name)
