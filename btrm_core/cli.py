@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from btrm_core import config as settings
+from btrm_core.cli_doctor import doctor
 from btrm_core.errors import BtrmError
 from btrm_core.families import list_families
 
@@ -284,6 +285,9 @@ def new_family_command(name: str, directory: str | None) -> None:
 
     written = new_family(name, directory)
     click.echo(f"written: {written}; next: pip install -e {written} && pytest {written}")
+
+
+main.add_command(doctor)
 
 
 @main.group()

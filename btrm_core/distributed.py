@@ -248,7 +248,7 @@ def _join_process_group() -> None:
 
 
 def quiet() -> None:
-    """Before anything imports DeepSpeed: keep it from compiling C++, choosing devices aloud and writing to standard output."""
+    """Before anything imports DeepSpeed: keep it from compiling C++, choosing devices aloud and printing figures."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # without this the first ZeRO engine imports torch's inductor for an optimiser that is not used

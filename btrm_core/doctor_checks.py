@@ -218,8 +218,9 @@ def truncation(reports: Sequence[Mapping[str, Any]]) -> Check:
     if not cut:
         what = f"no conversation is over {limit:,} tokens, the longest has {longest:,}"
         return Check("truncation", "ok", what, figures=figures)
-    what = f"{cut:,} of {given:,} pairs ({cut / given:.1%}) lose the beginning of their prompt to keep to {limit:,} tokens"
-    if cut / given < TRUNCATED_WARN:
+    share = cut / given
+    what = f"{cut:,} of {given:,} pairs ({share:.1%}) lose the beginning of their prompt to keep to {limit:,} tokens"
+    if share < TRUNCATED_WARN:
         return Check("truncation", "ok", what, figures=figures)
     why = "the model judges answers to a question it does not see whole"
     return Check("truncation", "warn", what, why, "raise --max-length", figures)
@@ -259,7 +260,8 @@ def repeated_prompts(data: PairData) -> Check:
     """How many pairs compare answers to a prompt that came before."""
     found = duplicate_prompts(data)
     figures = {"pairs": found.pairs, "repeated": found.count}
-    what = f"{found.count:,} of {found.pairs:,} pairs ({found.share:.1%}) have the prompt of an earlier one"
+    number = f"{found.count:,} of {found.pairs:,} pairs ({found.share:.1%})" if found.count else "none of the pairs"
+    what = f"{number} {'have' if found.count else 'has'} the prompt of an earlier one"
     if found.share < REPEATED_PROMPTS_WARN:
         return Check("repeated prompts", "ok", what, figures=figures)
     return Check(

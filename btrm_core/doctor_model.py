@@ -8,6 +8,7 @@ Shapes: P pairs, S sequences, H hidden.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from btrm_core.doctor_checks import Check, refused
 from btrm_core.encoded import EncodedPairs
 from btrm_core.errors import TrainingError
 from btrm_core.families import Family
-from btrm_core.inference import pair_rewards
+from btrm_core.inference import make_plan, pair_rewards
 from btrm_core.loader import row_form
 from btrm_core.model import RewardModel, self_check
 from btrm_core.packing import TokenGroup, share
@@ -157,32 +158,32 @@ def first_loss(patient: Patient) -> Check:
     layout = "padded" if model.kernel == PADDED else patient.layout
     form = row_form(layout, model.kernel, model.device.type, patient.chat.pad_id)
     runtime = alone(model.device, next(model.parameters()).dtype)
-    rewards_P2 = pair_rewards(
-        model, pairs, runtime, form, tokens_per_batch=patient.tokens_per_batch, first_step_of=FIRST_LOSS_PAIRS
-    )
-    # those of the first step: a pair that was not computed is NaN on both sides, and so is a broken one
-    computed = rewards_P2 if len(pairs) <= FIRST_LOSS_PAIRS else rewards_P2[~np.isnan(rewards_P2).all(axis=1)]
+    size = min(FIRST_LOSS_PAIRS, len(pairs))
+    budget = patient.tokens_per_batch
+    made = make_plan(pairs, form, pairs_per_step=size, tokens_per_batch=budget, world=1, seed=0, epoch=0)
+    rewards_P2 = pair_rewards(model, pairs, runtime, form, tokens_per_batch=budget, first_step_of=size)
+    computed = rewards_P2[made.step(0).pair_ids]
     margin_P = computed[:, 0] - computed[:, 1]
-    loss = float(np.logaddexp(0.0, -margin_P).mean()) if len(margin_P) else math.nan
-    expected, slack = expected_first_loss(margin_P) if len(margin_P) else (math.nan, math.nan)
-    figures: dict[str, Any] = {"pairs": len(margin_P), "loss": loss, "expected": expected, "slack": slack}
-    figures = {key: value if math.isfinite(value) else None for key, value in figures.items()}
-    if not np.isfinite(computed).all() or not len(computed):
+    bad = int((~np.isfinite(computed)).any(axis=1).sum())
+    if bad:
         return Check(
             name,
             "fail",
-            "rewards are not finite",
+            f"{bad} of {size} pairs have a reward that is not finite",
             "the weights or the attention kernel are broken, and training would stop",
             "copy the model anew, or try --attention eager",
-            figures,
+            {"pairs": size, "not_finite": bad},
         )
+    loss = float(np.logaddexp(0.0, -margin_P).mean())
+    expected, slack = expected_first_loss(margin_P)
+    figures = {"pairs": size, "loss": loss, "expected": expected, "slack": slack}
     if not patient.head_is_new:
-        return Check(name, "skip", f"the head is trained; its loss on {len(margin_P)} pairs is {loss:.3f}", figures=figures)
+        return Check(name, "skip", f"the head is trained; its loss on {size} pairs is {loss:.3f}", figures=figures)
     try:
         check_first_loss(computed, [str(index) for index in range(len(computed))])
     except TrainingError as error:
         return refused(name, error, "training would stop")
-    what = f"{loss:.3f} on {len(margin_P)} pairs; an untrained head gives {expected:.3f} ± {slack:.3f}, near ln 2"
+    what = f"{loss:.3f} on {size} pairs; an untrained head gives {expected:.3f} ± {slack:.3f}, near ln 2"
     return Check(name, "ok", what, figures=figures)
 
 
@@ -208,10 +209,11 @@ def pipeline_parity(patient: Patient, full: bool) -> Check:
     call = "pipeline(..., top_k=None, function_to_apply='none', add_special_tokens=False)"
     if difference <= tolerance:
         return Check(name, "ok", f"rewards {how} differ by {difference:.1e}; call {call}", figures=figures)
+    shown = " and ".join(f"{theirs:.4f} instead of {ours:.4f}" for theirs, ours in zip(theirs_S, ours_S, strict=True))
     return Check(
         name,
         "fail",
-        f"rewards {how} differ by {difference:.2g} from btrm's ({theirs_S.round(4).tolist()}, {ours_S.round(4).tolist()})",
+        f"rewards {how} differ from btrm's: {shown}",
         "programs that use transformers would score otherwise than the model was trained",
         "look at what is lost in saving: the tokenizer's settings, pad_token_id, the template",
         figures,
@@ -232,6 +234,8 @@ def _saved(patient: Patient, directory: Path) -> np.ndarray:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     hf = patient.model.base_model
+    if hf.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving may import DeepSpeed, which would say so aloud
     made = {"template_sha256": patient.chat.template_sha256, "max_length": patient.max_length}
     checkpoint.save_model(directory, hf, hf.state_dict(), patient.chat, made, "# written by btrm doctor\n")
     loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=hf.dtype).to(hf.device)

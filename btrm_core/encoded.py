@@ -126,15 +126,6 @@ class EncodedPairs:
         """The subset of every pair, in order."""
         return cast("list[str]", self._subsets.to_pylist())
 
-    def row_tokens(self, pair_ids: NDArray[np.int64], layout: str) -> int:
-        """Tokens that the model computes for these pairs together, in layout "shared", "packed" or "padded"."""
-        if not len(pair_ids):
-            return 0
-        shared, chosen, rejected = (lengths[pair_ids] for lengths in (self.shared_P, self.chosen_P, self.rejected_P))
-        if layout == "padded":
-            return 2 * len(pair_ids) * int((shared + np.maximum(chosen, rejected)).max())
-        return int((shared * (1 if layout == "shared" else 2) + chosen + rejected).sum())
-
     def describe(self) -> str:
         """One line on what was cut and dropped; empty if every pair was encoded whole."""
         report = self.report

@@ -69,7 +69,7 @@ class StepBatches:
     total_weight: float
     """Sum of the weights of the step's pairs over all processes (their number, when every weight is 1)."""
     rank_imbalance: float
-    """Largest number of tokens of a process over the mean."""
+    """Cost of the busiest process over the mean."""
 
     def pin_memory(self) -> StepBatches:
         """The same step in page-locked memory; `DataLoader` calls this."""
@@ -93,12 +93,11 @@ class _Steps(IterableDataset[StepBatches]):
     def build(self, index: int) -> StepBatches:
         steps_per_epoch = self.plans[0].num_steps
         step = self.plans[index // steps_per_epoch].step(index % steps_per_epoch)
-        tokens = [sum(self.pairs.row_tokens(row, self.form.layout) for row in rows) for rows in step.rows]
         return StepBatches(
             index=index,
             micro_batches=[build_micro_batch(self.pairs, row, self.form) for row in step.rows[self.rank]],
             total_weight=float(self.pairs.weight_P[step.pair_ids].sum(dtype=np.float64)),
-            rank_imbalance=max(tokens) * len(tokens) / max(1, sum(tokens)),
+            rank_imbalance=step.imbalance,
         )
 
 

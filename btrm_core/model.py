@@ -238,6 +238,10 @@ def self_check(model: RewardModel, groups: Sequence[TokenGroup], tolerance: floa
     chosen = list(groups[:3])
     if model.kernel == PADDED:
         return SelfCheck(False, math.inf, tolerance or 0.0, "the model's own attention is in use, which cannot pack")
+    config = model.base_model.config.get_text_config()
+    if getattr(config, "attention_dropout", 0.0):  # off in the passes below, on in training
+        reason = f"the model cannot be packed: its config asks for attention dropout ({config.attention_dropout})"
+        return SelfCheck(False, math.inf, tolerance, reason)
     training = model.training
     model.eval()
     try:

@@ -106,13 +106,14 @@ class Reporter:
 def bar_text(figures: Mapping[str, Any]) -> str:
     """The right end of the progress bar.
 
-    >>> speed = {"tokens_per_second": 1234.0, "pairs_per_second": 5.0}
+    >>> speed = {"tokens_per_second": 1234.0, "useful_tokens_per_second": 2000.0, "pairs_per_second": 5.0}
     >>> bar_text({"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-5, **speed})
-    'loss 0.500, acc 75%, 5.0 pairs/s, 1.2k tok/s, lr 1.0e-05'
+    'loss 0.500, acc 75%, 5.0 pairs/s, 1.2k tok/s (2.0k useful), lr 1.0e-05'
     """
     return (
         f"loss {figures['loss']:.3f}, acc {figures['accuracy']:.0%}, {figures['pairs_per_second']:.1f} pairs/s, "
-        f"{figures['tokens_per_second'] / 1000:.1f}k tok/s, lr {figures['learning_rate']:.1e}"
+        f"{figures['tokens_per_second'] / 1000:.1f}k tok/s ({figures['useful_tokens_per_second'] / 1000:.1f}k useful), "
+        f"lr {figures['learning_rate']:.1e}"
     )
 
 

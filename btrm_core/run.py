@@ -73,7 +73,7 @@ def train(config: RunConfig) -> Outcome:
         form = usable_form(config, engine, data, runtime, chat.pad_id)
         made = plan_of_epoch(config, data, form, runtime.world)
         plan = schedule(config, made.num_steps)
-        introduce(config, family, chat, data, plan, runtime, form)
+        introduce(config, family, chat, data, made, plan, runtime, form)
         fingerprints = {"data": data.report["fingerprint"], "chat template": chat.template_sha256}
         who = resume.identity(config, fingerprints, runtime)
         progress = begin(engine, config, data, runtime, output, form, head_is_new, who)

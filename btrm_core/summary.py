@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 
 def introduce(
-    config: RunConfig, family: Family, chat: ChatFormat, data: Data, plan: Schedule, runtime: Runtime, form: RowForm
+    config: RunConfig,
+    family: Family,
+    chat: ChatFormat,
+    data: Data,
+    made: Plan,
+    plan: Schedule,
+    runtime: Runtime,
+    form: RowForm,
 ) -> None:
     """Say in a few lines what is about to happen."""
     for line in data.lines:
@@ -36,10 +43,28 @@ def introduce(
         f"{plan.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {plan.peak:g}; rows "
         f"{form.layout} with {form.kernel} attention, at most {config.train.tokens_per_batch} tokens",
     )
+    say(runtime, rows_text(data, made, form))
+    if made.oversize:
+        say(
+            runtime,
+            f"{made.oversize} pairs are longer than --tokens-per-batch {config.train.tokens_per_batch}: each gets a row "
+            "of its own",
+        )
     say(
         runtime,
         f"{runtime.world} x {device_name(runtime.device)}, {dtype}, ZeRO {runtime.zero_stage}; reward at "
         f"{chat.terminal_token}, pad {chat.pad.token}",
+    )
+
+
+def rows_text(data: Data, made: Plan, form: RowForm) -> str:
+    """How much the rows of the first epoch waste and save, in one line."""
+    pairs = data.train
+    separate = float((2 * pairs.shared_P + pairs.chosen_P + pairs.rejected_P).sum())
+    saved = float(pairs.shared_P.sum()) if form.layout == "shared" else 0.0
+    return (
+        f"of each epoch's {separate:,.0f} tokens {saved / separate:.1%} are shared and computed once; "
+        f"padding {made.padding_percent:.1f} %, busiest process {made.step(0).imbalance:.3f} times the mean"
     )
 
 

@@ -261,7 +261,9 @@ def call_attend(kernel: str = "eager", mask: object = None, **options: Any) -> t
     layout = layout_of([group(3, 2, 2)])
     inputs = (state.transpose(1, 2) for state in states(layout))
     with masks_for(layout):
-        return attend(torch.nn.Module(), *inputs, mask or LayerMask(layout, None), kernel=kernel, **options)[0]
+        return attend(
+            torch.nn.Module(), *inputs, LayerMask(layout, None) if mask is None else mask, kernel=kernel, **options
+        )[0]
 
 
 @pytest.mark.parametrize(

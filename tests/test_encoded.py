@@ -212,16 +212,6 @@ def test_an_encoding_process_that_dies_is_one_line(chat, monkeypatch, tmp_path):
     assert list((tmp_path / "cache" / "encoded").iterdir()) == []
 
 
-def test_row_tokens(chat):
-    encoded = encode_pairs(pairs_from_rows([row(0), row(1, chosen="a longer answer than the other")]), chat, 64)
-    pair_ids = np.array([0, 1])
-    shared, chosen, rejected = (a.tolist() for a in (encoded.shared_P, encoded.chosen_P, encoded.rejected_P))
-    assert encoded.row_tokens(pair_ids, "shared") == sum(shared) + sum(chosen) + sum(rejected)
-    assert encoded.row_tokens(pair_ids, "packed") == 2 * sum(shared) + sum(chosen) + sum(rejected)
-    assert encoded.row_tokens(pair_ids, "padded") == 4 * (shared[1] + max(chosen[1], rejected[1]))
-    assert encoded.row_tokens(np.array([], dtype=np.int64), "shared") == 0
-
-
 def test_damaged_entry_is_encoded_anew(chat):
     data = pairs_from_rows([row(n) for n in range(4)])
     first = encode_pairs(data, chat, 64)

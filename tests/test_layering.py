@@ -16,7 +16,7 @@ loss metrics evaluate inspection failure offload profiling distributed basemodel
 report trainer
 toy prepare checkpoint card interrupt resume saving summary run
 loading scorer records partial scoring
-conformance testing doctor_checks doctor_model doctor doctor_view cli_doctor
+conformance testing doctor_checks doctor_examples doctor_model doctor doctor_view cli_doctor
 memory architecture hardware estimate
 launch cli __main__
 """.split()

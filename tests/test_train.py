@@ -134,6 +134,26 @@ def test_every_family_trains(family, tmp_path):
     assert math.isfinite(outcome.evaluation["loss"])
 
 
+def test_a_model_that_cannot_be_packed_is_trained_on_padded_batches(tmp_path, capsys):
+    """Dropout in attention cannot be packed exactly: the self-check says so and the run goes on."""
+    base = tmp_path / "base"
+    from btrm_core.families import load
+    from btrm_core.toy import build_toy
+
+    build_toy(load("llama3").recipe().tiny, base, hidden_size=32, num_hidden_layers=1, attention_dropout=0.1)
+    values = {"model.name": str(base), "data.train": str(sample("train")), "train.max_steps": 1}
+    outcome = run(tmp_path / "run", **values)
+    made = json.loads((outcome.directory / "btrm.json").read_text())
+    assert made["training"]["layout"] == "padded"
+    assert "packed rows cannot be used for this model (" in capsys.readouterr().err
+
+
+def test_pairs_longer_than_the_budget_get_rows_of_their_own(tmp_path, capsys):
+    outcome = run(tmp_path, **{"train.tokens_per_batch": 90, "train.max_steps": 1})
+    assert math.isfinite(outcome.evaluation["loss"])
+    assert "pairs are longer than --tokens-per-batch 90: each gets a row of its own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, skip):
     values = {"train.learning_rate": 1e30, "train.warmup_ratio": 0.0, "train.max_grad_norm": 1e30, "train.max_steps": 3}
