@@ -143,7 +143,7 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
 
 
 def freeze(hf: Any, model: ModelConfig) -> None:
-    """Freeze what the settings say: embeddings, or all but the last layers; the final norm and the head always train."""
+    """Freeze what the settings say: embeddings, or all but the last layers; final norm and head always train."""
     backbone = getattr(hf, hf.base_model_prefix)
     if model.freeze_embeddings or model.train_last_layers is not None:
         hf.get_input_embeddings().requires_grad_(False)
@@ -154,6 +154,15 @@ def freeze(hf: Any, model: ModelConfig) -> None:
         raise ConfigError(f"model.train_last_layers = {model.train_last_layers}: the model has {len(layers)} layers")
     for layer in layers[: len(layers) - model.train_last_layers]:
         layer.requires_grad_(False)
+
+
+def recompute_activations(hf: Any) -> None:
+    """Keep only the input of each layer, and compute the rest again in the backward pass (arXiv:1604.06174)."""
+    options = {"use_reentrant": False}
+    if hasattr(hf, "activation_checkpointing_enable"):  # what newer versions of transformers call it
+        hf.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def use_kernels(hf: Any, kernels: str) -> None:

@@ -20,6 +20,8 @@ from btrm_core.errors import CheckpointError
 
 MANIFEST = "btrm.json"
 SHARD_SIZE = "5GB"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_TEXTS = (*(f"(os error {number})" for number in FULL), "No space left", "enforce fail at inline_container.cc")
 
 
 def is_finished(directory: Path) -> bool:
@@ -136,14 +138,18 @@ def model_directory(path: str) -> Path:
 
 
 def explained(error: Exception, directory: Path) -> Exception:
-    """Disk errors as one line, also those that safetensors reports as text; anything else as it is."""
-    text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+    """Disk errors as one line; anything else as it is."""
+    if disk_is_full(error):
         return CheckpointError(f"the disk is full while saving {directory}; nothing was left behind. Free some space")
-    if isinstance(error, OSError) or "os error" in text:
-        reason = getattr(error, "strerror", None) or text.rpartition("I/O error: ")[2]
+    if isinstance(error, OSError) or "os error" in str(error):
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
         return CheckpointError(f"cannot write {directory}: {reason}; nothing was left behind")
     return error
+
+
+def disk_is_full(error: Exception) -> bool:
+    """True if there is no more room, or no more is allowed; safetensors and torch say so in words of their own."""
+    return getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXTS)
 
 
 def _fsync(path: Path) -> None:

@@ -75,7 +75,7 @@ class Commands(click.Group):
                 raise SystemExit(error.exit_code) from None
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            click.echo(f"btrm: {' '.join(str(error).split())}", err=True)
+            click.echo(f"{_own_line()}btrm: {' '.join(str(error).split())}", err=True)
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
             click.echo("btrm: interrupted", err=True)
@@ -88,6 +88,11 @@ class Commands(click.Group):
             traceback.print_exc()
             click.echo("btrm: this is a bug; please report it with the lines above", err=True)
             raise SystemExit(1) from None
+
+
+def _own_line() -> str:
+    """A line break where the main process is showing its progress bar meanwhile."""
+    return "\n" if os.environ.get("RANK", "0") != "0" else ""
 
 
 def _speaks() -> bool:

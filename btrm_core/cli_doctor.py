@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from btrm_core import config as settings
 from btrm_core.errors import ConfigError
+from btrm_core.settings import RunConfig
 
 FLAGS: dict[str, str] = {
     "family": "family",
@@ -65,31 +67,42 @@ def doctor(
     overrides.update(settings.parse_assignments(assignments))
     config = settings.load_config(config_file, overrides)
 
+    results = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print what they like
+        failed = _diagnose(config, pairs, with_model=not no_model, full=full, as_json=as_json, to=results)
+    if failed:
+        raise SystemExit(1)
+
+
+def _diagnose(config: RunConfig, pairs: int, *, with_model: bool, full: bool, as_json: bool, to: TextIO) -> bool:
+    """Write everything to `to`, each verdict when it is there; returns whether a check failed."""
+    import torch
     from transformers.utils import logging
 
     from btrm_core import doctor_view
     from btrm_core.doctor import checks, examine
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which would look for one aloud
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is wrong is said in a verdict
+    width = shutil.get_terminal_size().columns if to.isatty() else None
     case = examine(config, pairs)
     found = []
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     if not as_json:
-        _echo(doctor_view.opening(case, width or 100))
-    for check in checks(case, with_model=not no_model, full=full):
+        _echo(doctor_view.opening(case, width or 100), to)
+    for check in checks(case, with_model=with_model, full=full):
         found.append(check)
         if not as_json:
-            _echo(doctor_view.verdict_line(check, width))
+            _echo(doctor_view.verdict_line(check, width), to)
     if as_json:
-        click.echo(json.dumps(doctor_view.as_json(case, found), indent=2, ensure_ascii=False))
+        _echo(json.dumps(doctor_view.as_json(case, found), indent=2, ensure_ascii=False), to)
     else:
-        _echo(doctor_view.closing(found))
-    if doctor_view.worst(found) == "fail":
-        raise SystemExit(1)
+        _echo(doctor_view.closing(found), to)
+    return doctor_view.worst(found) == "fail"
 
 
-def _echo(text: str) -> None:
+def _echo(text: str, to: TextIO) -> None:
     """Print at once; colours only on a terminal, and never under NO_COLOR (no-color.org)."""
-    click.echo(text, color=False if os.environ.get("NO_COLOR") else None)
-    sys.stdout.flush()
+    click.echo(text, file=to, color=False if os.environ.get("NO_COLOR") else None)
+    to.flush()

@@ -254,7 +254,8 @@ def quiet() -> None:
         # without this the first ZeRO engine imports torch's inductor for an optimiser that is not used
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     message = r".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated"
-    warnings.filterwarnings("ignore", category=FutureWarning, message=message)
+    for text in (message, r".*is_gradient_checkpointing. is deprecated"):  # torch's of DeepSpeed, transformers' of peft
+        warnings.filterwarnings("ignore", category=FutureWarning, message=text)
     import deepspeed
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer

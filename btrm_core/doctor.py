@@ -127,7 +127,7 @@ def checks(case: Case, *, with_model: bool = True, full: bool = False) -> Iterat
     yield from _token_checks(case, data)
     yield from _data_checks(case, data, failure)
     if not with_model or data is None or case.chat is None:
-        reason = "not asked for" if not with_model else "needs encoded pairs"
+        reason = "not asked for" if not with_model else "needs a sound chat format" if case.refusal else "needs pairs"
         yield from (Check(name, "skip", reason) for name in _MODEL_CHECKS)
         return
     yield from _checks_of_model(case, case.chat, data, full)
@@ -144,7 +144,10 @@ def _format_check(case: Case) -> Check:
     """Whether tokenizer and template are what `btrm train` accepts."""
     name, chat = "chat format", case.chat
     if case.refusal is not None or chat is None:
-        return refused(name, case.refusal or FamilyError("the template renders nothing"), "`btrm train` refuses it")
+        error = case.refusal or FamilyError("the template renders nothing")
+        return refused(
+            name, error, "`btrm train` refuses it", "look at the answers with `btrm families NAME --model M`"
+        )
     answers = chat.answers
     pad = f" ({chat.pad.reason})" if chat.pad.reason else ""
     what = (
@@ -193,7 +196,13 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
         yield dropped_pairs(reports, data.report["rows"]["train"]["left_out"].get(PROMPT_IN_EVALUATION, 0))
     elif failure is not None:
         yield Check("truncation", "skip", "no pair can be encoded")
-        yield refused("dropped pairs", failure, "nothing is left to train on")
+        yield Check(
+            "dropped pairs",
+            "fail",
+            str(failure).partition(". ")[0].rstrip("."),
+            "`btrm train` stops there",
+            "raise --max-length, mend the pairs, or give other evaluation data",
+        )
     else:
         yield from (Check(name, "skip", "needs a sound chat format") for name in ("truncation", "dropped pairs"))
     yield repeated_prompts(case.rows)
@@ -206,9 +215,10 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
 def _checks_of_model(case: Case, chat: ChatFormat, data: Data, full: bool) -> Iterator[Check]:
     """Load the model and look at it; a finished one also reproduces the rewards it was saved with."""
     try:
-        patient, scorer = _patient(case, chat, data)
+        patient, scorer = admit(case, chat, data)
     except BtrmError as error:
-        yield refused("model", error, "`btrm train` would stop here" if case.family else "it cannot be used")
+        why = "`btrm train` would stop here" if case.family else "it cannot be used"
+        yield refused("model", error, why, "name a whole model with --model")
         yield from (Check(name, "skip", "needs the model") for name in _MODEL_CHECKS[1:])
         return
     model = patient.model
@@ -235,8 +245,15 @@ def _self_test(scorer: Scorer) -> Check:
     return Check("self-test", "fail", what, why, "copy the directory anew, and compare library versions", figures)
 
 
-def _patient(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | None]:
-    """The model on its device, its head drawn as training draws it."""
+def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | None]:
+    """Load the model to its device, its head drawn as training draws it.
+
+    Returns:
+        What the checks of a model need, and the scorer that loaded a finished model.
+
+    Raises:
+        BtrmError: the model cannot be loaded, or its head not drawn.
+    """
     config, scorer = case.config, None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if case.directory is not None:

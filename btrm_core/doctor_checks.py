@@ -59,10 +59,13 @@ class Check:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def refused(name: str, error: Exception, why: str) -> Check:
-    """A failure out of an error of btrm's, whose message ends in what to do."""
-    what, _, what_to_do = " ".join(str(error).split()).rpartition("; ")
-    return Check(name, "fail", what or what_to_do, why, what_to_do if what else "")
+def refused(name: str, error: Exception, why: str, what_to_do: str) -> Check:
+    """A failure out of an error of btrm's; `what_to_do` stands in where its message does not end in advice."""
+    message = " ".join(str(error).split())
+    what, _, advice = message.rpartition("; ")
+    if not what or advice.startswith("expected"):
+        return Check(name, "fail", message.rstrip("."), why, what_to_do)
+    return Check(name, "fail", what, why, advice)
 
 
 @dataclass
@@ -115,7 +118,7 @@ def _count_row(batch: Sequence[tuple[str, TokenGroup]], chat: ChatFormat, counts
     if len(other_S):
         counts.end_wrong += len(other_S)
         shown = chat.tokenizer.decode([int(last_S[other_S[0]])])
-        counts.first.setdefault("end", f"{name_S[other_S[0]]}: {shown!r}")
+        counts.first.setdefault("end", f"{name_S[other_S[0]]} has {shown!r}")
     if pads := int((tokens == chat.pad_id).sum()):
         counts.pads += pads
         name = next(name for name, group in batch if (group.tokens == chat.pad_id).any())
@@ -129,7 +132,7 @@ def _count_row(batch: Sequence[tuple[str, TokenGroup]], chat: ChatFormat, counts
             number = int((sequence == bos).sum())
             if number != 1 or sequence[0] != bos:
                 counts.bos_wrong += 1
-                counts.first.setdefault("bos", f"{name}: {number}" + (", not at the beginning" if number == 1 else ""))
+                counts.first.setdefault("bos", f"{name} has {number}" + (" elsewhere" if number == 1 else ""))
 
 
 def one_bos(counts: TokenCounts, chat: ChatFormat) -> Check:
@@ -159,7 +162,7 @@ def terminal_token(counts: TokenCounts, chat: ChatFormat, dropped: Mapping[str, 
     figures = {"sequences": counts.sequences, "wrong": counts.end_wrong, "pairs_dropped": unfinished}
     name = "terminal token"
     if chat.terminal_id not in chat.tokenizer.added_tokens_decoder:
-        what = f"conversations end in {token!r}, which is a piece of text and no control token"
+        what = f"conversations end in {chat.tokenizer.decode([chat.terminal_id])!r}, a piece of text, no control token"
     elif counts.end_wrong:
         what = (
             f"{counts.end_wrong:,} of {counts.sequences:,} sequences have another token than {token} at the reward "

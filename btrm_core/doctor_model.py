@@ -8,7 +8,6 @@ Shapes: P pairs, S sequences, H hidden.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,7 +181,7 @@ def first_loss(patient: Patient) -> Check:
     try:
         check_first_loss(computed, [str(index) for index in range(len(computed))])
     except TrainingError as error:
-        return refused(name, error, "training would stop")
+        return refused(name, error, "training would stop", "report it with this output")
     what = f"{loss:.3f} on {size} pairs; an untrained head gives {expected:.3f} ± {slack:.3f}, near ln 2"
     return Check(name, "ok", what, figures=figures)
 
@@ -203,7 +202,7 @@ def pipeline_parity(patient: Patient, full: bool) -> Check:
         theirs_S, how = _classify(model.base_model, chat.tokenizer, patient), "of the model in memory"
         model.use_kernel(kernel)
     half = next(model.parameters()).dtype.itemsize == 2
-    tolerance = (5e-2 if half else 1e-4) * max(1.0, float(np.abs(ours_S).max()))
+    tolerance = (1e-1 if half else 1e-4) * max(1.0, float(np.abs(ours_S).max()))
     difference = float(np.abs(ours_S - theirs_S).max())
     figures = {"ours": ours_S.tolist(), "pipeline": theirs_S.tolist(), "tolerance": tolerance}
     call = "pipeline(..., top_k=None, function_to_apply='none', add_special_tokens=False)"
@@ -234,8 +233,6 @@ def _saved(patient: Patient, directory: Path) -> np.ndarray:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     hf = patient.model.base_model
-    if hf.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving may import DeepSpeed, which would say so aloud
     made = {"template_sha256": patient.chat.template_sha256, "max_length": patient.max_length}
     checkpoint.save_model(directory, hf, hf.state_dict(), patient.chat, made, "# written by btrm doctor\n")
     loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=hf.dtype).to(hf.device)

@@ -8,6 +8,8 @@ Colours say the same as words and signs, so nothing is lost without them.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ def verdict_line(check: Check, width: int | None) -> str:
     if check.why:
         text += f": {check.why}"
     if check.what_to_do:
-        text += f"; {check.what_to_do}"
+        text += f" → {check.what_to_do}"
     head = f"{click.style(f'{word:<4}', **style)}  {check.name:<{_NAME_WIDTH}} "
     indent = 6 + max(_NAME_WIDTH, len(check.name)) + 1
     if width is None or width < indent + 30:
@@ -114,9 +116,18 @@ def as_json(case: Case, checks: Sequence[Check]) -> dict[str, Any]:
         "eval_data": list(data.eval),
         "max_length": data.max_length,
         "pairs": len(case.rows),
-        "checks": [{**vars(check), "figures": dict(check.figures)} for check in checks],
+        "checks": [{**vars(check), "figures": _finite(dict(check.figures))} for check in checks],
         "examples": [_example_json(example, case.chat) for example in case.examples],
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pieces(chat: ChatFormat, ids: Sequence[int], start: int, kind: str) -> list[Piece]:
@@ -222,7 +233,8 @@ def _fold(shown: Sequence[Piece], width: int) -> list[list[Piece]]:
     lines: list[list[Piece]] = [[]]
     room = width
     for piece in shown:
-        for word in re.findall(r"\S+\s*|\s+", piece.text) if piece.kind not in ("control", "reward") else [piece.text]:
+        whole = piece.kind in ("control", "reward", "mark")
+        for word in [piece.text] if whole else re.findall(r"\S+\s*|\s+", piece.text):
             if len(word.rstrip()) > room and room < width and piece.kind != "mark":
                 lines.append([])
                 room = width
@@ -232,4 +244,10 @@ def _fold(shown: Sequence[Piece], width: int) -> list[list[Piece]]:
                 word = word[width:]
             lines[-1].append(Piece(word, piece.kind))
             room -= len(word)
-    return lines
+    return [_merged(line) for line in lines]
+
+
+def _merged(line: Sequence[Piece]) -> list[Piece]:
+    """The line with neighbours of one kind as one piece, without space at its end."""
+    out = [Piece("".join(p.text for p in same), kind) for kind, same in itertools.groupby(line, lambda p: p.kind)]
+    return [*out[:-1], Piece(out[-1].text.rstrip(), out[-1].kind)] if out else []

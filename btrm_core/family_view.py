@@ -137,7 +137,7 @@ def tracebacks(entries: Sequence[FamilyEntry]) -> list[str]:
     for entry in entries:
         if entry.status != "ok":
             try:
-                families.load(entry.name)
+                families.load(entry.name).ask("recipe")
             except FamilyError as error:
                 out.append("".join(traceback.format_exception(error)))
     return out

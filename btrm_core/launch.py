@@ -10,6 +10,9 @@ import uuid
 
 from btrm_core.errors import ConfigError
 
+SHUTDOWN_SECONDS = 120
+"""How long processes that were asked to stop have to save a checkpoint; $TORCH_ELASTIC_SHUTDOWN_TIMEOUT wins."""
+
 
 def launch(arguments: list[str], gpus: str | None, processes: int | None) -> int:
     """Start this command on several processes of this machine and return the exit code.
@@ -41,6 +44,7 @@ def _run(arguments: list[str], count: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.2,
+        shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)),
     )
     try:
         elastic_launch(config, sys.executable)(*arguments)

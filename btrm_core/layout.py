@@ -161,14 +161,17 @@ class Layout:
         if self.length % BLOCK:
             raise ValueError(f"FlexAttention needs rows of a multiple of {BLOCK} tokens, not {self.length}")
         partial, full = classify_blocks(self.host_end_T, self.host_position_T, window)
-        mask = BlockMask.from_kv_blocks(
-            *_ordered(partial),
-            *_ordered(full),
+        partial_counts, partial_indices = _ordered(partial, self.end_T.device)
+        full_counts, full_indices = _ordered(full, self.end_T.device)
+        return BlockMask.from_kv_blocks(
+            partial_counts,
+            partial_indices,
+            full_counts,
+            full_indices,
             BLOCK_SIZE=BLOCK,
             mask_mod=_mask_mod(self.end_T, self.position_T, window),
             seq_lengths=(self.length, self.length),
         )
-        return mask.to(self.end_T.device)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._cache:
@@ -288,8 +291,14 @@ def classify_blocks(
     return partial, full
 
 
-def _ordered(blocks: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts [1, 1, N] and indices [1, 1, N, N] of the True entries of each line, in order."""
-    counts = blocks.sum(1).astype(np.int32)
-    indices = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
-    return torch.from_numpy(counts)[None, None], torch.from_numpy(indices)[None, None]
+def _ordered(blocks: NDArray[np.bool_], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts [1, 1, N] and indices [1, 1, N, N] of the True entries of each line, in order, on `device`."""
+    counts = torch.from_numpy(blocks.sum(1).astype(np.int32))[None, None]
+    indices = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32))[None, None]
+    if device.type != "cuda":
+        return counts, indices
+    # Through page-locked memory, so that the host does not wait for the device.
+    return (
+        counts.pin_memory().to(device, non_blocking=True),
+        indices.pin_memory().to(device, non_blocking=True),
+    )

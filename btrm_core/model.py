@@ -241,7 +241,7 @@ def self_check(model: RewardModel, groups: Sequence[TokenGroup], tolerance: floa
     config = model.base_model.config.get_text_config()
     if getattr(config, "attention_dropout", 0.0):  # off in the passes below, on in training
         reason = f"the model cannot be packed: its config asks for attention dropout ({config.attention_dropout})"
-        return SelfCheck(False, math.inf, tolerance, reason)
+        return SelfCheck(False, math.inf, tolerance or 0.0, reason)
     training = model.training
     model.eval()
     try:

@@ -149,7 +149,7 @@ def build_model(config: RunConfig, family: Family, chat: ChatFormat, runtime: Ru
     basemodel.use_kernels(hf, config.model.kernels)
     basemodel.freeze(hf, config.model)
     if config.model.gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        basemodel.recompute_activations(hf)
     allowed = family.recipe().attention
     kernel = choose_for(hf, config.model.attention, runtime.device.type, allowed)
     if config.lora.rank is not None:

@@ -7,6 +7,7 @@ at the end of each part, so that a part is charged for its own kernels.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -77,6 +78,7 @@ class Profiler:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")
             self._trace = torch.profiler.profile(activities=activities)
             self._trace.start()
             self._started = time.perf_counter()
@@ -86,12 +88,14 @@ class Profiler:
         if self.directory is None:
             return
         directory, self.directory = self.directory, None
-        if self._trace is None:
+        trace, self._trace = self._trace, None
+        if self.steps == 0:
+            if trace is not None:
+                trace.stop()
             self.say(f"--profile: the run ended before step {WARM_UP + 1}, so nothing was measured")
             return
         _wait()
         self.whole = time.perf_counter() - self._started
-        trace, self._trace = self._trace, None
         trace.stop()
         trace.export_chrome_trace(str(directory / TRACE))
         self.say(self.table(_communication(trace)))

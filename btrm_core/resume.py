@@ -136,13 +136,16 @@ def find(resume: str, directory: Path, runtime: Runtime, say: Callable[[str], No
     if resume == "no":
         return None
     if resume in ("auto", "latest-good"):
-        for path in reversed(complete(directory)):
+        there = complete(directory)
+        for path in reversed(there):
             damage = damaged(path, runtime)
             if damage is None:
                 return path
             if resume == "auto":
                 raise CheckpointError(f"{damage}; --resume latest-good goes on from the newest undamaged checkpoint")
             say(f"{damage}; looking at the one before")
+        if there:
+            raise CheckpointError(f"every checkpoint in {directory} is damaged; without --resume training begins anew")
         return None
     path = Path(resume)
     if not (path / COMPLETE).exists():

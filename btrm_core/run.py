@@ -83,6 +83,8 @@ def train(config: RunConfig) -> Outcome:
             seams, profiler = calls(session, interrupt, who), profiler_of(session)
             progress = fit(engine, data.train, config, runtime, plan, progress, seams, form, profiler)
             return finish(session, progress, interrupt)
+        except OSError as error:
+            raise checkpoint.explained(error, output) if checkpoint.disk_is_full(error) else error
         finally:
             engine.destroy()
             reporter.close()

@@ -20,14 +20,18 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["trajectories"])
 
 
-def start(function: Callable[..., None], *arguments: Any, log: Path, world: int = 1) -> list[ForkServerProcess]:
+def start(
+    function: Callable[..., Any], *arguments: Any, log: Path, world: int = 1, **keywords: Any
+) -> list[ForkServerProcess]:
     """Start `function` in a process, or in `world` processes of one group as a launcher would."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())} if world > 1 else {}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if world > 1 else {}
     processes = []
     for rank in range(world):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
         variables = {key: str(value) for key, value in {**address, **group}.items()}
-        process = _context.Process(target=_child, args=(variables, str(log), function, arguments), daemon=True)
+        process = _context.Process(
+            target=_child, args=(variables, str(log), function, arguments, keywords), daemon=True
+        )
         process.start()
         processes.append(process)
     return processes
@@ -62,7 +66,13 @@ def until(condition: Callable[[], bool], processes: Sequence[ForkServerProcess],
         time.sleep(0.005)
 
 
-def _child(variables: dict[str, str], log: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _child(
+    variables: dict[str, str],
+    log: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
     import torch
 
     os.environ.update(variables)
@@ -73,10 +83,11 @@ def _child(variables: dict[str, str], log: str, function: Callable[..., None], a
     os.dup2(file, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     torch.set_num_threads(1)
-    function(*arguments)
+    function(*arguments, **keywords)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

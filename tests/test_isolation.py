@@ -92,11 +92,11 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("name", BROKEN_WHEN_LOADED)
-def test_a_family_that_cannot_be_loaded_is_listed_with_its_cause(listing, name):
+@pytest.mark.parametrize("name", [*BROKEN_WHEN_LOADED, *BROKEN_WHEN_ASKED])
+def test_a_broken_family_is_listed_with_its_cause(listing, name):
     (entry,) = listing[name]
     assert (entry["status"], entry["distribution"], entry["version"]) == ("broken", f"btrm-{name}", "1.0")
-    assert entry["cause"].startswith(BROKEN_WHEN_LOADED[name][2])
+    assert entry["cause"].startswith({**BROKEN_WHEN_LOADED, **BROKEN_WHEN_ASKED}[name][2])
     assert "\n" not in entry["cause"]
 
 

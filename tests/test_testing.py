@@ -201,6 +201,15 @@ def test_a_class_is_refused(install):
     assert check("plugin_is_no_class").what == "the entry point 'btrm_foo:Foo' names a class"
 
 
+def test_a_file_found_only_from_the_current_directory_is_a_fault(install, tmp_path, monkeypatch):
+    install((CODE, READ, 'return Path("btrm_foo/chat_template.jinja").read_text()'))
+    monkeypatch.chdir(tmp_path)
+    result = check("answers_are_steady")
+    assert result.status == "fail"
+    assert result.what.startswith("the plugin fails in another process, started in another directory: ")
+    assert "No such file or directory: 'btrm_foo/chat_template.jinja'" in result.what
+
+
 def test_every_check_has_a_fault_or_a_shield():
     names = {name.removeprefix("test_") for name in testing._checks()}
     assert {name for name, _, _ in FAULTS} | SHIELDED == names
@@ -333,3 +342,14 @@ def test_importing_the_kit_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_command_line_reports_and_fails():
+    from click.testing import CliRunner
+
+    from btrm_core.cli import main
+
+    done = CliRunner().invoke(main, ["families", "lama3", "--check"])
+    assert done.exit_code == 1
+    assert done.stdout.startswith("FAIL  entry point resolves: unknown family 'lama3'. Did you mean 'llama3'?")
+    assert "0 passed, 1 failed, 28 skipped" in done.stdout

@@ -1,7 +1,7 @@
 """Two families as strangers would publish them, built, installed beside btrm, used, and uninstalled again.
 
-`third_party/btrm-smollm2` has btrm's own architecture and a tokenizer full of traps; `third_party/btrm-qwen3` has another
-architecture. btrm knows neither.
+`third_party/btrm-smollm2` is of an architecture that btrm's own families have too, with a tokenizer full of traps;
+`third_party/btrm-qwen3` is of another one. Nothing in btrm knows either.
 """
 
 from __future__ import annotations

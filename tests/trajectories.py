@@ -25,7 +25,7 @@ distributed.quiet()
 
 STEPS = 10
 PAIRS = 8
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Trajectory:
         return load_file(self.directory / "model.safetensors")
 
 
-def prepare(root: Path, rows: int = 64) -> Path:
+def prepare(root: Path, rows: int = 64, layers: int = 1) -> Path:
     """A base model, training pairs and three held-out pairs under `root`."""
     tiny = families.load("llama3").recipe().tiny
     assert tiny is not None
-    build_toy(tiny, root / "base", **SHAPE)
+    build_toy(tiny, root / "base", **SHAPE, num_hidden_layers=layers)
     for part, count in (("train", rows), ("held_out", 3)):
         lines = Path(sample_path(part)).read_text(encoding="utf-8").splitlines()[:count]
         (root / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -74,6 +74,12 @@ def settings(root: Path, output: Path, **values: Any) -> dict[str, Any]:
         "output.dir": str(output),
         **{key.replace("__", "."): value for key, value in values.items()},
     }
+
+
+def flags(root: Path, output: Path, **values: Any) -> list[str]:
+    """The same settings for the command line."""
+    given = settings(root, output, **values)
+    return [f"--set={k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in given.items()]
 
 
 def train(root: Path, output: Path, **values: Any) -> Outcome:

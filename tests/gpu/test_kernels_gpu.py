@@ -1,0 +1,173 @@
+"""The GPU kernels against explicit float32 attention on the same device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import WINDOW, awkward_groups, group, tiny_model
+
+from btrm_core import kernels
+from btrm_core.attention import collate
+from btrm_core.layout import Layout
+from btrm_core.model import RewardModel, self_check
+from btrm_core.packing import pack_row
+
+pytestmark = pytest.mark.gpu
+
+needs_flash = pytest.mark.skipif(kernels.flash_version() is None, reason="needs the flash-attn package")
+HALF_KERNELS = [
+    pytest.param(kernels.varlen, id="varlen"),
+    pytest.param(kernels.flash, id="flash", marks=needs_flash),
+    pytest.param(kernels.flex, id="flex"),
+]
+CAPPING = [pytest.param(kernels.flash, id="flash", marks=needs_flash), pytest.param(kernels.flex, id="flex")]
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs() -> Iterator[None]:
+    kernels._compiled_flex.cache_clear()
+    torch._dynamo.reset()
+    yield
+
+
+def long_groups(seed: int = 0, scale: int = 10) -> list[Any]:
+    lengths = [(40, 7, 5), (0, 6, 9), (12, 0, 4), (20, 1, 1), (18, 3, 0, 1, 12)]
+    return [group(*(scale * n for n in sizes), seed=seed) for sizes in lengths]
+
+
+def layout_of(groups: list[Any]) -> Layout:
+    layout = pack_row(groups, multiple_of=128).batch().to("cuda").layout
+    assert layout is not None
+    return layout
+
+
+def evaluate(
+    kernel: Callable[..., torch.Tensor],
+    layout: Layout,
+    dtype: torch.dtype,
+    head_dim: int,
+    kv_heads: int,
+    **options: Any,
+) -> list[torch.Tensor]:
+    """Output and gradients of a kernel for inputs that are the same up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, layout.length, heads, head_dim, generator=generator)
+        .bfloat16()
+        .to("cuda", dtype)
+        .requires_grad_()
+        for heads in (8, kv_heads, kv_heads)
+    ]
+    output = kernel(*(state.transpose(1, 2) for state in inputs), layout, scaling=head_dim**-0.5, **options)
+    weights = torch.randn(output.shape, generator=generator).bfloat16().to(output)
+    (output * weights).sum().backward()
+    return [output.detach().float(), *(state.grad.float() for state in inputs)]
+
+
+def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    assert all(tensor.isfinite().all() for tensor in found)
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (64, 2), (128, 1), (256, 1), (256, 4)])
+@pytest.mark.parametrize("kernel", HALF_KERNELS)
+def test_half_precision(kernel: Callable[..., torch.Tensor], head_dim: int, kv_heads: int, window: int | None) -> None:
+    layout = layout_of(long_groups())
+    found = evaluate(kernel, layout, torch.bfloat16, head_dim, kv_heads, window=window)
+    expected = evaluate(kernels.eager, layout, torch.float32, head_dim, kv_heads, window=window)
+    assert relative_error(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("kernel", CAPPING)
+def test_half_precision_with_softcap(kernel: Callable[..., torch.Tensor], head_dim: int, window: int | None) -> None:
+    layout = layout_of(long_groups())
+    options = {"window": window, "softcap": 1.5}
+    found = evaluate(kernel, layout, torch.bfloat16, head_dim, 4, **options)
+    assert relative_error(found, evaluate(kernels.eager, layout, torch.float32, head_dim, 4, **options)) < 1e-2
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 50])
+def test_flex_in_float32(window: int | None, softcap: float | None) -> None:
+    layout = layout_of(long_groups())
+    options = {"window": window, "softcap": softcap}
+    found = evaluate(kernels.flex, layout, torch.float32, 64, 2, **options)
+    assert relative_error(found, evaluate(kernels.eager, layout, torch.float32, 64, 2, **options)) < 2e-3
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_the_run_loop_stands_in_for_float32(window: int | None) -> None:
+    layout = layout_of(long_groups())
+    found = evaluate(kernels.varlen, layout, torch.float32, 64, 2, window=window)
+    assert relative_error(found, evaluate(kernels.eager, layout, torch.float32, 64, 2, window=window)) < 2e-3
+
+
+def gradients_of(model: RewardModel, groups: list[Any]) -> list[torch.Tensor]:
+    batch = collate(groups, kernel=model.kernel, multiple_of=128).to("cuda")
+    model.zero_grad()
+    rewards_S = model(batch)
+    (rewards_S * torch.cos(torch.arange(len(rewards_S), device="cuda"))).sum().backward()
+    return [rewards_S.detach(), *(p.grad.float().clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_softcapped_model_with_flex(checkpointing: bool) -> None:
+    """Soft-capping, windows, block masks and recomputed layers together: wrong gradients here are silent."""
+    found = []
+    for kernel in ("flex", "eager"):
+        hf = tiny_model("gemma2")
+        if checkpointing:
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(gradients_of(RewardModel(hf, kernel).to("cuda").train(), awkward_groups()))
+    assert relative_error(*found) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma", "qwen3", "phi3"])
+@pytest.mark.parametrize("kernel", ["varlen", pytest.param("flash", marks=needs_flash), "flex"])
+def test_half_precision_models(name: str, kernel: str) -> None:
+    model = RewardModel(tiny_model(name, torch.bfloat16), kernel).to("cuda").train()
+    expected = gradients_of(RewardModel(tiny_model(name), "eager").to("cuda").train(), awkward_groups())
+    assert relative_error(gradients_of(model, awkward_groups()), expected) < 0.15
+    assert self_check(model, awkward_groups()).ok
+
+
+def test_few_graphs_for_many_row_lengths() -> None:
+    """Training and evaluation over rows of many lengths, through full and sliding layers."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    model = RewardModel(tiny_model("gemma2", torch.bfloat16), "flex").to("cuda").train()
+    for step in range(8):
+        groups = long_groups(seed=step, scale=6 + 3 * step)
+        gradients_of(model, groups)
+        with torch.no_grad():
+            model(collate(groups, kernel="flex", multiple_of=128).to("cuda"))
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.parametrize("kernel", ["varlen", pytest.param("flash", marks=needs_flash), "flex"])
+def test_the_host_never_waits(kernel: str) -> None:
+    name = "gemma2" if kernel == "flex" else "mistral"
+    model = RewardModel(tiny_model(name, torch.bfloat16), kernel).to("cuda").train()
+    batches = [collate(long_groups(seed=n), kernel=kernel, multiple_of=128).pin_memory() for n in range(3)]
+    for batch in batches[:2]:
+        model(batch.to("cuda", non_blocking=True)).sum().backward()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(batches[2].to("cuda", non_blocking=True)).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_windows_of_the_tiny_models_are_shorter_than_their_sequences() -> None:
+    assert max(len(sequence) for g in awkward_groups() for sequence in g.sequences) > 3 * WINDOW

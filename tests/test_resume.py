@@ -1,0 +1,289 @@
+"""Nothing is lost: a run that was killed, asked to stop, or whose checkpoint was damaged goes on as if nothing was.
+
+Uninterrupted runs are the measure: losses of every step and rewards at the end agree to 1e-6. Runs that are killed are
+forked from a process that has imported everything; the others run in this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+import trajectories
+from trajectories import Trajectory, distance, metrics, read, trajectory
+
+from btrm_core import resume
+from btrm_core.config import load_config
+from btrm_core.distributed import start
+from btrm_core.errors import CheckpointError
+from btrm_core.report import Reporter
+
+EXACT = 1e-6
+LIVES = 5
+MODES: dict[str, dict[str, Any]] = {
+    "zero1": {},
+    "zero2": {"distributed__deepspeed": "zero2"},
+    "zero3": {"distributed__deepspeed": "zero3"},
+    "lora": {"lora__rank": 4, "lora__dropout": 0.1, "train__learning_rate": 2e-2},
+    "bf16": {"model__dtype": "bf16"},
+}
+SAVING = {"output__save_every": 3, "output__eval_every": 2}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trajectories.prepare(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Trajectory:
+    """The uninterrupted run that the others are compared with."""
+    return trajectory(root, root / "whole", output__eval_every=2)
+
+
+@pytest.fixture
+def stopped(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output directory of a run that was asked to stop in its fifth step, mid-epoch, with two checkpoints."""
+    _signal_after(monkeypatch, 5, signal.SIGTERM)
+    outcome = trajectories.train(root, tmp_path / "run", **SAVING)
+    monkeypatch.undo()
+    assert (outcome.directory, outcome.progress.step, outcome.signal) == (None, 6, signal.SIGTERM)
+    assert [path.name for path in resume.complete(tmp_path / "run" / "resume")] == ["step-00000003", "step-00000006"]
+    return tmp_path / "run"
+
+
+def _signal_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Send this process a signal when a step has been logged."""
+    log = Reporter.log
+
+    def wrapped(self: Reporter, split: str, done: int, figures: Any) -> None:
+        log(self, split, done, figures)
+        if (split, done) == ("train", step):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Reporter, "log", wrapped)
+
+
+def killed_after(step: int, root: str, output: str, values: dict[str, Any]) -> None:
+    """A run, in a child, that ends by kill -9 when a step has been logged."""
+    with pytest.MonkeyPatch.context() as patch:
+        _signal_after(patch, step, signal.SIGKILL)
+        trajectories.train(Path(root), Path(output), **values)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_and_resumed(root: Path, tmp_path: Path, mode: str) -> None:
+    values = {**MODES[mode], **SAVING}
+    step = random.randint(4, 9)
+    output = tmp_path / f"killed after step {step}"
+    child = processes.start(killed_after, step, str(root), str(output), values, log=tmp_path / "log")
+    whole = trajectory(root, tmp_path / "whole", **values)
+    assert processes.wait(child) == [-signal.SIGKILL], (tmp_path / "log").read_text()[-3000:]
+    assert len(metrics(output)) == step
+    assert not (output / "model").exists()
+    found = trajectory(root, output, **values, output__resume="auto")
+    assert distance(found, whole) < EXACT
+    assert metrics(output, "eval")[-1]["loss"] == pytest.approx(
+        metrics(tmp_path / "whole", "eval")[-1]["loss"], abs=EXACT
+    )
+    assert [row["step"] for row in metrics(output, "eval")] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("lives", [LIVES, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, lives: int) -> None:
+    """A run that saves after every step is killed again and again, most times while it saves, and always goes on."""
+    steps = 12 * lives
+    values = {"train__max_steps": steps, "train__epochs": 100.0, "output__resume": "auto"}
+    output, log = tmp_path / "run", tmp_path / "log"
+    during = 0
+    for _ in range(lives):
+        before = _newest(output)
+        child = processes.start(trajectories.trajectory, root, output, log=log, **{**values, "output__save_every": 1})
+        processes.until(lambda before=before: _newest(output) > before, child)
+        time.sleep(random.uniform(0, 0.4))
+        child[0].kill()
+        assert processes.wait(child) == [-signal.SIGKILL]
+        during += bool(list((output / "resume").glob(".step-*")))
+        assert _newest(output) > before
+    found = trajectory(root, output, **values)
+    assert not list((output / "resume").glob(".step-*")), "what was left half-written is removed"
+    assert distance(found, trajectory(root, tmp_path / "whole", **values)) < EXACT
+    assert during or lives < 10, "no kill came during a save"
+
+
+def _newest(output: Path) -> int:
+    """Step of the newest complete checkpoint."""
+    found = resume.complete(output / "resume")
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    root: Path, tmp_path: Path, whole: Trajectory, number: int, code: int
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    values = {"output__eval_every": 2}
+    child = processes.start(signalled, str(root), str(output), values, number, log=log)
+    assert processes.wait(child) == [code], log.read_text()[-3000:]
+    done = len(metrics(output))
+    assert 2 <= done < trajectories.STEPS
+    said = log.read_text()
+    assert f"step {done}: checkpoint saved in {output / 'resume' / f'step-{done:08d}'}" in said
+    assert f"stopped after step {done}; go on with the same command and --resume" in said
+    assert "Traceback" not in said
+    found = trajectory(root, output, **values, output__resume="auto")
+    assert distance(found, whole) < EXACT
+
+
+def signalled(root: str, output: str, values: dict[str, Any], number: int) -> None:
+    """`btrm train` in a child that gets a signal in its third step."""
+    with pytest.MonkeyPatch.context() as patch:
+        _signal_after(patch, 2, number)
+        processes.command("train", *trajectories.flags(Path(root), Path(output), **values))
+
+
+def test_going_on_from_a_signal(root: Path, stopped: Path, whole: Trajectory) -> None:
+    assert distance(trajectory(root, stopped, **SAVING, output__resume="auto"), whole) < EXACT
+
+
+def test_a_budget_may_change(root: Path, stopped: Path, whole: Trajectory) -> None:
+    found = trajectory(root, stopped, **SAVING, output__resume="auto", train__tokens_per_batch=5000)
+    assert distance(found, whole) < 1e-5
+
+
+def test_changes_are_refused_and_named(root: Path, stopped: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    rows = (root / "train.jsonl").read_text().splitlines()
+    more.write_text("\n".join(rows[:-1]) + "\n")
+    where = re.escape(str(stopped / "resume" / "step-00000006"))
+    for values, message in (
+        (
+            {"train__learning_rate": 1e-3},
+            r"train\.learning_rate: 0\.003 -> 0\.001; use the settings and data of before",
+        ),
+        (
+            {"data__train": (str(more),)},
+            r"data\.train: \[.*train\.jsonl'\] -> \[.*more\.jsonl'\]; data: '\w+' -> '\w+'",
+        ),
+        ({"distributed__deepspeed": "zero2"}, r"ZeRO stage: 1 -> 2; the optimiser's state is cut by these"),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot resume from {where}: {message}"):
+            trajectories.train(root, stopped, **{**SAVING, "output__resume": "auto", **values})
+    forced = {"output__resume": "auto", "output__force_resume": True}
+    with pytest.raises(CheckpointError, match=r"ZeRO stage: 1 -> 3; .* begin anew from its weights with --model"):
+        trajectories.train(root, stopped, **SAVING, **forced, distributed__deepspeed="zero3")
+    outcome = trajectories.train(root, stopped, **SAVING, **forced, train__learning_rate=1e-3)
+    assert outcome.progress.step == trajectories.STEPS
+    assert metrics(stopped)[-1]["learning_rate"] < 1e-3
+
+
+def test_a_data_file_that_changes_is_noticed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text((root / "train.jsonl").read_text())
+    _signal_after(monkeypatch, 3, signal.SIGTERM)
+    values = {"data__train": (str(data),)}
+    trajectories.train(root, tmp_path / "run", **values)
+    monkeypatch.undo()
+    data.write_text("\n".join(data.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*: data: '\w+' -> '\w+'; use"):
+        trajectories.train(root, tmp_path / "run", **values, output__resume="auto")
+
+
+def test_every_checkpoint_holds_the_model(root: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3 too: whole weights that transformers loads, with the rewards of the live engine."""
+    from transformers import AutoModelForSequenceClassification
+
+    values = {"distributed__deepspeed": "zero3", "output__save_every": 3, "output__keep_last": 5}
+    trajectories.train(root, tmp_path, **values)
+    checkpoints = resume.complete(tmp_path / "resume")
+    assert [path.name[-1] for path in checkpoints] == ["3", "6", "9"]
+    rewards = []
+    for path in [*(path / "model" for path in checkpoints), tmp_path / "model"]:
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        for vector in json.loads((path / "btrm.json").read_text())["self_test"]:
+            with torch.no_grad():
+                reward = model.eval()(input_ids=torch.tensor([vector["input_ids"]])).logits.item()
+            assert reward == pytest.approx(vector["reward"], abs=EXACT)
+            rewards.append(round(reward, 4))
+    assert len(set(rewards)) == len(rewards), "the checkpoints are of different steps"
+
+
+def test_the_oldest_are_removed(root: Path, tmp_path: Path) -> None:
+    trajectories.train(root, tmp_path, output__save_every=2, output__keep_last=2)
+    assert [path.name[-1] for path in sorted((tmp_path / "resume").iterdir())] == ["6", "8"]
+
+
+def test_damage_is_named_and_the_one_before_is_used(root: Path, stopped: Path, whole: Trajectory) -> None:
+    newest = stopped / "resume" / "step-00000006"
+    state = next((newest / "state").glob("*optim_states.pt"))
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    name = state.relative_to(newest)
+    message = f"the checkpoint {newest} is damaged: the content of {name} has changed since it was written"
+    advice = "--resume latest-good goes on from the newest undamaged checkpoint"
+    with pytest.raises(CheckpointError, match=re.escape(f"{message}; {advice}")):
+        trajectories.train(root, stopped, **SAVING, output__resume="auto")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        trajectories.train(root, stopped, **SAVING, output__resume=str(newest))
+    found = trajectory(root, stopped, **SAVING, output__resume="latest-good")
+    assert distance(found, whole) < EXACT
+
+
+def test_every_kind_of_damage(root: Path, stopped: Path) -> None:
+    older, newest = resume.complete(stopped / "resume")
+    state = next((newest / "state").glob("*optim_states.pt"))
+    size, name = state.stat().st_size, state.relative_to(newest)
+    os.truncate(state, size // 2)
+    config = load_config(None, trajectories.settings(root, stopped))
+    with start(config) as runtime:
+        assert resume.damaged(newest, runtime) == (
+            f"the checkpoint {newest} is damaged: {name} has {size // 2} bytes, expected {size}"
+        )
+        state.unlink()
+        assert resume.damaged(newest, runtime) == f"the checkpoint {newest} is damaged: {name} is missing"
+        (newest / "trainer.json").write_text('{"progress": ')
+        assert str(resume.damaged(newest, runtime)).startswith(
+            f"the checkpoint {newest} is damaged: trainer.json cannot be read ("
+        )
+        assert resume.damaged(older, runtime) is None
+        (older / "model" / "btrm.json").unlink()
+        said: list[str] = []
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .*resume is damaged; without --resume"):
+            resume.find("latest-good", stopped / "resume", runtime, said.append)
+        assert len(said) == 2
+        with pytest.raises(CheckpointError, match="there is no complete checkpoint"):
+            resume.find(str(stopped), stopped / "resume", runtime, said.append)
+
+
+def test_nothing_to_resume_begins_anew(root: Path, tmp_path: Path, whole: Trajectory) -> None:
+    found = trajectory(root, tmp_path, output__resume="auto", output__eval_every=2)
+    assert distance(found, whole) == 0
+
+
+def test_rewind_drops_what_is_done_again(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"split": "train", "step": step} for step in (1, 2, 3, 4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"split": "tr')
+    resume.rewind(file, 2)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+    resume.rewind(tmp_path / "none.jsonl", 2)
+
+
+def test_reading_needs_every_step(tmp_path: Path, root: Path) -> None:
+    """The measure itself: a doubled line of metrics would be noticed."""
+    outcome = trajectories.train(root, tmp_path, train__max_steps=2)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + file.read_text())
+    with pytest.raises(AssertionError):
+        read(outcome, tmp_path)
