@@ -139,7 +139,7 @@ def one_bos(counts: TokenCounts, chat: ChatFormat) -> Check:
     """Every sequence begins with BOS and has no other."""
     figures = {"sequences": counts.sequences, "wrong": counts.bos_wrong}
     if chat.bos_id is None:
-        return Check("one BOS", "ok", "the template writes no BOS token, and none is added", figures=figures)
+        return _no_bos(chat, figures)
     bos = chat.tokenizer.convert_ids_to_tokens(chat.bos_id)
     if not counts.bos_wrong:
         what = f"each of {counts.sequences:,} sequences begins with {bos} and has no other"
@@ -153,6 +153,17 @@ def one_bos(counts: TokenCounts, chat: ChatFormat) -> Check:
         _OTHER_TEMPLATE,
         figures,
     )
+
+
+def _no_bos(chat: ChatFormat, figures: Mapping[str, Any]) -> Check:
+    """Whether a template without BOS is one that should have it."""
+    tokenizer = chat.tokenizer
+    what, bos = "the template writes no BOS token, and none is added", tokenizer.bos_token_id
+    if bos is None or tokenizer("Hello")["input_ids"][0] != bos:
+        return Check("one BOS", "ok", what, figures=figures)
+    why = f"the tokenizer puts {tokenizer.bos_token} before any other text, so the base model has seen few without"
+    advice = "begin the template with {{ bos_token }}, or give another one with --set tokenizer.chat_template=FILE"
+    return Check("one BOS", "warn", what, why, advice, figures)
 
 
 def terminal_token(counts: TokenCounts, chat: ChatFormat, dropped: Mapping[str, int]) -> Check:

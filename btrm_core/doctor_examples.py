@@ -19,6 +19,7 @@ from btrm_core.hookspecs import PadToken
 from btrm_core.packing import TokenGroup, share
 from btrm_core.tokenizers import Encoder, fast_backend, install_pad, self_contained
 
+_EXCHANGE: Conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 UNSOUND_PAIRS = 256
 """Pairs that are encoded as a refused template writes them."""
 
@@ -94,7 +95,20 @@ def format_as_written(tokenizer: Any, config: Any, family: Family, rows: PairDat
     if not ends:
         return None
     chat.terminal_id = ends.most_common(1)[0][0]
+    chat.bos_id = None if _opens_turns(chat) else chat.bos_id
     return chat
+
+
+def _opens_turns(chat: ChatFormat) -> bool:
+    """Whether the token named as BOS is one that opens every turn, as SmolLM2's does."""
+    bos = chat.bos_id
+    if bos is None:
+        return False
+    try:
+        one, two = (chat.encoder.encode([chat.render(_EXCHANGE * n)])[0].count(bos) for n in (1, 2))
+    except DataError:
+        return False
+    return two - one == len(_EXCHANGE)
 
 
 def pairs_as_written(rows: PairData, chat: ChatFormat) -> Iterator[tuple[str, TokenGroup]]:

@@ -58,7 +58,9 @@ def list_families() -> list[FamilyEntry]:
     for point in points:
         try:
             plugin = _open(point, points)
-            Family(point.name, _entry(point).origin, plugin).ask("recipe")  # the one hook that can be asked without a tokenizer
+            Family(point.name, _entry(point).origin, plugin).ask(
+                "recipe"
+            )  # the one hook that can be asked without a tokenizer
         except FamilyError as error:
             entries.append(dataclasses.replace(_entry(point), status="broken", cause=one_line(error)))
         else:

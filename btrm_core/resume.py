@@ -127,6 +127,26 @@ def clean(directory: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def refuse_restart(output: Path, resume: str, overwrite: bool) -> None:
+    """Raise rather than begin anew where a stopped run has left checkpoints; with `overwrite` a new run removes them.
+
+    Raises:
+        CheckpointError: there are such checkpoints, and it is not said what becomes of them.
+    """
+    left = complete(output / "resume")
+    if resume == "no" and left and not overwrite:
+        raise CheckpointError(
+            f"{output / 'resume'} holds checkpoints of an earlier run (the last: {left[-1].name}); go on from it with "
+            "--resume, begin anew with --overwrite, or choose another --output"
+        )
+
+
+def forget(output: Path) -> None:
+    """Remove what an earlier run has left in the output directory of a run that begins anew."""
+    for left in ("resume", "best"):
+        shutil.rmtree(output / left, ignore_errors=True)
+
+
 def find(resume: str, directory: Path, runtime: Runtime, say: Callable[[str], None]) -> Path | None:
     """The undamaged checkpoint a `--resume` value means, found by all processes together; None means to begin anew.
 

@@ -61,6 +61,7 @@ def train(config: RunConfig) -> Outcome:
     family, config, chat = choose(config)
     output = output_directory(config, family)
     checkpoint.refuse_overwrite(output / "model", config.output.overwrite)
+    resume.refuse_restart(output, config.output.resume, config.output.overwrite)
     loggers = trackers(config.output.report_to)
     with (
         distributed.start(config, loggers, str(output)) as runtime,
@@ -116,6 +117,8 @@ def begin(
     """Start anew, after checking the first loss of a new head, or go on from a checkpoint."""
     if runtime.is_main:
         resume.clean(output / "resume")
+        if config.output.resume == "no":
+            resume.forget(output)
     found = resume.find(config.output.resume, output / "resume", runtime, lambda text: say(runtime, text))
     if found is not None:
         progress = resume.load(engine, found, who, config.output.force_resume)
@@ -146,7 +149,7 @@ def calls(session: Session, interrupt: Interrupt, who: dict[str, Any]) -> Callab
         say(runtime, f"step {progress.step}: checkpoint saved in {path}")
 
     def evaluate(step: int) -> dict[str, Any] | None:
-        figures = evaluate_now(session)
+        figures = evaluate_now(session, step)
         if figures is not None:
             session.reporter.log("eval", step, figures)
         return figures
@@ -171,23 +174,16 @@ def profiler_of(session: Session) -> Profiler:
     return Profiler(session.output if wanted else None, lambda text: say(session.runtime, text))
 
 
-def evaluate_now(session: Session) -> dict[str, Any] | None:
-    """Evaluate the live model on the held-out pairs; None if there are none."""
+def evaluate_now(session: Session, step: int) -> dict[str, Any] | None:
+    """Evaluate the live model after a step, once; None if there are no pairs to evaluate on."""
     pairs = session.data.eval
     if pairs is None:
         return None
-    return figures_of(pairs, rewards_now(session, pairs))
-
-
-def rewards_now(session: Session, pairs: Any) -> np.ndarray:
-    """Rewards of pairs from the live model, on every process."""
-    return pair_rewards(
-        session.engine,
-        pairs,
-        session.runtime,
-        session.form,
-        tokens_per_batch=session.config.train.tokens_per_batch,
-    )
+    if session.evaluated is None or session.evaluated[0] != step:
+        budget = session.config.train.tokens_per_batch
+        rewards_P2 = pair_rewards(session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget)
+        session.evaluated = (step, rewards_P2)
+    return figures_of(pairs, session.evaluated[1])
 
 
 def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcome:
@@ -196,9 +192,8 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     if progress.stopped == "signal":
         say(session.runtime, f"stopped after step {progress.step}; go on with the same command and --resume")
         return Outcome(None, None, progress, interrupt.signal or signal.SIGTERM)
-    pairs = session.data.eval
-    rewards_P2 = rewards_now(session, pairs) if pairs is not None else np.zeros((0, 2))
-    evaluation = figures_of(pairs, rewards_P2) if pairs is not None else None
+    evaluation = evaluate_now(session, progress.step)
+    shown = examples(session.data, session.evaluated[1]) if session.evaluated else ()
     directory = session.output / "model"
     best = session.output / "best"
     if session.config.output.keep_best and checkpoint.is_finished(best):
@@ -211,7 +206,7 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
         save_model(session, progress, evaluation, directory)
     if progress.stopped:
         say(session.runtime, f"stopped {progress.stopped}")
-    return Outcome(directory, evaluation, progress, examples=examples(session.data, rewards_P2))
+    return Outcome(directory, evaluation, progress, examples=shown)
 
 
 def examples(data: Data, rewards_P2: np.ndarray) -> tuple[dict[str, Any], ...]:

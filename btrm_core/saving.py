@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from btrm_core import card, checkpoint
@@ -41,6 +42,8 @@ class Session:
     plan: Schedule
     output: Path
     reporter: Reporter
+    evaluated: tuple[int, np.ndarray] | None = None
+    """The step of the last evaluation, and its rewards (P, 2)."""
 
 
 def save_model(session: Session, progress: Progress, evaluation: dict[str, Any] | None, directory: Path) -> None:

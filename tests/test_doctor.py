@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from scorer_samples import change_json, reward_model
+from scorer_samples import base_model, change_json, reward_model
 
 from btrm_core import doctor_model
 from btrm_core.cli import main
@@ -197,6 +197,21 @@ def test_bos_doubled_in_some_conversations(template: Callable[[str], str], rows:
     assert found["chat format"]["verdict"] == "ok"
     assert "1 of 18 sequences" in found["one BOS"]["what"]
     assert "pairs.jsonl:9 has 2" in found["one BOS"]["what"]
+
+
+def test_no_bos(template: Callable[[str], str], rows: Callable[..., Path], tmp_path: Path) -> None:
+    without, data = ("--set", template(TURNS)), rows(*varied(8))
+    assert texts(*without, "--data", data)["one BOS"]["verdict"] == "ok"  # this tokenizer adds none of its own
+    model = base_model(tmp_path / "model", "llama3")  # this one does
+    found = diagnosis("--no-model", model, *without, "--data", data)["one BOS"]
+    assert found["verdict"] == "warn"
+    assert "puts <|begin_of_text|> before any other text" in found["why"]
+
+
+def test_a_refused_template_whose_bos_opens_turns(template: Callable[[str], str], rows: Callable[..., Path]) -> None:
+    turns = "{%- for m in messages %}{{- bos_token ~ m['content'] ~ '<|eot_id|>' }}{%- endfor %}"
+    found = texts("--set", template(turns + "{{- '.' }}"), "--data", rows(*varied(8)), exit_code=1)
+    assert (found["chat format"]["verdict"], found["one BOS"]["verdict"]) == ("fail", "ok")
 
 
 def test_text_after_the_terminal_token(template: Callable[[str], str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,17 @@ def test_a_finished_model_is_not_overwritten_unless_asked(finished):
     run(output, **{"output.overwrite": "true", "train.max_steps": 1})
     assert (outcome.directory / "btrm.json").read_text() != before
     assert not list(output.glob(".model*"))
+
+
+def test_checkpoints_of_an_earlier_run_are_neither_mixed_in_nor_lost(tmp_path):
+    run(tmp_path, **{"output.save_every": 2})
+    kept = sorted(path.name for path in (tmp_path / "resume").glob("step-*"))
+    assert kept == ["step-00000002"]
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"holds checkpoints of an earlier run \(the last: step-00000002\)"):
+        run(tmp_path)
+    run(tmp_path, **{"output.overwrite": "true", "output.save_every": 3})
+    assert sorted(path.name for path in (tmp_path / "resume").glob("step-*")) == ["step-00000003"]
 
 
 def test_a_trained_model_is_a_base_model_that_keeps_its_head(finished, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,10 +28,9 @@ CAPPING = [pytest.param(kernels.flash, id="flash", marks=needs_flash), pytest.pa
 
 
 @pytest.fixture(autouse=True)
-def fresh_graphs() -> Iterator[None]:
+def _fresh_graphs() -> None:
     kernels._compiled_flex.cache_clear()
     torch._dynamo.reset()
-    yield
 
 
 def long_groups(seed: int = 0, scale: int = 10) -> list[Any]:
@@ -46,25 +45,17 @@ def layout_of(groups: list[Any]) -> Layout:
 
 
 def evaluate(
-    kernel: Callable[..., torch.Tensor],
-    layout: Layout,
-    dtype: torch.dtype,
-    head_dim: int,
-    kv_heads: int,
-    **options: Any,
+    kernel: Callable[..., Any], layout: Layout, dtype: torch.dtype, head_dim: int, kv_heads: int, **options: Any
 ) -> list[torch.Tensor]:
     """Output and gradients of a kernel for inputs that are the same up to rounding."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(1, layout.length, heads, head_dim, generator=generator)
-        .bfloat16()
-        .to("cuda", dtype)
-        .requires_grad_()
-        for heads in (8, kv_heads, kv_heads)
-    ]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().to("cuda", dtype)
+
+    inputs = [random(1, layout.length, heads, head_dim).requires_grad_() for heads in (8, kv_heads, kv_heads)]
     output = kernel(*(state.transpose(1, 2) for state in inputs), layout, scaling=head_dim**-0.5, **options)
-    weights = torch.randn(output.shape, generator=generator).bfloat16().to(output)
-    (output * weights).sum().backward()
+    (output * random(*output.shape)).sum().backward()
     return [output.detach().float(), *(state.grad.float() for state in inputs)]
 
 
