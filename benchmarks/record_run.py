@@ -1,6 +1,6 @@
-"""Record a finished training run as a result: `python -m benchmarks.record_run RUN_DIR... --name NAME --command "..."`.
+"""Record finished training runs as a result: `python -m benchmarks.record_run RUN_DIR... --name NAME --command "..."`.
 
-Takes the curve, the time and the last evaluation from the run's own `metrics.jsonl` and `model/btrm.json`, so nothing is
+Takes the curve, the time and the last evaluation from a run's own `metrics.jsonl` and `model/btrm.json`, so nothing is
 typed by hand but the name, the command and remarks. Several runs (seeds) make one result.
 """
 
