@@ -25,7 +25,7 @@ from btrm_core.doctor_checks import Check, refused
 from btrm_core.encoded import EncodedPairs
 from btrm_core.errors import TrainingError
 from btrm_core.families import Family
-from btrm_core.inference import make_plan, pair_rewards
+from btrm_core.inference import some_rewards
 from btrm_core.loader import row_form
 from btrm_core.model import RewardModel, self_check
 from btrm_core.packing import TokenGroup, share
@@ -138,8 +138,8 @@ def packed(patient: Patient) -> Check:
     longest = np.argsort(-(pairs.shared_P + pairs.chosen_P + pairs.rejected_P), kind="stable")[:LONGEST_PAIRS]
     result = self_check(model, [pairs.group(int(index)) for index in longest])
     finite = math.isfinite(result.difference)
-    figures = {"difference": result.difference if finite else None, "tolerance": result.tolerance}
-    figures["kernel"] = model.kernel
+    difference = result.difference if finite else None
+    figures = {"difference": difference, "tolerance": result.tolerance, "kernel": model.kernel}
     if result.ok:
         return Check(name, "ok", f"{result.reason}, {model.kernel} attention", figures=figures)
     kernel = model.kernel
@@ -159,9 +159,7 @@ def first_loss(patient: Patient) -> Check:
     runtime = alone(model.device, next(model.parameters()).dtype)
     size = min(FIRST_LOSS_PAIRS, len(pairs))
     budget = patient.tokens_per_batch
-    made = make_plan(pairs, form, pairs_per_step=size, tokens_per_batch=budget, world=1, seed=0, epoch=0)
-    rewards_P2 = pair_rewards(model, pairs, runtime, form, tokens_per_batch=budget, first_step_of=size)
-    computed = rewards_P2[made.step(0).pair_ids]
+    _, computed = some_rewards(model, pairs, runtime, form, tokens_per_batch=budget, count=size)
     margin_P = computed[:, 0] - computed[:, 1]
     bad = int((~np.isfinite(computed)).any(axis=1).sum())
     if bad:

@@ -46,38 +46,50 @@ def make_plan(
     )
 
 
-@torch.no_grad()
 def pair_rewards(
+    model: Any, pairs: EncodedPairs, runtime: Runtime, form: RowForm, *, tokens_per_batch: int
+) -> np.ndarray:
+    """Rewards (chosen, rejected) of all pairs, (P, 2) float64, equal on every process.
+
+    Every process runs the same number of forward passes, as ZeRO-3 needs.
+    """
+    rewards_P2, _ = _rewards(model, pairs, runtime, form, tokens_per_batch, CHUNK, None)
+    return rewards_P2
+
+
+def some_rewards(
+    model: Any, pairs: EncodedPairs, runtime: Runtime, form: RowForm, *, tokens_per_batch: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of `count` pairs of a seeded order: which pairs, and their rewards (count, 2), as in `pair_rewards`."""
+    rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count, 1)
+    return ids, rewards_P2[ids]
+
+
+@torch.no_grad()
+def _rewards(
     model: Any,
     pairs: EncodedPairs,
     runtime: Runtime,
     form: RowForm,
-    *,
     tokens_per_batch: int,
-    first_step_of: int | None = None,
-) -> np.ndarray:
-    """Rewards (chosen, rejected) of all pairs, (P, 2) float64, equal on every process.
-
-    Every process runs the same number of forward passes, as ZeRO-3 needs. With `first_step_of` = n only n pairs of a
-    seeded order are computed; the others are NaN.
-    """
-    size = min(first_step_of or CHUNK, len(pairs))
+    chunk: int,
+    steps: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    size = min(chunk, len(pairs))
     made = make_plan(
         pairs, form, pairs_per_step=size, tokens_per_batch=tokens_per_batch, world=runtime.world, seed=0, epoch=0
     )
     rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
-    done_P = np.zeros(len(pairs), dtype=bool)
+    seen = []
     was_training = model.training
     model.eval()
-    for index in range(made.num_steps if first_step_of is None else 1):
+    for index in range(steps or made.num_steps):
         step = made.step(index)
-        done_P[step.pair_ids] = True
+        seen.append(step.pair_ids)
         for pair_ids in step.rows[runtime.rank]:
             micro = build_micro_batch(pairs, pair_ids, form).to(runtime.device)
             rewards_S = model(micro.batch)
             if len(pair_ids):
                 rewards_P2[torch.as_tensor(pair_ids, device=runtime.device)] = rewards_S.view(-1, 2).double()
     model.train(was_training)
-    out: np.ndarray = runtime.sum(rewards_P2).cpu().numpy()
-    out[~done_P] = np.nan
-    return out
+    return np.asarray(runtime.sum(rewards_P2).cpu().numpy()), np.concatenate(seen)

@@ -1,14 +1,13 @@
 """The Bradley-Terry loss and its variations, per pair and in fp32.
 
-Decides: the number that one pair contributes. Summing over pairs and dividing by the step's total weight is the trainer's
-task, because only there all micro-batches and processes are known.
+Decides: the number that one pair contributes. Summing over pairs and dividing by the step's total weight is the
+trainer's task, because only there all micro-batches and processes are known.
 
 Shapes: P pairs.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,6 +30,7 @@ def bradley_terry(
         label_smoothing: Probability that a label is wrong: the loss is the expectation over both labels.
         centering: Coefficient of (r_chosen + r_rejected)^2 (arXiv:2312.09244, section 2, "auxiliary loss").
 
+    >>> import torch
     >>> bradley_terry(torch.tensor([0.0]), torch.tensor([0.0])).item() == torch.log(torch.tensor(2.0)).item()
     True
 

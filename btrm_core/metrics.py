@@ -64,7 +64,7 @@ class PairSums:
         self.rewards += torch.stack(columns).sum(1)
 
     def add_tokens(self, *, computed: int, useful: int, shared: int) -> None:
-        """Add one row's tokens: computed ones, those of all sequences by themselves, and those of them saved by sharing."""
+        """Add one row's tokens: all computed, those of its sequences by themselves, and of these the shared ones."""
         for i, count in enumerate((computed, useful, shared, computed + shared - useful)):
             self.tokens[i] += count
 
@@ -111,8 +111,8 @@ def summarise(sums: dict[str, float]) -> dict[str, float]:
 def token_figures(sums: dict[str, float], seconds: float) -> dict[str, float]:
     """Speed and waste of a step: tokens and pairs a second, padding and sharing in percent.
 
-    Useful tokens are those of all sequences, each counted by itself: what separate passes would compute. The shared ones
-    among them are not computed again.
+    Useful tokens are those of all sequences, each counted by itself: what separate passes would compute. The shared
+    ones among them are not computed again.
     """
     return {
         "tokens_per_second": sums["computed_tokens"] / seconds,

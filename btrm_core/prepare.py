@@ -25,7 +25,7 @@ from btrm_core.distributed import Runtime
 from btrm_core.encoded import EncodedPairs, encode_pairs
 from btrm_core.errors import ConfigError, DataError
 from btrm_core.families import Family
-from btrm_core.inference import pair_rewards
+from btrm_core.inference import some_rewards
 from btrm_core.loader import RowForm, row_form
 from btrm_core.model import RewardModel, choose_for, self_check
 from btrm_core.report import say, trackers
@@ -176,16 +176,9 @@ def usable_form(config: RunConfig, engine: Any, data: Data, runtime: Runtime, pa
 
 def check_first(engine: Any, data: Data, config: RunConfig, runtime: Runtime, form: RowForm) -> float:
     """The loss before the first step over some pairs of the training data; stops if it is not near ln 2."""
-    rewards_P2 = pair_rewards(
-        engine,
-        data.train,
-        runtime,
-        form,
-        tokens_per_batch=config.train.tokens_per_batch,
-        first_step_of=CHECKED_PAIRS,
-    )
-    seen = np.flatnonzero(~np.isnan(rewards_P2).all(axis=1))
-    return check_first_loss(rewards_P2[seen], [data.train.id(int(i)) for i in seen])
+    budget = config.train.tokens_per_batch
+    ids, rewards_P2 = some_rewards(engine, data.train, runtime, form, tokens_per_batch=budget, count=CHECKED_PAIRS)
+    return check_first_loss(rewards_P2, [data.train.id(int(i)) for i in ids])
 
 
 def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:

@@ -85,7 +85,9 @@ def train(config: RunConfig) -> Outcome:
             progress = fit(engine, data.train, config, runtime, plan, progress, seams, form, profiler)
             return finish(session, progress, interrupt)
         except OSError as error:
-            raise checkpoint.explained(error, output) if checkpoint.disk_is_full(error) else error
+            if checkpoint.disk_is_full(error):
+                raise checkpoint.explained(error, output) from error
+            raise
         finally:
             engine.destroy()
             reporter.close()

@@ -47,8 +47,8 @@ def introduce(
     if made.oversize:
         say(
             runtime,
-            f"{made.oversize} pairs are longer than --tokens-per-batch {config.train.tokens_per_batch}: each gets a row "
-            "of its own",
+            f"{made.oversize} pairs are longer than --tokens-per-batch {config.train.tokens_per_batch}: each gets a "
+            "row of its own",
         )
     say(
         runtime,
