@@ -17,8 +17,8 @@ def fails(values, message):
 def test_unknown_key_is_an_error_with_a_suggestion():
     fails(
         {"train.lerning_rate": 1},
-        "unknown setting 'train.lerning_rate'. Did you mean 'train.learning_rate'? Known sections: model, tokenizer, head, "
-        "data, train, loss, lora, distributed, output",
+        "unknown setting 'train.lerning_rate'. Did you mean 'train.learning_rate'? Known sections: model, tokenizer, "
+        "head, data, train, loss, lora, distributed, output",
     )
 
 
@@ -55,7 +55,7 @@ def test_a_broken_file_is_one_line(tmp_path):
     path.write_text("family = \n")
     with pytest.raises(ConfigError, match="is not valid TOML"):
         load_config(str(path))
-    with pytest.raises(ConfigError, match="cannot read the configuration file .*: No such file or directory"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration file .*: No such file or directory"):
         load_config(str(tmp_path / "none.toml"))
 
 

@@ -43,6 +43,7 @@ def test_presets(name):
     assert config["zero_optimization"]["stage"] == int(name[4])
     assert config["bf16"]["enabled"]
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["bf16"]["immediate_grad_update"], "or every gradient lies in memory twice"
     assert config["optimizer"]["params"]["torch_adam"], "anything else is compiled at run time"
     assert config["optimizer"]["params"]["lr"] == 1e-5
 

@@ -41,8 +41,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launched(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a launcher with all that it starts, and leave none of it running."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # launchers pass it on
+        output, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def test_btrm_starts_processes_itself(root: Path, tmp_path: Path) -> None:
@@ -57,7 +65,7 @@ def test_btrm_starts_processes_itself(root: Path, tmp_path: Path) -> None:
     assert "2 x CPU" in done.stderr
 
 
-TORCHRUN = ("torchrun", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port=0", "-m", "btrm_core")
+TORCHRUN = ("torchrun", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port={port}", "-m", "btrm_core")
 ACCELERATE = (
     *("accelerate", "launch", "--use_deepspeed", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
     *("--dynamo_backend=no", "--main_process_port=0", "-m", "btrm_core"),
@@ -68,13 +76,36 @@ DEEPSPEED = ("deepspeed", "--num_gpus=2", "--master_port={port}", "--module", "b
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE, DEEPSPEED], ids=lambda command: command[0])
 def test_other_launchers(root: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
-    program, *options = (part.format(port=processes.free_port()) for part in launcher)
+    port = processes.free_port()
+    program, *options = (part.format(port=port) for part in launcher)
     given = flags(root, tmp_path / "run", train__max_steps=2)
     done = launched(str(BIN / program), *options, "train", *given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x CPU" in done.stderr
     assert len(metrics(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "model" / "btrm.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_to_the_launcher_reaches_all(root: Path, tmp_path: Path, number: int, code: int) -> None:
+    given = flags(root, tmp_path / "run", train__max_steps=100_000, train__epochs=1e5)
+    command = [sys.executable, "-m", "btrm_core", "train", "--processes", "2", *given]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        end = time.monotonic() + 120
+        while len(metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(60) == code, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        process.terminate()
+    said = (tmp_path / "log").read_text()
+    step = len(metrics(tmp_path / "run"))
+    assert said.count(f"stopped after step {step}; go on with the same command and --resume") == 1, said[-3000:]
+    assert (tmp_path / "run" / "resume" / f"step-{step:08d}" / "COMPLETE").exists()
+    assert "Traceback" not in said
 
 
 def failing(error: str, root: str, output: str) -> None:

@@ -15,7 +15,8 @@ from btrm_core.run import train
 
 TRAIN_KEYS = {
     "split", "step", "time", "loss", "accuracy", "ties", "reward_margin", "reward_margin_std", "chosen_mean",
-    "chosen_std", "rejected_mean", "rejected_std", "pairs", "grad_norm", "learning_rate", "epoch", "seconds", "tokens_per_second",
+    "chosen_std", "rejected_mean", "rejected_std",
+    "pairs", "grad_norm", "learning_rate", "epoch", "seconds", "tokens_per_second",
     "useful_tokens_per_second", "pairs_per_second", "padding_percent", "shared_percent", "rank_imbalance",
     "micro_batches", "peak_memory_gib",
 }  # fmt: skip

@@ -134,13 +134,14 @@ def test_adapters(root: Path, lora: Trajectory, reference: Trajectory, way: str)
     assert distance(lora, found) < EXACT
 
 
-def test_bf16_stays_near(root: Path) -> None:
+def test_bf16_stays_near(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     slow = {"train__learning_rate": 1e-3}
     reference = trajectory(root, root / "fp32", **slow)
     found = [
         trajectory(root, root / f"bf16 {stage}", **slow, model__dtype="bf16", distributed__deepspeed=stage)
         for stage in ("zero1", "zero2", "zero3")
     ]
+    assert capfd.readouterr().out == "", "standard output is for results"
     for one, other in itertools.combinations([reference, *found], 2):
         assert distance(one, other) < BF16
     assert distance(reference, found[0]) > 10 * EXACT, "it did compute in bf16"
