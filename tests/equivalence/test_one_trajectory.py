@@ -56,7 +56,6 @@ LORA_WAYS = {
         "distributed__deepspeed": "zero3",
         "model__gradient_checkpointing": True,
         "model__activation_offload": True,
-        "train__layout": "padded",
     },
 }
 TWO_PROCESSES: dict[str, dict[str, Any]] = {
