@@ -24,6 +24,7 @@ from btrm_core.prepare import (
     build_model,
     check_first,
     choose,
+    device_name,
     load_data,
     make_engine,
     output_directory,
@@ -36,6 +37,7 @@ from btrm_core.schedule import Progress, schedule
 from btrm_core.settings import RunConfig
 from btrm_core.summary import describe_run, introduce
 from btrm_core.trainer import Callables, fit
+from btrm_core.utilisation import mfu_per_token_rate
 
 EXAMPLES = 3
 
@@ -160,8 +162,15 @@ def calls(session: Session, interrupt: Interrupt, who: dict[str, Any]) -> Callab
         if config.output.keep_best:
             save_model(session, progress, figures, output / "best")
 
+    rate = mfu_rate(session)
+
+    def log(split: str, step: int, figures: dict[str, Any]) -> None:
+        if split == "train" and rate is not None:
+            figures["mfu_percent"] = rate * figures["tokens_per_second"]
+        session.reporter.log(split, step, figures)
+
     return Callables(
-        log=session.reporter.log,
+        log=log,
         evaluate=evaluate,
         improved=improved,
         save=save,
@@ -174,6 +183,17 @@ def profiler_of(session: Session) -> Profiler:
     """Measures some steps of the main process, if that is asked for."""
     wanted = session.config.output.profile and session.runtime.is_main
     return Profiler(session.output if wanted else None, lambda text: say(session.runtime, text))
+
+
+def mfu_rate(session: Session) -> float | None:
+    """What `tokens_per_second` is multiplied with for the MFU; None on a CPU."""
+    runtime, pairs = session.runtime, session.data.train
+    if runtime.device.type != "cuda":
+        return None
+    length = float((pairs.shared_P + (pairs.chosen_P + pairs.rejected_P) / 2).mean())
+    config = session.engine.module.base_model.config
+    name = device_name(runtime.device)
+    return mfu_per_token_rate(config, name, runtime.world, length, session.config.lora.rank)
 
 
 def evaluate_now(session: Session, step: int) -> dict[str, Any] | None:

@@ -13,12 +13,11 @@ issues cache sources readers formats convert data data_checks
 layout batch packing encoding encoded
 balance planner rows kernels attention model
 loss metrics evaluate inspection failure offload profiling distributed basemodel adapters loader inference startup
-schedule report trainer
+memory architecture hardware utilisation schedule report trainer
 toy prepare checkpoint card interrupt resume saving summary run
 loading scorer records partial scoring
 testing pytest_plugin doctor_checks doctor_examples doctor_model doctor doctor_view cli_doctor
-memory architecture hardware estimate
-launch cli __main__
+estimate launch cli __main__
 """.split()
 MAX_LINES = 350
 MAX_FUNCTION_LINES = 60

@@ -28,7 +28,7 @@ from btrm_core.errors import CheckpointError
 from btrm_core.report import Reporter
 
 EXACT = 1e-6
-LIVES = 5
+LIVES = 3
 MODES: dict[str, dict[str, Any]] = {
     "zero1": {},
     "zero2": {"distributed__deepspeed": "zero2"},
@@ -98,7 +98,7 @@ def test_killed_and_resumed(root: Path, tmp_path: Path, mode: str) -> None:
     assert [row["step"] for row in metrics(output, "eval")] == [2, 4, 6, 8, 10]
 
 
-@pytest.mark.parametrize("lives", [LIVES, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lives", [LIVES, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, lives: int) -> None:
     """A run that saves after every step is killed again and again, most times while it saves, and always goes on."""
     steps = 12 * lives

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets.packaged_modules  # noqa: F401
 import numpy as np
-import peft  # noqa: F401  (here, so that no child imports it again)
+import pandas as pd  # noqa: F401
+import peft  # noqa: F401
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
 
 from btrm_core import distributed, families, run
 from btrm_core.config import load_config

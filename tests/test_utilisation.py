@@ -1,0 +1,28 @@
+"""MFU against arithmetic by hand."""
+
+import pytest
+from transformers import GPT2Config, LlamaConfig
+
+from btrm_core.utilisation import mfu_per_token_rate
+
+
+def test_a_llama_on_an_h100_by_hand():
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    matrices = 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128) + 64
+    attention = 6 * 4 * 16 * 2 * 100
+    expected = 100 * (6 * matrices + attention) / (989e12 * 8)
+    rate = mfu_per_token_rate(config, "NVIDIA H100 80GB HBM3", 8, 100.0)
+    assert rate == pytest.approx(expected, rel=0.01)
+
+
+def test_what_cannot_be_said_is_not_said():
+    config = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    assert mfu_per_token_rate(config, "Some New GPU", 1, 100.0) is None
+    assert mfu_per_token_rate(GPT2Config(n_layer=1), "NVIDIA H200", 1, 100.0) is None
