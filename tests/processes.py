@@ -6,18 +6,30 @@ one that has done so takes none. What a child prints goes to a file. A child tha
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["trajectories"])
+
+
+@functools.cache
+def _server() -> None:
+    """Start the process that children are forked from; it finds modules only by PYTHONPATH, whatever `sys.path` is."""
+    _context.set_forkserver_preload(["trajectories"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        forkserver.ensure_running()
 
 
 def start(
@@ -25,6 +37,7 @@ def start(
 ) -> list[ForkServerProcess]:
     """Start `function` in a process, or in `world` processes of one group as a launcher would."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if world > 1 else {}
+    _server()
     processes = []
     for rank in range(world):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
