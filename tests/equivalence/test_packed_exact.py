@@ -163,6 +163,8 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(attention._FUNCTIONS, "flex", with_plain_casts)
     kernels._compiled_flex.cache_clear()
     torch._dynamo.reset()
+    # a training run in this process may have turned compiling off (there is nothing to compile on a CPU otherwise)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     yield
     kernels._compiled_flex.cache_clear()
 
