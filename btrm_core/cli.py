@@ -166,7 +166,7 @@ def train(
     overrides: dict[str, Any] = {FLAGS[k]: v for k, v in flags.items() if v is not None and v != ()}
     overrides.update(settings.parse_assignments(assignments))
     run_config = settings.load_config(config_file, overrides)
-    if (gpus or processes) and "RANK" not in os.environ:
+    if (gpus or processes) and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         from btrm_core.launch import launch
 
         raise SystemExit(launch(sys.argv[1:], gpus, processes))

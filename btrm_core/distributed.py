@@ -239,7 +239,7 @@ def _join_process_group() -> None:
     """Make a process without a launcher a world of one: an in-memory store, no port, no MPI look-up."""
     if torch.distributed.is_initialized():
         return
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return  # a launcher's variables: Accelerate joins the group
     os.environ.update(LOCAL_RANK="0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("btrm", deadline=None)  # the machine may be busy
 settings.load_profile("btrm")
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL"}
 
 
@@ -43,6 +45,18 @@ def _missing(item: pytest.Item) -> str | None:
         if not os.environ.get(variable):
             return f"needs a real {kind.removesuffix('s')}: set {variable} to its directory"
     return None
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    """Take back what libraries write into the environment of this process as if a launcher had started it."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture

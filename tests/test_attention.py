@@ -206,6 +206,8 @@ def test_flex_compiles_two_graphs_for_rows_of_any_length(monkeypatch: pytest.Mon
     import torch.nn.attention.flex_attention as module
     from torch._dynamo.backends.debugging import aot_eager
 
+    # a training run in this process may have turned compiling off
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     graphs = 0
 
     def counting(graph: Any, inputs: Any) -> Any:
