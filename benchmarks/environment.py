@@ -133,10 +133,15 @@ def load_average() -> float:
 
 
 def command_line() -> str:
-    """The command that is running, without the directory of the interpreter."""
+    """The command that is running, without the directories of this machine."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"-m {module.name}" if module else sys.argv[0]
-    return " ".join(["python", name, *sys.argv[1:]])
+    return " ".join(["python", name, *(named(word) for word in sys.argv[1:])])
+
+
+def named(word: str) -> str:
+    """A path of this machine by its last part; any other word as it is."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def reset_peak_memory(device: str) -> int:

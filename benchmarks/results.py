@@ -77,7 +77,11 @@ def header(benchmark: str, name: str, settings: Settings, commit: dict[str, Any]
         "command": environment.command_line(),
         "hardware": environment.hardware(settings.device),
         "versions": environment.versions(),
-        "config": {**asdict(settings), "data": list(settings.data)},
+        "config": {
+            **asdict(settings),
+            "model": environment.named(settings.model),
+            "data": [environment.named(source) for source in settings.data],
+        },
         "notes": [],
     }
 

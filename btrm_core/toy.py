@@ -54,6 +54,8 @@ def embedded_settings(config: RunConfig, family: Family, cache_dir: Path) -> Run
         if not config.data.eval:
             values["data.eval"] = (sample_path("held_out"),)
     values.update({k: v for k, v in SETTINGS.items() if current[k] is None})
+    if config.output.dir is None:
+        values["output.dir"] = f"runs/{family.name}-demo"
     return apply(config, values)
 
 
