@@ -158,8 +158,8 @@ def _preference(e: Estimate) -> tuple[bool, bool, int]:
 def _estimate(
     preset: str, checkpointing: bool | None, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
 ) -> Estimate:
-    zero = read_zero(preset, work.bf16)
     gpus = hardware.gpus
+    zero = read_zero(preset, work.bf16, gpus)
     for recompute in (False, True) if checkpointing is None else (checkpointing,):
         kept = memory.activations(
             shape,
@@ -196,12 +196,13 @@ def _estimate(
     )
 
 
-def read_zero(preset: str, bf16: bool) -> Zero:
-    """The ZeRO settings that btrm hands to DeepSpeed for a preset or a user's JSON file."""
+def read_zero(preset: str, bf16: bool, world: int) -> Zero:
+    """The ZeRO settings that btrm hands to DeepSpeed for a preset or a user's JSON file, and a number of processes."""
     from btrm_core.distributed import deepspeed_config
 
     dtype = ModelConfig(dtype="bf16" if bf16 else "fp32")
-    return Zero.from_config(deepspeed_config(RunConfig(model=dtype, distributed=DistributedConfig(deepspeed=preset))))
+    config = RunConfig(model=dtype, distributed=DistributedConfig(deepspeed=preset))
+    return Zero.from_config(deepspeed_config(config, world))
 
 
 def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str:

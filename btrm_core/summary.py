@@ -86,7 +86,7 @@ def describe_run(
             "",
             to_toml(config),
             "# deepspeed",
-            dumps(deepspeed_config(config)),
+            dumps(deepspeed_config(config, made.world)),
         ]
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from btrm_core.config import load_config
-from btrm_core.distributed import PRESETS, deepspeed_config, start
+from btrm_core.distributed import LONE_BUCKET, PRESETS, deepspeed_config, start
 from btrm_core.errors import ConfigError
 
 RESOLVED = {"train.learning_rate": 1e-5, "train.weight_decay": 0.001}
@@ -29,12 +29,12 @@ SEED_STAGE_3 = {  # the shape of the file that users of the RLHFlow recipes have
 }
 
 
-def made(tmp_path=None, content=None, **values):
+def made(tmp_path=None, content=None, world=2, **values):
     if content is not None:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(content))
         values["distributed.deepspeed"] = str(path)
-    return deepspeed_config(load_config(None, {**RESOLVED, **values}))
+    return deepspeed_config(load_config(None, {**RESOLVED, **values}), world)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -55,6 +55,15 @@ def test_a_users_file_is_honoured_and_auto_is_filled(tmp_path):
     assert config["gradient_clipping"] == 1.0
     assert config["bf16"]["enabled"], "with dtype auto the file decides"
     assert config["wall_clock_breakdown"] is False
+
+
+def test_a_lone_process_copies_no_gradients_into_buckets_unless_asked(tmp_path):
+    for name in PRESETS:
+        alone = made(world=1, **{"distributed.deepspeed": name})["zero_optimization"]
+        assert alone["reduce_bucket_size"] == LONE_BUCKET, name
+        assert "reduce_bucket_size" not in made(world=2, **{"distributed.deepspeed": name})["zero_optimization"]
+    asked = {**SEED_STAGE_3, "zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}
+    assert made(tmp_path, asked, world=1)["zero_optimization"]["reduce_bucket_size"] == 5e8
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def engine_config(preset: str, bf16: bool, **bf16_settings: bool) -> dict[str, A
     from btrm_core.distributed import deepspeed_config
 
     values = {"train.learning_rate": 1e-3, "train.weight_decay": 0.0, "distributed.deepspeed": preset}
-    config = deepspeed_config(load_config(None, {**values, "model.dtype": "bf16" if bf16 else "fp32"}))
+    config = deepspeed_config(load_config(None, {**values, "model.dtype": "bf16" if bf16 else "fp32"}), world=1)
     zero = config["zero_optimization"]
     # small buckets, so that the states show; everything partitioned
     zero.update(reduce_bucket_size=BUCKET, stage3_param_persistence_threshold=0)
@@ -364,7 +364,7 @@ def test_defaults_are_those_of_deepspeed():
 
 
 def test_presets_are_those_of_training():
-    zeros = {name: read_zero(name, bf16=True) for name in PRESETS}
+    zeros = {name: read_zero(name, bf16=True, world=2) for name in PRESETS}
     assert [zeros[n].stage for n in PRESETS] == [1, 2, 3, 2, 3]
     assert [n for n in PRESETS if zeros[n].offload_optimizer] == ["zero2-offload", "zero3-offload"]
     assert [n for n in PRESETS if zeros[n].offload_param] == ["zero3-offload"]
@@ -375,7 +375,7 @@ def test_a_users_file_is_read(tmp_path):
     file = tmp_path / "mine.json"
     zero = {"stage": 2, "reduce_bucket_size": 5e7, "overlap_comm": True}
     file.write_text(json.dumps({"zero_optimization": zero, "communication_data_type": "fp32"}))
-    read = read_zero(str(file), bf16=True)
+    read = read_zero(str(file), bf16=True, world=1)
     assert (read.stage, read.reduce_bucket_size, read.overlap_comm, read.communication_bytes) == (
         2,
         50_000_000,
