@@ -31,6 +31,8 @@ class ArrayPairs(EncodedPairs):
         self.rejected_P = np.array([group.tails[1] for group in self._groups], dtype=np.int32)
         self.weight_P = np.ones(len(pairs), dtype=np.float32)
         self.margin_P = np.zeros(len(pairs), dtype=np.float32)
+        self.probability_P = np.ones(len(pairs), dtype=np.float32)
+        self.group_P = np.zeros(len(pairs), dtype=np.int64)
 
     def __getstate__(self) -> Any:
         return self.__dict__

@@ -18,12 +18,14 @@ response_a, response_b        with a prompt and a `winner` ("a", "b", "tie"); al
 ============================  ===============================================================================
 
 The prompt may be called prompt, instruction (with input), question, context, conversations or messages; `system` (or
-`system_prompt`) is put before it. `margin`, `weight`, `subset` and `id` are optional everywhere.
+`system_prompt`) is put before it. `margin`, `weight`, `subset` and `id` are optional everywhere, and so is
+`probability` where a row gives one pair: how likely it is that chosen is better, from 0.5 to 1 (a soft label).
 
 Scored responses give one pair by default: the best against the worst, the clearest label there is, and no
 prompt counts more than another. "best-vs-each" pairs the best with every worse one, "all" makes every pair
 of unequal scores; the pairs of one prompt then weigh 1 together, as in InstructGPT (arXiv:2203.02155).
-Equal scores and declared ties hold no preference: they are skipped and counted.
+Equal scores and declared ties hold no preference: they are skipped and counted, unless ties are to count half
+(a pair whose answers are equally likely the better one, half a win for each as in Davidson 1970).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from btrm_core.formats import PROMPT_KEYS, Row, RowError, Scored, finite, shown, sides
+from btrm_core.formats import PROMPT_KEYS, Row, RowError, Scored, Ties, finite, shown, sides
 
 Message = dict[str, str]
 
@@ -55,6 +57,8 @@ class Pair:
         rejected: text of the other answer.
         margin: by how much chosen should win, if the row says so (used by the loss only when asked to).
         weight: how much the pair counts in the loss, above 0.
+        probability: how likely it is that chosen is the better answer, 0.5 (a tie) to 1.
+        group: a number that only the pairs of one row share, which compare several responses; 0 for a lone pair.
     """
 
     id: str
@@ -64,6 +68,8 @@ class Pair:
     rejected: str
     margin: float | None = None
     weight: float = 1.0
+    probability: float = 1.0
+    group: int = 0
 
     @property
     def chosen_conversation(self) -> list[Message]:
@@ -77,7 +83,14 @@ class Pair:
 
 
 def convert_row(
-    row: Row, *, name: str = "row", line: int = 0, subset: str = "", scored: Scored = "best-vs-worst"
+    row: Row,
+    *,
+    name: str = "row",
+    line: int = 0,
+    subset: str = "",
+    scored: Scored = "best-vs-worst",
+    ties: Ties = "skip",
+    group: int = 1,
 ) -> list[Pair]:
     """Return the pairs of one row; at least one.
 
@@ -87,6 +100,8 @@ def convert_row(
         line: its line, likewise.
         subset: subset of a row that names none.
         scored: which pairs scored responses give; see the module.
+        ties: "half" makes pairs of ties, with probability 0.5; "skip" refuses them.
+        group: number of the row, for its pairs if there are several.
 
     Raises:
         RowError: the row gives no pair; the reason names the key and the value.
@@ -94,21 +109,23 @@ def convert_row(
     >>> convert_row({"prompt": "2+2?", "chosen": "4", "rejected": "5"})[0].prompt
     [{'role': 'user', 'content': '2+2?'}]
     """
-    compared = sides(row, scored)
+    compared = sides(row, scored, ties)
     identity = _label(row, "id") or f"{name}:{line}"
-    group = _label(row, "subset") or subset
+    part = _label(row, "subset") or subset
     margin = _number(row, "margin")
     weight = _number(row, "weight")
     if weight is not None and weight <= 0:
         raise RowError("wrong type", f"'weight' is {weight:g}, expected a number above 0")
     pairs = []
-    for number, (chosen, rejected) in enumerate(compared):
+    several = len(compared) > 1
+    for number, (chosen, rejected, sure) in enumerate(compared):
         prompt, better = _split(row, *chosen)
         other, worse = _split(row, *rejected)
         _check(prompt, better, other, worse, chosen[0], rejected[0])
-        suffix = f"#{number}" if len(compared) > 1 else ""
+        suffix = f"#{number}" if several else ""
         share = (1.0 if weight is None else weight) / len(compared)
-        pairs.append(Pair(identity + suffix, group, prompt, better, worse, margin, share))
+        own = group if several else 0
+        pairs.append(Pair(identity + suffix, part, prompt, better, worse, margin, share, sure, own))
     return pairs
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from btrm_core import cache
 from btrm_core.convert import Message, Pair, convert_row
 from btrm_core.errors import DataError
-from btrm_core.formats import RowError, Scored, group_single_responses
+from btrm_core.formats import RowError, Scored, Ties, group_single_responses
 from btrm_core.issues import PROMPT_IN_EVALUATION, IssueReport, RowIssue
 from btrm_core.readers import BATCH_ROWS, read_rows
 from btrm_core.sources import Resolved, Source, resolve
@@ -42,7 +42,7 @@ __all__ = [
     "split_held_out",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every fingerprint: raised when equal files give other pairs than before."""
 
 _CODE = ("cache", "convert", "data", "formats", "issues", "readers", "sources")
@@ -54,7 +54,7 @@ class PairData:
 
     Attributes:
         dataset: columns id, subset, prompt (list of role and content), chosen, rejected, margin (null where the
-            row gives none), weight.
+            row gives none), weight, probability, group; as in `convert.Pair`.
         issues: what was read and why rows are missing; empty for the held-out part of a split.
         fingerprint: SHA-256 of what the pairs are made from; equal on every machine for equal file contents.
         prompt_hash_P: the first 8 bytes of each pair's prompt hash, uint64.
@@ -102,6 +102,7 @@ def load_pairs(
     strict: bool = False,
     cache_dir: str | None = None,
     scored: Scored = "best-vs-worst",
+    ties: Ties = "skip",
 ) -> PairData:
     """Read, convert and check all rows of all sources, in order.
 
@@ -111,6 +112,7 @@ def load_pairs(
             no preference are not bad.
         cache_dir: where the pairs are kept; default `cache.cache_root()`.
         scored: which pairs scored responses give; `convert.py` says what they mean.
+        ties: whether ties are skipped or become pairs with probability 0.5.
 
     Raises:
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
@@ -118,12 +120,12 @@ def load_pairs(
     root = cache.cache_root(cache_dir)
     resolved = resolve([sources] if isinstance(sources, str) else sources, root)
     contents = [[source.name, source.content] for source in resolved.sources]
-    fingerprint = cache.digest("pairs", FORMAT_VERSION, contents, scored)
+    fingerprint = cache.digest("pairs", FORMAT_VERSION, contents, scored, ties)
     # Reports name the sources as the user spelled them, so the spelling is part of the entry, not of the data.
     key = cache.digest(
         fingerprint, [source.where for source in resolved.sources], resolved.notes, cache.code_digest(*_CODE)
     )
-    entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, scored))
+    entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, scored, ties))
     report = IssueReport.from_dict(json.loads((entry / "report.json").read_text()))
     if strict and report.first_bad:
         raise _strict_error(report.first_bad)
@@ -218,7 +220,7 @@ def drop_overlap(train: PairData, evaluation: PairData) -> tuple[PairData, int]:
     return train.select(np.flatnonzero(~shared_P), f"without the prompts of {evaluation.fingerprint}", issues), number
 
 
-def _build(folder: Path, resolved: Resolved, strict: bool, scored: Scored) -> None:
+def _build(folder: Path, resolved: Resolved, strict: bool, scored: Scored, ties: Ties) -> None:
     """Write pairs.arrow, prompt_hash.npy and report.json of all sources."""
     import pyarrow
 
@@ -230,7 +232,7 @@ def _build(folder: Path, resolved: Resolved, strict: bool, scored: Scored) -> No
     ):
         for source in resolved.sources:
             held: list[Pair] = []
-            for pair in _converted(source, read_rows(source), report, strict=strict, scored=scored):
+            for pair in _converted(source, read_rows(source), report, strict=strict, scored=scored, ties=ties):
                 held.append(pair)
                 if len(held) == BATCH_ROWS:
                     _write(writer, held, hashes)
@@ -253,6 +255,7 @@ def _converted(
     *,
     strict: bool,
     scored: Scored,
+    ties: Ties = "skip",
 ) -> Iterator[Pair]:
     """Yield the pairs of a source and keep the report."""
     subset = source.subset
@@ -261,7 +264,8 @@ def _converted(
         report.rows += number if line else 0
         if not isinstance(row, RowIssue):
             try:
-                pairs = convert_row(row, name=source.name, line=line, subset=subset, scored=scored)
+                options: dict[str, Any] = {"scored": scored, "ties": ties, "group": report.rows}  # rows only grow
+                pairs = convert_row(row, name=source.name, line=line, subset=subset, **options)
             except RowError as error:
                 issue = RowIssue(source.where, line, str(error), error.kind, error.bad)
             else:
@@ -286,6 +290,8 @@ def _schema() -> pyarrow.Schema:
             ("rejected", pa.string()),
             ("margin", pa.float64()),
             ("weight", pa.float64()),
+            ("probability", pa.float64()),
+            ("group", pa.int64()),
         ]
     )
 

@@ -11,6 +11,7 @@ Shapes: P pairs that are left after encoding.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import numpy as np
 from btrm_core import cache
 from btrm_core.encoding import Chunk, encoded_chunks
 from btrm_core.errors import DataError
+from btrm_core.grouping import Groups
 from btrm_core.packing import TokenGroup
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from btrm_core.chat import ChatFormat
     from btrm_core.data import PairData
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Part of every cache key: raised when equal pairs get other tokens than before."""
 
 _CODE = (
@@ -52,7 +54,18 @@ _CODE = (
 )
 _KINDS_KEPT = 20
 _EXAMPLES_KEPT = 5
-_COLUMNS = ("index", "id", "subset", "tokens", "shared", "chosen", "rejected", "margin", "weight")
+_NUMBERS = {
+    "index": "int64",
+    "shared": "int32",
+    "chosen": "int32",
+    "rejected": "int32",
+    "margin": "float32",
+    "weight": "float32",
+    "probability": "float32",
+    "group": "int64",
+    "chosen_name": "uint64",
+    "rejected_name": "uint64",
+}
 
 
 class EncodedPairs:
@@ -65,6 +78,10 @@ class EncodedPairs:
         rejected_P: further tokens of the rejected sequence, int32; may be 0.
         margin_P: the data's margin, 0 where it gives none, float32.
         weight_P: the pair's weight in the loss, float32.
+        probability_P: how likely it is that chosen is the better one, 0.5 to 1, float32.
+        group_P: a number that only pairs of one row share; 0 for a lone pair, int64.
+        chosen_name_P: a number for the chosen sequence, equal for equal ones of a group, uint64; 0 for a lone pair.
+        rejected_name_P: likewise for the rejected one.
         index_P: position of the pair in the `PairData` that was encoded, int64.
         report: counts of the encoding; see `encode_pairs`.
     """
@@ -85,6 +102,8 @@ class EncodedPairs:
         self._ids, self._subsets = table["id"], table["subset"]
         self.shared_P, self.chosen_P, self.rejected_P = (_array(table, key) for key in ("shared", "chosen", "rejected"))
         self.margin_P, self.weight_P, self.index_P = (_array(table, key) for key in ("margin", "weight", "index"))
+        self.probability_P, self.group_P = (_array(table, key) for key in ("probability", "group"))
+        self.chosen_name_P, self.rejected_name_P = (_array(table, f"{side}_name") for side in ("chosen", "rejected"))
         # Views into the memory map, one per chunk: no token is copied before a row is built.
         chunks = table["tokens"].chunks
         self._tokens = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
@@ -99,6 +118,11 @@ class EncodedPairs:
 
     def __len__(self) -> int:
         return len(self.shared_P)
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The pairs by the prompts they are trained with."""
+        return Groups(self)
 
     def tokens(self, index: int) -> NDArray[np.int32]:
         """The stored ids `[shared | chosen tail | rejected tail]` of a pair: a read-only view of the file."""
@@ -221,16 +245,16 @@ def _record_batch(chunk: Chunk) -> pyarrow.RecordBatch:
     import pyarrow
 
     tokens = pyarrow.ListArray.from_arrays(pyarrow.array(chunk.offsets), pyarrow.array(chunk.tokens))
+    schema = _schema()
     columns = {**chunk.columns, "tokens": tokens}
-    return pyarrow.RecordBatch.from_pydict({name: columns[name] for name in _COLUMNS}, schema=_schema())
+    return pyarrow.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
 
 
 def _schema() -> pyarrow.Schema:
     import pyarrow as pa
 
-    types = {"index": pa.int64(), "id": pa.string(), "subset": pa.string(), "tokens": pa.list_(pa.int32())}
-    types |= {"margin": pa.float32(), "weight": pa.float32()}
-    return pa.schema([(name, types.get(name, pa.int32())) for name in _COLUMNS])
+    types = {"id": pa.string(), "subset": pa.string(), "tokens": pa.list_(pa.int32())}
+    return pa.schema([*types.items(), *((name, getattr(pa, kind)()) for name, kind in _NUMBERS.items())])
 
 
 def _count(report: dict[str, Any], chunk: Chunk) -> None:

@@ -6,6 +6,7 @@ What becomes of them is `encoded`'s decision, what the ids of a conversation are
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -82,11 +83,25 @@ def _encode_chunk(data: PairData, chat: ChatFormat, max_length: int, start: int,
         "rejected": np.array([group.tails[1] for _, _, group in kept], np.int32),
         "margin": np.array([row["margin"] or 0.0 for _, row, _ in kept], np.float32),
         "weight": np.array([row["weight"] for _, row, _ in kept], np.float32),
+        "probability": np.array([row["probability"] for _, row, _ in kept], np.float32),
+        "group": np.array([row["group"] for _, row, _ in kept], np.int64),
+        **_names(kept),
     }
     if kept:
         chunk.tokens = np.concatenate([group.tokens for _, _, group in kept])
         chunk.offsets = np.cumsum([0, *(len(group.tokens) for _, _, group in kept)], dtype=np.int32)
     return chunk
+
+
+def _names(kept: list[tuple[int, dict[str, Any], TokenGroup]]) -> dict[str, NDArray[np.uint64]]:
+    """A number for each of the two sequences, equal for equal ids: pairs of one row find what they have in common."""
+    names = [[_name(ids) for ids in group.sequences] if row["group"] else [0, 0] for _, row, group in kept]
+    names_P2 = np.array(names, np.uint64).reshape(-1, 2)
+    return {"chosen_name": names_P2[:, 0], "rejected_name": names_P2[:, 1]}
+
+
+def _name(ids: NDArray[np.int32]) -> int:
+    return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8], "little")
 
 
 def _problem(result: EncodedGroup, cut: bool) -> str | None:

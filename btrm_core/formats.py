@@ -16,8 +16,11 @@ from typing import Any, Literal
 from btrm_core.issues import RowIssue
 
 Scored = Literal["best-vs-worst", "best-vs-each", "all"]
+Ties = Literal["skip", "half"]
 Row = Mapping[str, Any]
 Side = tuple[str, Any]  # key of the row (for messages) and the answer or conversation found there
+Compared = tuple[Side, Side, float]  # chosen, rejected, probability that chosen is the better one
+TIED = 0.5
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "context", "conversations", "messages")
 _LIST_KEYS = ("responses", "completions", "answers")
@@ -86,31 +89,45 @@ def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**joined, "responses": [r["response"] for r in rows], "scores": [r.get(key or "") for r in rows]}
 
 
-def sides(row: Row, scored: Scored) -> list[tuple[Side, Side]]:
+def sides(row: Row, scored: Scored, ties: Ties = "skip") -> list[Compared]:
     """Return the (chosen, rejected) sides of a row, whatever its format; at least one.
 
     Raises:
-        RowError: the row is in no known format, names no winner, or holds no preference.
+        RowError: the row is in no known format, names no winner, or is a tie and ties do not count half.
     """
     if row.get("chosen") is not None or row.get("rejected") is not None:
         for key in ("chosen", "rejected"):
             if row.get(key) is None:
                 raise missing(row, key)
-        return [(("chosen", row["chosen"]), ("rejected", row["rejected"]))]
+        return [(("chosen", row["chosen"]), ("rejected", row["rejected"]), _probability(row))]
     for key in _LIST_KEYS:
         if row.get(key) is not None:
-            return _scored(row, key, scored)
+            return _scored(row, key, scored, ties)
     for first, second in _AB_KEYS:
         if row.get(first) is not None and row.get(second) is not None:
             winner = _winner(row, first, second)
-            if winner == 0:
+            if winner == 0 and ties == "skip":
                 raise RowError("tie", f"'{first}' and '{second}' are tied, no preference", bad=False)
             left, right = (first, row[first]), (second, row[second])
-            return [(left, right) if winner < 0 else (right, left)]
+            sure = TIED if winner == 0 else _probability(row)
+            return [(left, right, sure) if winner <= 0 else (right, left, sure)]
     raise missing(row, "chosen")
 
 
-def _scored(row: Row, key: str, mode: Scored) -> list[tuple[Side, Side]]:
+def _probability(row: Row) -> float:
+    """How sure it is that the chosen answer is the better one; 1 unless the row says less."""
+    if row.get("probability") is None:
+        return 1.0
+    value = finite(row["probability"], "probability")
+    if not TIED <= value <= 1:
+        hint = "; swap chosen and rejected" if 0 <= value < TIED else ""
+        raise RowError(
+            "wrong type", f"'probability' is {value:g}, expected 0.5 (a tie) to 1 that chosen is better{hint}"
+        )
+    return value
+
+
+def _scored(row: Row, key: str, mode: Scored, ties: Ties) -> list[Compared]:
     items = row[key]
     if not isinstance(items, list) or not items:
         raise RowError("wrong type", f"'{key}' is {shown(items)}, expected a list of responses")
@@ -122,16 +139,18 @@ def _scored(row: Row, key: str, mode: Scored) -> list[tuple[Side, Side]]:
     if mode == "best-vs-worst":
         wanted = [(best, worst)]
     elif mode == "best-vs-each":
-        wanted = [(best, other) for other in order]
+        wanted = [(best, other) for other in order if other != best]
     else:
-        wanted = [(better, worse) for better in order for worse in order]
+        wanted = [(better, worse) for place, better in enumerate(order) for worse in order[place + 1 :]]
     found: list[Side] = [(f"{key}[{index}]", _text(item, f"{key}[{index}]")) for index, item in enumerate(items)]
-    unequal = [(b, w) for b, w in wanted if scores[b] > scores[w]]
-    if not unequal:
+    if mode == "best-vs-worst" and scores[best] == scores[worst]:
+        wanted = [(order[0], order[-1])]
+    held = [(b, w) for b, w in wanted if scores[b] > scores[w] or ties == "half"]
+    if not held:
         raise RowError("tie", f"all {len(items)} responses have the score {scores[0]:g}, no preference", bad=False)
     # Equal texts with unequal scores: of several pairs only those are left out, a lone one is reported as bad.
-    kept = [(b, w) for b, w in unequal if found[b][1] != found[w][1]] or unequal[:1]
-    return [(found[b], found[w]) for b, w in kept]
+    kept = [(b, w) for b, w in held if found[b][1] != found[w][1]] or held[:1]
+    return [(found[b], found[w], 1.0 if scores[b] > scores[w] else TIED) for b, w in kept]
 
 
 def _scores(row: Row, key: str, items: list[Any]) -> list[float]:

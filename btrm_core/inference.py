@@ -13,36 +13,26 @@ import torch
 from btrm_core.distributed import Runtime
 from btrm_core.encoded import EncodedPairs
 from btrm_core.loader import RowForm, build_micro_batch
-from btrm_core.planner import Plan, plan, plan_padded
+from btrm_core.planner import Plan, plan_groups
 
 CHUNK = 512
-"""Pairs that are planned together: enough to balance the rows, few enough to plan at once."""
+"""Groups that are planned together: enough to balance the rows, few enough to plan at once."""
 
 
 def make_plan(
     pairs: EncodedPairs, form: RowForm, *, pairs_per_step: int, tokens_per_batch: int, world: int, seed: int, epoch: int
 ) -> Plan:
-    """The plan of one epoch over `pairs`, for rows of the given form."""
-    lengths = (pairs.shared_P, pairs.chosen_P, pairs.rejected_P)
-    if form.layout == "padded":
-        return plan_padded(
-            *lengths,
-            pairs_per_step=pairs_per_step,
-            tokens_per_batch=tokens_per_batch,
-            world=world,
-            seed=seed,
-            epoch=epoch,
-            multiple_of=form.multiple_of,
-        )
-    return plan(
-        *lengths,
+    """The plan of one epoch over the groups of `pairs`, for rows of the given form."""
+    return plan_groups(
+        pairs.groups.lengths,
         pairs_per_step=pairs_per_step,
         tokens_per_batch=tokens_per_batch,
         world=world,
         seed=seed,
         epoch=epoch,
-        multiple_of=form.multiple_of,
+        padded=form.layout == "padded",
         share_prefix=form.layout == "shared",
+        multiple_of=form.multiple_of,
     )
 
 
@@ -60,7 +50,7 @@ def pair_rewards(
 def some_rewards(
     model: Any, pairs: EncodedPairs, runtime: Runtime, form: RowForm, *, tokens_per_batch: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of `count` pairs of a seeded order: which pairs, and their rewards (count, 2), as in `pair_rewards`."""
+    """Rewards of `count` groups of a seeded order: which pairs, and their rewards (P, 2), as in `pair_rewards`."""
     rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count, 1)
     return ids, rewards_P2[ids]
 
@@ -75,7 +65,7 @@ def _rewards(
     chunk: int,
     steps: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    size = min(chunk, len(pairs))
+    size = min(chunk, len(pairs.groups))
     made = make_plan(
         pairs, form, pairs_per_step=size, tokens_per_batch=tokens_per_batch, world=runtime.world, seed=0, epoch=0
     )
@@ -85,11 +75,12 @@ def _rewards(
     model.eval()
     for index in range(steps or made.num_steps):
         step = made.step(index)
-        seen.append(step.pair_ids)
-        for pair_ids in step.rows[runtime.rank]:
-            micro = build_micro_batch(pairs, pair_ids, form).to(runtime.device)
+        seen.append(pairs.groups.pairs_of(step.pair_ids))
+        for row in step.rows[runtime.rank]:
+            micro = build_micro_batch(pairs, row, form).to(runtime.device)
             rewards_S = model(micro.batch)
-            if len(pair_ids):
-                rewards_P2[torch.as_tensor(pair_ids, device=runtime.device)] = rewards_S.view(-1, 2).double()
+            ids_P = torch.as_tensor(micro.pair_ids_P, device=runtime.device)
+            if len(ids_P):
+                rewards_P2[ids_P] = torch.stack(micro.sides(rewards_S), dim=1).double()
     model.train(was_training)
     return np.asarray(runtime.sum(rewards_P2).cpu().numpy()), np.concatenate(seen)

@@ -8,8 +8,9 @@ Shapes: P pairs of one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,24 +41,47 @@ def row_form(layout: str, kernel: str, device_type: str, pad_id: int) -> RowForm
 
 @dataclass
 class MicroBatch:
-    """What one process computes at once. A dummy keeps the processes in step and counts for nothing."""
+    """What one process computes at once. A dummy keeps the processes in step and counts for nothing.
+
+    Attributes:
+        batch: the row, with S sequences.
+        chosen_P: where the reward of each pair's chosen sequence is among the S.
+        rejected_P: likewise of the rejected one.
+        weight_P: the pair's weight in the loss.
+        margin_P: the data's margin.
+        probability_P: how likely it is that chosen is the better one.
+        group_S: the group of each sequence, counted within the micro-batch.
+        wins_S: how many sequences of its group each one beats, for losses over whole rankings.
+        pair_ids_P: which pairs these are; none for a dummy.
+    """
 
     batch: Batch
+    chosen_P: Tensor
+    rejected_P: Tensor
     weight_P: Tensor
     margin_P: Tensor
+    probability_P: Tensor
+    group_S: Tensor
+    wins_S: Tensor
     pair_ids_P: np.ndarray
+
+    def sides(self, rewards_S: Tensor) -> tuple[Tensor, Tensor]:
+        """The rewards of the chosen and of the rejected sequence of every pair."""
+        return rewards_S.index_select(0, self.chosen_P), rewards_S.index_select(0, self.rejected_P)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`; without waiting where the memory is pinned."""
-        weight_P = self.weight_P.to(device, non_blocking=True)
-        margin_P = self.margin_P.to(device, non_blocking=True)
-        return MicroBatch(self.batch.to(device, non_blocking=True), weight_P, margin_P, self.pair_ids_P)
+        return self._moved(
+            self.batch.to(device, non_blocking=True), lambda tensor: tensor.to(device, non_blocking=True)
+        )
 
     def pin_memory(self) -> MicroBatch:
         """The same micro-batch in page-locked memory; `DataLoader` calls this."""
-        return MicroBatch(
-            self.batch.pin_memory(), self.weight_P.pin_memory(), self.margin_P.pin_memory(), self.pair_ids_P
-        )
+        return self._moved(self.batch.pin_memory(), lambda tensor: tensor.pin_memory())
+
+    def _moved(self, batch: Batch, move: Callable[[Tensor], Tensor]) -> MicroBatch:
+        tensors: dict[str, Any] = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, batch=batch, **tensors)
 
 
 @dataclass
@@ -96,21 +120,23 @@ class _Steps(IterableDataset[StepBatches]):
         return StepBatches(
             index=index,
             micro_batches=[build_micro_batch(self.pairs, row, self.form) for row in step.rows[self.rank]],
-            total_weight=float(self.pairs.weight_P[step.pair_ids].sum(dtype=np.float64)),
+            total_weight=float(self.pairs.groups.weight_G[step.pair_ids].sum()),
             rank_imbalance=step.imbalance,
         )
 
 
-def build_micro_batch(pairs: EncodedPairs, pair_ids: np.ndarray, form: RowForm) -> MicroBatch:
-    """Lay the given pairs out as one row (or padded lines) with their weights and margins.
+def build_micro_batch(pairs: EncodedPairs, row: np.ndarray, form: RowForm) -> MicroBatch:
+    """Lay the groups of a row out, packed or as padded lines, with the weights, margins and labels of their pairs.
 
-    An empty list of pairs gives a dummy: the first pair with weight 0, so that every process runs the same number of
-    forward and backward passes.
+    An empty row gives a dummy: the first group with weight 0, so that every process runs the same number of forward
+    and backward passes.
     """
-    used = pair_ids if len(pair_ids) else np.zeros(1, dtype=np.int64)
-    weight_P = pairs.weight_P[used] if len(pair_ids) else np.zeros(1, dtype=np.float32)
+    groups = [pairs.groups.group(int(i)) for i in (row if len(row) else [0])]
+    sizes = [len(group.tokens.tails) for group in groups]
+    offsets = np.repeat(np.cumsum([0, *sizes[:-1]]), [len(group.pair_ids_P) for group in groups])
+    ids_P = np.concatenate([group.pair_ids_P for group in groups])
     batch = collate(
-        [pairs.group(int(i)) for i in used],
+        [group.tokens for group in groups],
         kernel=form.kernel,
         share_prefix=form.layout == "shared",
         multiple_of=form.multiple_of,
@@ -118,9 +144,14 @@ def build_micro_batch(pairs: EncodedPairs, pair_ids: np.ndarray, form: RowForm) 
     )
     return MicroBatch(
         batch=batch,
-        weight_P=torch.from_numpy(weight_P.astype(np.float32)),
-        margin_P=torch.from_numpy(pairs.margin_P[used].astype(np.float32)),
-        pair_ids_P=pair_ids,
+        chosen_P=torch.from_numpy(offsets + np.concatenate([group.chosen_P for group in groups])),
+        rejected_P=torch.from_numpy(offsets + np.concatenate([group.rejected_P for group in groups])),
+        weight_P=torch.from_numpy(pairs.weight_P[ids_P] if len(row) else np.zeros(len(ids_P), np.float32)),
+        margin_P=torch.from_numpy(pairs.margin_P[ids_P]),
+        probability_P=torch.from_numpy(pairs.probability_P[ids_P]),
+        group_S=torch.from_numpy(np.repeat(np.arange(len(groups)), sizes)),
+        wins_S=torch.from_numpy(np.concatenate([group.wins_S for group in groups])),
+        pair_ids_P=ids_P if len(row) else ids_P[:0],
     )
 
 

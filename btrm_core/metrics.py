@@ -44,16 +44,24 @@ class PairSums:
         self.rewards = torch.zeros(FIELDS.index("computed_tokens"), dtype=torch.float64, device=device)
         self.tokens = [0, 0, 0, 0]
 
-    def add_pairs(self, chosen_P: Tensor, rejected_P: Tensor, loss_P: Tensor, weight_P: Tensor) -> None:
-        """Add the rewards and losses of P pairs."""
+    def add_pairs(
+        self,
+        chosen_P: Tensor,
+        rejected_P: Tensor,
+        loss_P: Tensor,
+        weight_P: Tensor,
+        probability_P: Tensor | None = None,
+    ) -> None:
+        """Add the rewards and losses of P pairs; a pair with probability 0.5 is a tie whatever its rewards."""
         chosen_P, rejected_P = chosen_P.detach().double(), rejected_P.detach().double()
         margin_P, weight_P = chosen_P - rejected_P, weight_P.double()
+        won_P = margin_P if probability_P is None else margin_P * (probability_P > 0.5)
         columns = [
             torch.ones_like(margin_P),
             weight_P,
             loss_P.detach().double() * weight_P,
-            (margin_P > 0).double(),
-            (margin_P == 0).double(),
+            (won_P > 0).double(),
+            (won_P == 0).double(),
             margin_P,
             margin_P.square(),
             chosen_P,

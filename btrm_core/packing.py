@@ -78,7 +78,7 @@ class TokenGroup:
         return [TokenGroup(tokens, 0, (len(tokens),)) for tokens in self.sequences]
 
 
-def share(sequences: Sequence[Sequence[int]]) -> TokenGroup:
+def share(sequences: Sequence[Sequence[int] | NDArray[np.int32]]) -> TokenGroup:
     """Store sequences with their longest common beginning once.
 
     The comparison is on the tokens of the finished sequences, so it needs no knowledge of where the

@@ -24,6 +24,7 @@ import numpy as np
 
 from btrm_core.balance import even_out, fill, share_out
 from btrm_core.errors import ConfigError
+from btrm_core.lengths import Lengths
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -71,7 +72,7 @@ class Plan:
             exceed it.
         world: number of ranks.
         multiple_of: what rows will be rounded up to.
-        lines: None for packed rows; else the lines of a pair in a padded batch.
+        lines_P: None for packed rows; else the lines of a pair in a padded batch.
     """
 
     order_P: IntArray
@@ -81,7 +82,7 @@ class Plan:
     budget: int
     world: int
     multiple_of: int
-    lines: int | None = None
+    lines_P: IntArray | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -108,25 +109,25 @@ class Plan:
         if not 0 <= index < self.num_steps:
             raise IndexError(f"step {index} of an epoch of {self.num_steps} steps")
         ids = self.order_P[index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
-        rows = self._packed_rows(ids) if self.lines is None else self._padded_rows(ids)
+        rows = self._packed_rows(ids) if self.lines_P is None else self._padded_rows(ids)
         ranks = share_out(rows, [self._row_cost(row) for row in rows], self.world)
         return Step(pair_ids=ids, rows=ranks, cost=tuple(sum(map(self._row_cost, rank)) for rank in ranks))
 
     def _row_cost(self, row: IntArray) -> float:
-        return float(self.cost_P[row].sum() if self.lines is None else self.row_tokens(row))
+        return float(self.cost_P[row].sum() if self.lines_P is None else self.row_tokens(row))
 
     def row_tokens(self, row: IntArray) -> int:
         """Tokens that a row or padded batch of these pairs computes, rounding and padding included."""
         if not len(row):
             return 0
-        if self.lines is None:
+        if self.lines_P is None:
             return _rounded(int(self.tokens_P[row].sum()), self.multiple_of)
-        return self.lines * len(row) * _rounded(int(self.tokens_P[row].max()), self.multiple_of)
+        return int(self.lines_P[row].sum()) * _rounded(int(self.tokens_P[row].max()), self.multiple_of)
 
     @property
     def oversize(self) -> int:
         """Pairs that exceed the budget and get a row of their own."""
-        lines = self.lines or 1
+        lines = 1 if self.lines_P is None else self.lines_P
         return int((lines * _rounded_array(self.tokens_P, self.multiple_of) > self.budget).sum())
 
     @functools.cached_property
@@ -142,7 +143,7 @@ class Plan:
         return 100.0 * (1 - useful / max(computed, 1))
 
     def _own_tokens(self, ids: IntArray) -> float:
-        return float(self.tokens_P[ids].sum() if self.lines is None else self.cost_P[ids].sum())
+        return float(self.tokens_P[ids].sum() if self.lines_P is None else self.cost_P[ids].sum())
 
     def _packed_rows(self, ids: IntArray) -> list[IntArray]:
         ids = ids[np.argsort(-self.cost_P[ids], kind="stable")]
@@ -162,7 +163,6 @@ class Plan:
 
     def _padded_rows(self, ids: IntArray) -> list[IntArray]:
         ids = ids[np.argsort(-self.tokens_P[ids], kind="stable")]
-        assert self.lines is not None
         per_rank = 1
         while True:
             rows = np.array_split(ids, per_rank * self.world)
@@ -179,53 +179,6 @@ def _rounded_array(counts: IntArray, multiple: int) -> IntArray:
     return -(-counts // multiple) * multiple
 
 
-def plan_groups(
-    tokens_P: ArrayLike,
-    cost_P: ArrayLike,
-    *,
-    pairs_per_step: int,
-    tokens_per_batch: int,
-    world: int,
-    seed: int,
-    epoch: int,
-    multiple_of: int = 1,
-    lines: int | None = None,
-) -> Plan:
-    """Plan groups of any kind from what each adds to a row and what it costs; see `plan`.
-
-    Args:
-        tokens_P: tokens that a group adds to a row.
-        cost_P: what a group costs, in tokens.
-        pairs_per_step: groups of every step but the last.
-        tokens_per_batch: largest number of tokens of a row.
-        world: number of ranks.
-        seed: the run's seed.
-        epoch: the epoch, from 0.
-        multiple_of: what rows will be rounded up to.
-        lines: for padded batches, the lines of a group.
-
-    Raises:
-        ConfigError: a number is below what makes sense, or there is nothing to plan.
-    """
-    tokens = np.asarray(tokens_P, dtype=np.int64)
-    settings = {"pairs_per_step": pairs_per_step, "tokens_per_batch": tokens_per_batch, "world": world}
-    for name, value in {**settings, "multiple_of": multiple_of}.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; expected at least 1")
-    if not len(tokens):
-        raise ConfigError("there are no pairs to plan; expected at least one")
-    return Plan(
-        order_P=np.random.default_rng([seed, epoch]).permutation(len(tokens)),
-        tokens_P=tokens,
-        cost_P=np.asarray(cost_P, dtype=np.float64),
-        pairs_per_step=pairs_per_step,
-        budget=tokens_per_batch,
-        world=world,
-        multiple_of=multiple_of,
-        lines=lines,
-    )
-
-
 def plan(
     shared_P: ArrayLike,
     chosen_P: ArrayLike,
@@ -240,89 +193,94 @@ def plan(
     multiple_of: int = 1,
     hidden_size: int = 2048,
 ) -> Plan:
-    """Plan an epoch of packed rows.
+    """Plan an epoch of packed rows of pairs: `plan_groups` for groups of two.
 
     Args:
         shared_P: tokens that a pair's sequences begin with.
         chosen_P: further tokens of the chosen sequence.
         rejected_P: further tokens of the rejected sequence.
-        pairs_per_step: pairs of one optimiser step, over all ranks.
-        tokens_per_batch: largest number of tokens of a row, rounding included; a pair above it gets
-            a row of its own (`Plan.oversize` counts them).
-        world: number of ranks.
-        seed: the run's seed.
-        epoch: the epoch, from 0; each has its own order.
-        share_prefix: whether rows share beginnings.
-        multiple_of: what rows will be rounded up to.
-        hidden_size: the model's width. An attention score costs about 1/(6 * width) of a token's
-            matrix products, which matters for long pairs in small models only.
-
-    Returns:
-        The plan, the same for the same arguments. Which pairs make up a step depends on the number of
-        pairs, `pairs_per_step`, `seed` and `epoch` alone.
+        pairs_per_step: as for `plan_groups`, like all further arguments.
+        tokens_per_batch: see there.
+        world: see there.
+        seed: see there.
+        epoch: see there.
+        share_prefix: see there.
+        multiple_of: see there.
+        hidden_size: see there.
 
     Raises:
         ConfigError: a number is below what makes sense, or there is nothing to plan.
     """
-    shared, chosen, rejected = (np.asarray(x, dtype=np.int64) for x in (shared_P, chosen_P, rejected_P))
-    tokens = (1 if share_prefix else 2) * shared + chosen + rejected
-    scores = (shared + chosen) ** 2 / 2 + rejected**2 / 2 + shared * rejected
-    if not share_prefix:
-        scores = scores + shared**2 / 2
     return plan_groups(
-        tokens,
-        tokens + scores / (6.0 * hidden_size),
+        Lengths.of_pairs(shared_P, chosen_P, rejected_P),
         pairs_per_step=pairs_per_step,
         tokens_per_batch=tokens_per_batch,
         world=world,
         seed=seed,
         epoch=epoch,
+        share_prefix=share_prefix,
         multiple_of=multiple_of,
+        hidden_size=hidden_size,
     )
 
 
-def plan_padded(
-    shared_P: ArrayLike,
-    chosen_P: ArrayLike,
-    rejected_P: ArrayLike,
+def plan_groups(
+    lengths: Lengths,
     *,
     pairs_per_step: int,
     tokens_per_batch: int,
     world: int,
     seed: int,
     epoch: int,
+    padded: bool = False,
+    share_prefix: bool = True,
     multiple_of: int = 1,
+    hidden_size: int = 2048,
 ) -> Plan:
-    """Plan an epoch of padded batches: the fallback, and the reference to compare with.
+    """Plan an epoch.
 
-    Steps hold the same pairs as `plan`'s. The pairs of a step, sorted by length, are cut into
-    batches of equally many pairs (give or take one), as few as keep every batch within the budget
-    with its padding counted.
+    Padded batches are the fallback, and the reference to compare with: the groups of a step, sorted by length, are cut
+    into batches of equally many groups (give or take one), as few as keep every batch within the budget with its
+    padding counted. Steps hold the same groups either way.
 
     Args:
-        shared_P: tokens that a pair's sequences begin with.
-        chosen_P: further tokens of the chosen sequence.
-        rejected_P: further tokens of the rejected sequence.
-        pairs_per_step: pairs of one optimiser step, over all ranks.
-        tokens_per_batch: largest number of tokens of a batch, padding included; a single pair may
-            exceed it.
+        lengths: tokens of the groups; a pair is a group of two.
+        pairs_per_step: groups of one optimiser step, over all ranks.
+        tokens_per_batch: largest number of tokens of a row or padded batch, rounding and padding included; a group
+            above it gets a row of its own (`Plan.oversize` counts them).
         world: number of ranks.
         seed: the run's seed.
-        epoch: the epoch, from 0.
-        multiple_of: what lines will be rounded up to.
+        epoch: the epoch, from 0; each has its own order.
+        padded: whether every sequence gets a line of its own, padded, instead of packed rows.
+        share_prefix: whether packed rows share beginnings.
+        multiple_of: what rows will be rounded up to.
+        hidden_size: the model's width, on which it depends what attention costs.
+
+    Returns:
+        The plan, the same for the same arguments. Which groups make up a step depends on their number,
+        `pairs_per_step`, `seed` and `epoch` alone.
 
     Raises:
         ConfigError: a number is below what makes sense, or there is nothing to plan.
     """
-    shared, chosen, rejected = (np.asarray(x, dtype=np.int64) for x in (shared_P, chosen_P, rejected_P))
-    return plan_groups(
-        shared + np.maximum(chosen, rejected),
-        2 * shared + chosen + rejected,
+    settings = {"pairs_per_step": pairs_per_step, "tokens_per_batch": tokens_per_batch, "world": world}
+    for name, value in {**settings, "multiple_of": multiple_of}.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1")
+    number = len(lengths.shared_P)
+    if not number:
+        raise ConfigError("there are no pairs to plan; expected at least one")
+    if padded:
+        tokens_P, cost_P = lengths.longest_P, lengths.tokens(share_prefix=False).astype(np.float64)
+    else:
+        tokens_P, cost_P = lengths.tokens(share_prefix), lengths.cost(share_prefix, hidden_size)
+    return Plan(
+        order_P=np.random.default_rng([seed, epoch]).permutation(number),
+        tokens_P=tokens_P,
+        cost_P=cost_P,
         pairs_per_step=pairs_per_step,
-        tokens_per_batch=tokens_per_batch,
+        budget=tokens_per_batch,
         world=world,
-        seed=seed,
-        epoch=epoch,
         multiple_of=multiple_of,
-        lines=2,
+        lines_P=lengths.count_P if padded else None,
     )

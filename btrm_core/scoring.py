@@ -219,6 +219,7 @@ class _Joined:
     def __init__(self, parts: Sequence[EncodedPairs]) -> None:
         self.chosen_P = np.concatenate([part.chosen_P for part in parts])
         self.rejected_P = np.concatenate([part.rejected_P for part in parts])
+        self.probability_P = np.concatenate([part.probability_P for part in parts])
         self._subsets = [name for part in parts for name in part.subsets()]
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ from btrm_core.encoded import EncodedPairs
 from btrm_core.errors import TrainingError
 from btrm_core.inference import make_plan
 from btrm_core.loader import MicroBatch, RowForm, StepBatches, build_micro_batch, steps
-from btrm_core.loss import bradley_terry
+from btrm_core.loss import bradley_terry, plackett_luce
 from btrm_core.metrics import PairSums, named, summarise, token_figures
 from btrm_core.offload import activation_context
 from btrm_core.profiling import Profiler
@@ -186,8 +186,7 @@ def smaller_budget(
     Raises:
         TrainingError: it was not, or rows are single pairs already, or other processes are in the middle of the step.
     """
-    shared = pairs.shared_P if form.layout == "shared" else 2 * pairs.shared_P
-    longest = int((shared + pairs.chosen_P + pairs.rejected_P).max())
+    longest = int(pairs.groups.lengths.tokens(form.layout == "shared").max())
     advice = f"--tokens-per-batch {max(budget // 2, longest)}"
     if budget <= longest:
         advice = "--gradient-checkpointing, --deepspeed zero3-offload or --max-length (a row is a single pair already)"
@@ -206,7 +205,8 @@ def _discard_gradients(engine: Any, pairs: EncodedPairs, form: RowForm, runtime:
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    micro = build_micro_batch(pairs, np.array([int(np.argmin(pairs.shared_P))]), form).to(runtime.device)
+    shortest = int(np.argmin(pairs.groups.lengths.tokens()))
+    micro = build_micro_batch(pairs, np.array([shortest]), form).to(runtime.device)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(micro.batch).sum() * math.nan, scale_wrt_gas=False)
     engine.step()
@@ -245,8 +245,9 @@ def not_finite(engine: Any, step: StepBatches, pairs: EncodedPairs, runtime: Run
     bad: list[str] = []
     with torch.no_grad():
         for micro in step.micro_batches:
-            rewards_P2 = engine(micro.to(runtime.device).batch).view(-1, 2)
-            finite_P = torch.isfinite(rewards_P2).all(dim=1).tolist()
+            micro = micro.to(runtime.device)
+            chosen_P, rejected_P = micro.sides(engine(micro.batch))
+            finite_P = (chosen_P.isfinite() & rejected_P.isfinite()).tolist()
             bad += [pairs.id(int(i)) for i, ok in zip(micro.pair_ids_P, finite_P, strict=False) if not ok]
     found: list[list[str]] = [bad] * runtime.world
     if runtime.world > 1:
@@ -259,18 +260,23 @@ def not_finite(engine: Any, step: StepBatches, pairs: EncodedPairs, runtime: Run
 
 def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSums) -> torch.Tensor:
     """The weighted sum of the losses of a micro-batch; its figures are added to `sums`."""
-    rewards_P2 = engine(micro.batch).view(-1, 2)
-    chosen_P, rejected_P = rewards_P2[:, 0], rewards_P2[:, 1]
-    loss_P = bradley_terry(
-        chosen_P,
-        rejected_P,
-        margin_P=micro.margin_P if config.loss.margin else None,
-        label_smoothing=config.loss.label_smoothing,
-        centering=config.loss.centering,
-    )
+    rewards_S = engine(micro.batch)
+    chosen_P, rejected_P = micro.sides(rewards_S)
+    if config.loss.ranking == "plackett-luce":
+        ranking = (micro.group_S, micro.wins_S, micro.chosen_P, micro.rejected_P)
+        loss_P = plackett_luce(rewards_S, *ranking, centering=config.loss.centering)
+    else:
+        loss_P = bradley_terry(
+            chosen_P,
+            rejected_P,
+            margin_P=micro.margin_P if config.loss.margin else None,
+            probability_P=micro.probability_P,
+            label_smoothing=config.loss.label_smoothing,
+            centering=config.loss.centering,
+        )
     batch = micro.batch
     if len(micro.pair_ids_P):
-        sums.add_pairs(chosen_P, rejected_P, loss_P, micro.weight_P)
+        sums.add_pairs(chosen_P, rejected_P, loss_P, micro.weight_P, micro.probability_P)
         sums.add_tokens(computed=batch.computed, useful=batch.useful, shared=batch.shared)
     else:
         sums.add_tokens(computed=batch.computed, useful=0, shared=0)
@@ -319,6 +325,6 @@ def _skip_or_stop(reason: str, progress: Progress, skip: bool) -> None:
     if not skip:
         raise TrainingError(
             f"{reason}; the weights are as before this step. Lower --learning-rate, look at these pairs, or go on "
-            "without such steps with --set train.skip_nan=true"
+            "without such steps with --skip-nan"
         )
     progress.skipped_steps.append(progress.step)

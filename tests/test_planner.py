@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from btrm_core.balance import fill
 from btrm_core.errors import ConfigError
-from btrm_core.planner import Plan, plan, plan_groups, plan_padded
+from btrm_core.lengths import Lengths
+from btrm_core.packing import TokenGroup, pack_row, pad_rows
+from btrm_core.planner import Plan, plan, plan_groups
 
 
 def lognormal(rng: np.random.Generator, count: int, median: float, p90: float, low: int, high: int) -> np.ndarray:
@@ -46,7 +48,7 @@ def plans(draw: st.DrawFn) -> Plan:
         "multiple_of": draw(st.sampled_from([1, 8, 128])),
     }
     if draw(st.booleans()):
-        return plan_padded(*lengths, **settings_)
+        return plan_groups(Lengths.of_pairs(*lengths), padded=True, **settings_)
     return plan(*lengths, **settings_, share_prefix=draw(st.booleans()))
 
 
@@ -78,7 +80,7 @@ def test_equal_row_counts_and_the_budget_is_kept(made: Plan) -> None:
 def test_one_row_fewer_on_every_rank_would_not_do(made: Plan) -> None:
     for step in made:
         fewer = (len(step.rows[0]) - 1) * made.world
-        if made.lines is not None or not fewer:
+        if made.lines_P is not None or not fewer:
             continue
         ids = step.pair_ids[np.argsort(-made.cost_P[step.pair_ids], kind="stable")]
         tokens, cost = made.tokens_P[ids], made.cost_P[ids]
@@ -106,7 +108,7 @@ def test_the_pairs_of_a_step_do_not_depend_on_how_they_are_laid_out() -> None:
     made = [
         plan(*lengths, **common, tokens_per_batch=4096, world=1),
         plan(*lengths, **common, tokens_per_batch=700, world=8, share_prefix=False, multiple_of=128),
-        plan_padded(*lengths, **common, tokens_per_batch=9000, world=2),
+        plan_groups(Lengths.of_pairs(*lengths), padded=True, **common, tokens_per_batch=9000, world=2),
     ]
     for index in range(made[0].num_steps):
         ids = [one.step(index).pair_ids.tolist() for one in made]
@@ -162,7 +164,15 @@ def test_fewer_pairs_than_ranks_leave_empty_rows() -> None:
 
 
 def test_padded_batches_have_equally_many_pairs() -> None:
-    made = plan_padded(*hh_like(512), pairs_per_step=256, tokens_per_batch=8192, world=2, seed=0, epoch=0)
+    made = plan_groups(
+        Lengths.of_pairs(*hh_like(512)),
+        padded=True,
+        pairs_per_step=256,
+        tokens_per_batch=8192,
+        world=2,
+        seed=0,
+        epoch=0,
+    )
     for step in made:
         sizes = {len(row) for rank in step.rows for row in rank}
         assert max(sizes) - min(sizes) <= 1
@@ -170,10 +180,29 @@ def test_padded_batches_have_equally_many_pairs() -> None:
 
 
 def test_groups_of_many_responses_can_be_planned() -> None:
-    made = plan_groups(
-        [100] * 6, [120.0] * 6, pairs_per_step=6, tokens_per_batch=256, world=1, seed=0, epoch=0, multiple_of=128
-    )
-    assert [len(row) for row in made.step(0).rows[0]] == [2, 2, 2]
+    lengths = Lengths.of_sequences(np.full(6, 40), np.repeat(np.arange(6), 4), np.tile([40, 50, 60, 70], 6))
+    assert lengths.tokens().tolist() == [100] * 6
+    assert lengths.tokens(share_prefix=False).tolist() == [220] * 6
+    rest = {"pairs_per_step": 6, "tokens_per_batch": 256, "world": 1, "seed": 0, "epoch": 0, "multiple_of": 128}
+    assert [len(row) for row in plan_groups(lengths, **rest).step(0).rows[0]] == [2, 2, 2]
+    padded = plan_groups(lengths, padded=True, **{**rest, "tokens_per_batch": 1024})
+    assert [padded.row_tokens(row) for row in padded.step(0).rows[0]] == [4 * 2 * 128] * 3
+
+
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), min_size=1, max_size=8), st.data())
+def test_lengths_of_sequences_are_those_of_their_rows(sizes: list[list[int]], data: st.DataObject) -> None:
+    shared = np.array([data.draw(st.integers(0, min(group))) for group in sizes])
+    groups = np.repeat(np.arange(len(sizes)), [len(group) for group in sizes])
+    lengths = Lengths.of_sequences(shared, groups, np.concatenate(sizes))
+    for i, group in enumerate(sizes):
+        tails = tuple(size - int(shared[i]) for size in group)
+        tokens = TokenGroup(np.zeros(int(shared[i]) + sum(tails), np.int32), int(shared[i]), tails)
+        assert lengths.tokens()[i] == pack_row([tokens]).computed
+        assert lengths.tokens(share_prefix=False)[i] == pack_row([tokens], share_prefix=False).computed
+        assert len(group) * lengths.longest_P[i] == pad_rows([tokens]).computed
+        if len(group) == 2:
+            pair = Lengths.of_pairs([shared[i]], [tails[0]], [tails[1]])
+            assert pair.cost(True, 64)[0] == lengths.cost(True, 64)[i]
 
 
 @pytest.mark.parametrize("name", ["pairs_per_step", "tokens_per_batch", "world", "multiple_of"])
