@@ -6,6 +6,7 @@ beside its place, flushed to disk and renamed.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -15,11 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from btrm_core.adapters import save_adapters
 from btrm_core.chat import ChatFormat
 from btrm_core.errors import CheckpointError
 
 MANIFEST = "btrm.json"
 SHARD_SIZE = "5GB"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's fcntl.h: paths as the process sees them, and both change places."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = (*(f"(os error {number})" for number in FULL), "No space left", "enforce fail at inline_container.cc")
 
@@ -52,7 +56,7 @@ def save_model(
 
     Args:
         directory: Its final place; an older finished model there is replaced at the end.
-        hf: The transformers model whose configuration and class are saved.
+        hf: The transformers model whose configuration and class are saved; of a peft model, the adapters.
         state_dict: Whole weights by the names transformers gives them.
         chat: Tokenizer and template.
         manifest: Content of `btrm.json`.
@@ -65,7 +69,10 @@ def save_model(
     staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
         staging.chmod(0o755)
-        hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
+        if hasattr(hf, "get_base_model"):
+            save_adapters(hf, staging, state_dict, whole_embedding=chat.num_new_tokens > 0)
+        else:
+            hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
         _save_tokenizer(chat, manifest.get("max_length"), staging)
         (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -90,20 +97,37 @@ def _save_tokenizer(chat: ChatFormat, max_length: int | None, directory: Path) -
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Flush a finished directory to disk and rename it to its place, replacing what is there."""
+    """Flush a finished directory to disk and rename it to its place, in exchange for what is there if that can be."""
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
             _fsync(path)
     _fsync(staging)
     if target.exists():
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
-        target.rename(old / target.name)
-        staging.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+        if exchange(staging, target):
+            staging.rename(aside / target.name)
+        else:
+            target.rename(aside / target.name)
+            staging.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
     else:
         staging.rename(target)
     _fsync(target.parent)
+
+
+def exchange(left: Path, right: Path) -> bool:
+    """Let two directories change places in one step, so that neither is ever missing; False where that cannot be done.
+
+    Python has no function for it, Linux has `renameat2`; some file systems (NFS) do not.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    here = AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right)
+    return int(renameat2(*here, RENAME_EXCHANGE)) == 0
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ that standard output holds results alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +21,8 @@ from btrm_core.errors import ConfigError
 from btrm_core.settings import RunConfig
 
 TRACKERS = ("wandb", "tensorboard", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+RUN_ID = ".run_id"
+"""File in the output directory with the id by which wandb knows the run."""
 
 
 def trackers(report_to: str) -> list[str]:
@@ -36,13 +38,22 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def start_trackers(runtime: Runtime, directory: Path, config: RunConfig) -> None:
-    """Start the trackers that Accelerate was told of, with the whole configuration."""
+def start_trackers(runtime: Runtime, directory: Path, first_step: int, config: RunConfig) -> None:
+    """Start the trackers that Accelerate was told of, with the whole configuration; a resumed run goes on in its own.
+
+    Raises:
+        ConfigError: a tracker does not start.
+    """
     settings = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in flat(config).items() if v is not None}
     name = config.output.run_name or directory.name
-    wandb = {"name": name, "dir": str(directory), "id": _run_id(directory), "resume": "allow"}
+    options: dict[str, dict[str, Any]] = {}
+    if runtime.is_main and "wandb" in trackers(config.output.report_to):
+        run_id = _run_id(directory, first_step)
+        options["wandb"] = {"name": name, "dir": str(directory), "id": run_id, "resume": "allow"}
+    if first_step:
+        options["tensorboard"] = {"purge_step": first_step + 1}  # what follows is done, and logged, again
     try:
-        runtime.accelerator.init_trackers(config.output.project, config=settings, init_kwargs={"wandb": wandb})
+        runtime.accelerator.init_trackers(config.output.project, config=settings, init_kwargs=options)
     except Exception as error:  # every tracker has errors of its own
         hint = "; `wandb login`, or WANDB_MODE=offline keeps it local" if "wandb" in config.output.report_to else ""
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -51,9 +62,14 @@ def start_trackers(runtime: Runtime, directory: Path, config: RunConfig) -> None
         ) from error
 
 
-def _run_id(directory: Path) -> str:
-    """The same id for the same output directory, so that a resumed run goes on in its tracker."""
-    return hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+def _run_id(directory: Path, first_step: int) -> str:
+    """The id kept in the output directory; a new one for a run that begins anew there."""
+    kept = directory / RUN_ID
+    if first_step and kept.exists():
+        return kept.read_text(encoding="utf-8").strip()
+    made = secrets.token_hex(6)
+    kept.write_text(made + "\n", encoding="utf-8")
+    return made
 
 
 class Reporter:
@@ -68,7 +84,7 @@ class Reporter:
             directory.mkdir(parents=True, exist_ok=True)
             self.file = (directory / "metrics.jsonl").open("a" if first_step else "w", encoding="utf-8")
         if trackers(config.output.report_to):
-            start_trackers(runtime, directory, config)
+            start_trackers(runtime, directory, first_step, config)
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -82,6 +98,7 @@ class Reporter:
     def log(self, split: str, step: int, figures: Mapping[str, Any]) -> None:
         """Write one line of `metrics.jsonl`, tell the trackers, and move the bar."""
         numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        numbers |= {f"{row['name']}/accuracy": row["accuracy"] for row in figures.get("subsets", ())}
         self.runtime.accelerator.log({f"{split}/{k}": v for k, v in numbers.items()}, step=step)
         if self.file is None:
             return
@@ -120,6 +137,7 @@ def bar_text(figures: Mapping[str, Any]) -> str:
 def evaluation_text(figures: Mapping[str, Any]) -> str:
     """One line about an evaluation."""
     ties = f", {figures['ties']} ties" if figures["ties"] else ""
+    ties += f", {figures['undecided']} without a better answer left out" if figures.get("undecided") else ""
     return (
         f"held-out accuracy {figures['accuracy']:.3f} ± {figures['accuracy_standard_error']:.3f} "
         f"(longer wins: {figures['longer_wins']:.3f}), loss {figures['loss']:.4f}, "

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from btrm_core import universal
+from btrm_core.agreement import require_shared
 from btrm_core.checkpoint import explained, publish
 from btrm_core.config import flat
 from btrm_core.distributed import Runtime
 from btrm_core.errors import CheckpointError
 from btrm_core.schedule import Progress
-from btrm_core.settings import RunConfig
+from btrm_core.settings import OutputConfig, RunConfig
 
 COMPLETE = "COMPLETE"
 STATE = "state"
@@ -47,8 +49,8 @@ FREE_TO_CHANGE = (
 )
 """Settings that change no result: a resumed run may have others. What is computed in, the ZeRO stage and the number of
 processes are compared as they turn out, not as they were set."""
-SHARDING = ("processes", "ZeRO stage")
-"""What the optimiser's state is cut by: DeepSpeed cannot read it back under another value, forced or not."""
+PROCESSES, STAGE, OPTIMIZER = "processes", "ZeRO stage", "train.optimizer"
+"""What the optimiser's state is cut by, and whose it is: it is cut anew for other processes, but for no other stage."""
 
 
 def identity(config: RunConfig, fingerprints: Mapping[str, str], runtime: Runtime) -> dict[str, Any]:
@@ -58,8 +60,8 @@ def identity(config: RunConfig, fingerprints: Mapping[str, str], runtime: Runtim
         **kept,
         **fingerprints,
         "dtype": str(runtime.dtype).removeprefix("torch."),
-        "processes": runtime.world,
-        "ZeRO stage": runtime.zero_stage,
+        PROCESSES: runtime.world,
+        STAGE: runtime.zero_stage,
     }
     return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
@@ -78,7 +80,8 @@ def save(
     It holds DeepSpeed's state and, in `model/`, the model as transformers reads it (`write_model` writes that).
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; the checkpoint before is still there.
+        CheckpointError: the disk is full or cannot be written, or not all processes see it; the checkpoint before is
+            still there.
     """
     target = directory / f"step-{progress.step:08d}"
     staging = directory / f".{target.name}.tmp"
@@ -86,7 +89,7 @@ def save(
         if runtime.is_main:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-        runtime.barrier()
+        require_shared(directory, runtime)
         engine.save_checkpoint(str(staging), tag=STATE, save_latest=False)
         write_model(staging / "model")
         runtime.barrier()
@@ -122,7 +125,7 @@ def complete(directory: Path) -> list[Path]:
 
 
 def clean(directory: Path) -> None:
-    """Remove what a run that was ended during a save has left; nobody else may be writing there."""
+    """Remove what a run that was ended while it saved or converted has left; nobody else may be writing there."""
     for left in directory.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -193,32 +196,71 @@ def damaged(path: Path, runtime: Runtime) -> str | None:
     return None
 
 
-def load(engine: Any, path: Path, who: dict[str, Any], force: bool) -> Progress:
-    """Put weights and optimiser back as they were, and return where the run stood.
+def load(
+    engine: Any,
+    path: Path,
+    who: dict[str, Any],
+    runtime: Runtime,
+    directory: Path,
+    output: OutputConfig,
+    say: Callable[[str], None],
+) -> Progress:
+    """Put weights and optimiser back as they were, and return where the run stood; all processes take part.
+
+    Args:
+        engine: The DeepSpeed engine, new.
+        path: An undamaged checkpoint, of any number of processes; it is only read.
+        who: The identity of this run.
+        runtime: This process.
+        directory: Where this run's own checkpoints lie; a converted copy of another number of processes is there
+            meanwhile.
+        output: `force_resume` allows other data and settings; `restart_optimizer` leaves the optimiser's state as it
+            is, new, and so allows another ZeRO stage.
+        say: Tells the user something.
 
     Raises:
-        CheckpointError: data or settings differ (each difference is named) and `force` is off; the number of processes
-            or the ZeRO stage differ; or DeepSpeed cannot read its files.
+        CheckpointError: data or settings differ (each difference is named) and are not forced; the ZeRO stage or the
+            kind of optimiser differs and it is not to begin anew; or DeepSpeed cannot read its files.
     """
     state = json.loads((path / RECORD).read_text(encoding="utf-8"))
     before = state["identity"]
-    changed = [f"{k}: {before.get(k)!r} -> {who.get(k)!r}" for k in {**before, **who} if before.get(k) != who.get(k)]
-    cut = [text for text in changed if text.startswith(SHARDING)]
-    if cut:
-        raise CheckpointError(
-            f"cannot resume from {path}: {'; '.join(cut)}; the optimiser's state is cut by these. Use those of before, "
-            f"or begin anew from its weights with --model {path / 'model'} and a fresh optimiser"
-        )
-    if changed and not force:
-        raise CheckpointError(
-            f"cannot resume from {path}: {'; '.join(changed)}; use the settings and data of before, or --force-resume"
-        )
+    _refuse_changes(path, before, who, output)
     try:
-        engine.load_checkpoint(str(path), tag=STATE)
+        if output.restart_optimizer:
+            say("--restart-optimizer: weights and position from the checkpoint, a fresh optimiser")
+            universal.load_weights(engine, path / STATE, runtime)
+        elif before[PROCESSES] != who[PROCESSES]:
+            place = directory / f".{path.name}.universal"
+            say(f"{PROCESSES}: {before[PROCESSES]} -> {who[PROCESSES]}; converting the checkpoint in {place} meanwhile")
+            universal.load_resharded(engine, path / STATE, place, runtime)
+        else:
+            with universal.plainly_named(path) as link:
+                engine.load_checkpoint(str(link), tag=STATE)
+    except CheckpointError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first}") from error
+        advice = "" if output.restart_optimizer else "; --restart-optimizer takes its weights alone"
+        raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first}{advice}") from error
     return Progress(**{**state["progress"], "stopped": None})
+
+
+def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], output: OutputConfig) -> None:
+    changed = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)}
+    processes = changed.pop(PROCESSES, None)
+    cut = [changed.pop(k) for k in (STAGE, OPTIMIZER) if k in changed]
+    if processes and now.get(OPTIMIZER) != "adamw":  # moments of 8 bits share their scales across any new cut
+        cut.append(processes)
+    if cut and not output.restart_optimizer:
+        raise CheckpointError(
+            f"cannot resume from {path}: {'; '.join(cut)}; the optimiser's state cannot be taken over. Use those of "
+            "before, or go on with the weights and a fresh optimiser by --restart-optimizer"
+        )
+    if changed and not output.force_resume:
+        raise CheckpointError(
+            f"cannot resume from {path}: {'; '.join(changed.values())}; use the settings and data of before, or "
+            "--force-resume"
+        )
 
 
 def rewind(metrics: Path, step: int) -> None:

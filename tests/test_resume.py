@@ -10,21 +10,27 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import struct
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
 import torch
+import tqdm.std
 import trajectories
 from trajectories import Trajectory, distance, metrics, read, trajectory
 
-from btrm_core import resume
+from btrm_core import checkpoint, report, resume
 from btrm_core.config import load_config
 from btrm_core.distributed import start
-from btrm_core.errors import CheckpointError
+from btrm_core.errors import CheckpointError, DataError
 from btrm_core.report import Reporter
 
 EXACT = 1e-6
@@ -63,12 +69,17 @@ def stopped(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def _signal_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
     """Send this process a signal when a step has been logged."""
+    _after_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
+
+
+def _after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
+    """Do something when a step has been logged."""
     log = Reporter.log
 
     def wrapped(self: Reporter, split: str, done: int, figures: Any) -> None:
         log(self, split, done, figures)
         if (split, done) == ("train", step):
-            os.kill(os.getpid(), number)
+            act()
 
     monkeypatch.setattr(Reporter, "log", wrapped)
 
@@ -174,28 +185,176 @@ def test_changes_are_refused_and_named(root: Path, stopped: Path, tmp_path: Path
             {"data__train": (str(more),)},
             r"data\.train: \[.*train\.jsonl'\] -> \[.*more\.jsonl'\]; data: '\w+' -> '\w+'",
         ),
-        ({"distributed__deepspeed": "zero2"}, r"ZeRO stage: 1 -> 2; the optimiser's state is cut by these"),
+        ({"distributed__deepspeed": "zero2"}, "ZeRO stage: 1 -> 2; the optimiser's state cannot be taken over"),
     ):
         with pytest.raises(CheckpointError, match=f"cannot resume from {where}: {message}"):
             trajectories.train(root, stopped, **{**SAVING, "output__resume": "auto", **values})
     forced = {"output__resume": "auto", "output__force_resume": True}
-    with pytest.raises(CheckpointError, match=r"ZeRO stage: 1 -> 3; .* begin anew from its weights with --model"):
-        trajectories.train(root, stopped, **SAVING, **forced, distributed__deepspeed="zero3")
     outcome = trajectories.train(root, stopped, **SAVING, **forced, train__learning_rate=1e-3)
     assert outcome.progress.step == trajectories.STEPS
     assert metrics(stopped)[-1]["learning_rate"] < 1e-3
 
 
-def test_a_data_file_that_changes_is_noticed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _rewritten(data: Path) -> None:
+    data.write_text("\n".join(reversed(data.read_text().splitlines()[1:])) + "\n")
+
+
+def _truncated(data: Path) -> None:
+    os.truncate(data, data.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            _rewritten,
+            CheckpointError,
+            r"cannot resume from .*: data: '\w+' -> '\w+'; use the settings and data of before",
+        ),
+        (
+            _truncated,
+            CheckpointError,
+            r"cannot resume from .*: data: '\w+' -> '\w+'; use the settings and data of before",
+        ),
+        (Path.unlink, DataError, r"train\.jsonl"),
+    ],
+)
+def test_data_that_changes_under_a_run_is_noticed_by_the_next(
+    root: Path, tmp_path: Path, whole: Trajectory, change: Callable[[Path], None], error: type, message: str
+) -> None:
+    """The run itself goes on with what it has read; another one refuses to go on from its checkpoints."""
     data = tmp_path / "train.jsonl"
     data.write_text((root / "train.jsonl").read_text())
-    _signal_after(monkeypatch, 3, signal.SIGTERM)
-    values = {"data__train": (str(data),)}
-    trajectories.train(root, tmp_path / "run", **values)
-    monkeypatch.undo()
-    data.write_text("\n".join(data.read_text().splitlines()[:-1]) + "\n")
-    with pytest.raises(CheckpointError, match=r"cannot resume from .*: data: '\w+' -> '\w+'; use"):
+    values = {**SAVING, "data__train": (str(data),)}
+    with pytest.MonkeyPatch.context() as patch:
+        _after_step(patch, 3, lambda: change(data))
+        assert distance(trajectory(root, tmp_path / "run", **values), whole) == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(error, match=message):
         trajectories.train(root, tmp_path / "run", **values, output__resume="auto")
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_is_set_in_a_run(
+    root: Path, tmp_path: Path, whole: Trajectory, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """Only what is logged follows the clock: no step, no save and no limit of time does."""
+    real, offset = time.time, [0.0]
+    clock = lambda: real() + offset[0]  # noqa: E731
+    monkeypatch.setattr(time, "time", clock)
+    monkeypatch.setattr(tqdm.std, "time", clock)  # it has its own name for it
+    _after_step(monkeypatch, 4, lambda: offset.__setitem__(0, jump))
+    found = trajectory(root, tmp_path, **SAVING, train__max_hours=0.5)
+    assert distance(found, whole) == 0
+    assert [path.name[-1] for path in resume.complete(tmp_path / "resume")] == ["6", "9"]
+    rows = metrics(tmp_path)
+    assert rows[4]["time"] - rows[3]["time"] == pytest.approx(jump, abs=60)
+    assert all(0 < row["seconds"] < 60 for row in rows)
+
+
+def _published(staging: Path, target: Path, text: str) -> None:
+    """Write a small directory and put it in its place."""
+    staging.mkdir()
+    (staging / "btrm.json").write_text(text)
+    checkpoint.publish(staging, target)
+
+
+def _seen_missing(target: Path, enough: Callable[[int, int], bool]) -> int:
+    """Replace a directory again and again until `enough(times, times it was seen missing)`; return the latter."""
+    _published(target.with_name("first"), target, "whole")
+    over, missing = threading.Event(), [0]
+
+    def watch() -> None:
+        while not over.is_set():
+            missing[0] += not target.exists()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        times = 0
+        while not enough(times, missing[0]):
+            _published(target.with_name("next"), target, str(times))
+            assert (target / "btrm.json").read_text() == str(times)
+            times += 1
+    finally:
+        over.set()
+        watcher.join()
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    return missing[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two directories in one step")
+def test_a_model_that_is_replaced_is_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _seen_missing(tmp_path / "model", lambda times, _: times == 300) == 0
+    shutil.rmtree(tmp_path / "model")
+    monkeypatch.setattr(checkpoint, "exchange", lambda *_: False)  # as on a file system that cannot
+    end = time.monotonic() + 30
+    assert _seen_missing(tmp_path / "model", lambda _, missing: missing > 0 or time.monotonic() > end) > 0
+
+
+def test_what_cannot_be_exchanged_stays(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert not checkpoint.exchange(tmp_path / "there", tmp_path / "not there")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def _wandb_rows(directory: Path) -> tuple[str, list[int]]:
+    """Id of an offline run and the steps it logged, from the records on disk (in the format of LevelDB's log)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = directory.glob("*.wandb")
+    content, at, data = file.read_bytes(), 7, b""
+    run_id, steps = "", []
+    while at + 7 <= len(content):
+        if at % 32768 > 32768 - 7:  # no header fits into the rest of a block
+            at += 32768 - at % 32768
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        data += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind not in (1, 4):  # neither a whole record nor the last part of one
+            continue
+        record = Record.FromString(data)
+        run_id, data = record.run.run_id or run_id, b""
+        steps += [record.history.step.num] if record.HasField("history") else []
+    return run_id, steps
+
+
+def test_a_wandb_run_goes_on(root: Path, tmp_path: Path) -> None:
+    values = {"output__report_to": "wandb"}
+    output, log = tmp_path / "run", tmp_path / "log"
+    for more in ({}, {"output__resume": "auto"}):
+        child = processes.start(tracked, str(root), str(output), {**values, **more}, log=log)
+        assert processes.wait(child) == [0], log.read_text()[-3000:]
+    (first_id, before), (second_id, after) = map(_wandb_rows, sorted((output / "wandb").glob("offline-run-*")))
+    assert before == [1, 2, 3, 4, 5, 6]
+    assert after == [7, 8, 9, 10]
+    assert first_id == second_id == (output / ".run_id").read_text().strip()
+    assert report._run_id(output, 6) == first_id
+    assert report._run_id(output, 0) != first_id, "a run that begins anew is another one"
+
+
+def tracked(root: str, output: str, values: dict[str, Any]) -> None:
+    """A run with wandb, in a child, that is asked to stop in its sixth step."""
+    os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", WANDB_DISABLE_GIT="true")
+    with pytest.MonkeyPatch.context() as patch:
+        _signal_after(patch, 5, signal.SIGTERM)
+        trajectories.train(Path(root), Path(output), **values)
+
+
+def test_a_tensorboard_run_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same directory; steps that are done again, after a checkpoint at six, are there once."""
+    pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {**SAVING, "output__report_to": "tensorboard"}
+    _after_step(monkeypatch, 8, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trajectories.train(root, tmp_path, **values)
+    monkeypatch.undo()
+    trajectories.train(root, tmp_path, **values, output__resume="auto")
+    assert len(list((tmp_path / "btrm").glob("events.*"))) == 2
+    events = EventAccumulator(str(tmp_path / "btrm")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
 
 
 def test_every_checkpoint_holds_the_model(root: Path, tmp_path: Path) -> None:
