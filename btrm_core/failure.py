@@ -1,8 +1,9 @@
 """When one of several processes fails: it alone says why, and the others end within seconds.
 
 Decides: who speaks. The first process that fails claims the word in the store all processes share. What fails
-elsewhere is a consequence (a connection is lost) and keeps quiet. A process that is stuck in a collective operation,
-as NCCL's are when a peer is gone, is ended by a thread that watches the store; no launcher needs to do it.
+elsewhere, on any machine, is a consequence (a connection is lost) and keeps quiet. A process that is stuck in a
+collective operation, as NCCL's are when a peer is gone, is ended by a thread that watches the store; no launcher needs
+to do it.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def shared(world: int) -> Iterator[None]:
         _claim(store, over)
         if _lost_a_peer(error):
             raise TrainingError(
-                "another process of this run has ended; its own message is above, or the system ended it (out of "
-                "memory?). Go on from the last checkpoint with the same command and --resume"
+                "another process of this run has ended; its own message is above, or in the log of its machine, or the "
+                "system ended it (out of memory?). Go on from the last checkpoint with the same command and --resume"
             ) from error
         raise
     finally:

@@ -9,6 +9,7 @@ import sys
 import uuid
 
 from btrm_core.errors import ConfigError
+from btrm_core.joining import place
 
 SHUTDOWN_SECONDS = 120
 """How long processes that were asked to stop have to save a checkpoint; $TORCH_ELASTIC_SHUTDOWN_TIMEOUT wins."""
@@ -18,11 +19,20 @@ def launch(arguments: list[str], gpus: str | None, processes: int | None) -> int
     """Start this command on several processes of this machine and return the exit code.
 
     Raises:
-        ConfigError: more GPUs are asked for than there are, or the number makes no sense.
+        ConfigError: more GPUs are asked for than there are, the number makes no sense, or a launcher has already
+            started this process as one of several.
     """
+    asked = f"--gpus {gpus}" if gpus is not None else f"--processes {processes}"
+    if gpus is not None and processes is not None:
+        raise ConfigError(f"{asked} --processes {processes}: expected one of them; --gpus starts one process per GPU")
+    if place() is not None:
+        raise ConfigError(
+            f"{asked}: a launcher has started this process already (RANK={os.environ['RANK']}, "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}); leave it out, and give the launcher the number of processes"
+        )
     count = processes if processes is not None else _gpu_count(str(gpus))
     if count < 1:
-        raise ConfigError(f"--processes {count}: expected 1 or more")
+        raise ConfigError(f"{asked}: expected 1 or more")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     return _run(["-m", "btrm_core", *_without(arguments, ("--gpus", "--processes"))], count)
 
