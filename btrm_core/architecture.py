@@ -13,8 +13,13 @@ from btrm_core.errors import BtrmError
 from btrm_core.memory import Parameters, Shape
 
 
-def read_shape(config: Any, lora_rank: int | None = None) -> tuple[Parameters, Shape]:
+def read_shape(config: Any, lora_rank: int | None = None, four_bits: bool = False) -> tuple[Parameters, Shape]:
     """Build the reward model on the meta device (no memory, no weights) and read off its counts and widths.
+
+    Args:
+        config: a transformers configuration.
+        lora_rank: rank of adapters on every linear layer.
+        four_bits: the weights of linear layers are kept in 4 bits.
 
     Raises:
         BtrmError: transformers has no sequence-classification model for it, or its layers are not attention and MLP.
@@ -60,6 +65,7 @@ def read_shape(config: Any, lora_rank: int | None = None) -> tuple[Parameters, S
         small=sum(n for n in numels if n <= 100_000),
         tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
         adapters=adapters,
+        packed=len(layers) * sum(m.weight.numel() for m in linears) if four_bits else 0,
     )
     return parameters, _shape(kind, config.get_text_config(), layer, len(layers), len(linears))
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from btrm_core.errors import CheckpointError, ConfigError
+from btrm_core.quantized import loading_options, settle
 from btrm_core.settings import ModelConfig
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -62,9 +63,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
-    """Load the weights under a one-output head.
+    """Load the weights under a one-output head, packed if the settings say so.
 
     Raises:
+        ConfigError: no base model is named, or packed weights need a bitsandbytes that is not there.
         CheckpointError: the directory has no (safetensors) weights, weights of the backbone are missing, or the
             architecture has no sequence-classification model with a linear head called `score`.
     """
@@ -72,6 +74,7 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
 
     name = _checked_name(model)
     _check_weights(Path(name))
+    packed = loading_options(model.quantize, dtype)
     try:
         with _silence("transformers"):
             hf, info = AutoModelForSequenceClassification.from_pretrained(
@@ -83,9 +86,11 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **packed,
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the base model {name}: {_first(error)}") from error
+    settle(hf)
     missing = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise CheckpointError(f"{name}: {type(hf).__name__} has no linear head called `score`; btrm cannot train it")
@@ -233,6 +238,11 @@ def _checked_name(model: ModelConfig) -> str:
 def _check_weights(path: Path) -> None:
     if not path.is_dir() or any((path / file).exists() for file in WEIGHT_FILES):
         return
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} holds adapters, which are no base model; expected whole weights: train on from a model that was "
+            "saved with --merge, or from the base model that its adapter_config.json names"
+        )
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
     found = f"only {', '.join(others)}, which may run code or lose precision" if others else "none"
     raise CheckpointError(

@@ -31,18 +31,39 @@ Trained with btrm {version} on pairs of a chosen and a rejected conversation, wi
 {figures}
 
 ```python
-from transformers import AutoTokenizer, pipeline
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-reward = pipeline("text-classification", model="{name}", tokenizer=tokenizer)
-chat = [{{"role": "user", "content": "What is 2 + 2?"}}, {{"role": "assistant", "content": "4"}}]
-text = tokenizer.apply_chat_template(chat, tokenize=False)
-print(reward([text], top_k=None, function_to_apply="none", add_special_tokens=False)[0][0]["score"])
+{code}
 ```
 
 Base model: `{base}`. Longest conversation: {max_length} tokens. All settings, the data's fingerprint and self-test
 vectors are in `btrm.json`.
 """
+CHAT = """chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
+text = tokenizer.apply_chat_template(chat, tokenize=False)
+"""
+PIPELINE = (
+    """from transformers import AutoTokenizer, pipeline
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+reward = pipeline("text-classification", model="{name}", tokenizer=tokenizer)
+"""
+    + CHAT
+    + """print(reward([text], top_k=None, function_to_apply="none", add_special_tokens=False)[0][0]["score"])"""
+)
+ADAPTERS = (
+    """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+# adapters: the base model is loaded from where adapter_config.json says
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoPeftModelForSequenceClassification.from_pretrained("{name}", num_labels=1{options}).eval()
+"""
+    + CHAT
+    + """print(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.item())"""
+)
+FOUR_BITS = """, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}",
+    llm_int8_skip_modules=["score"],
+)"""
 
 
 def manifest(
@@ -87,14 +108,25 @@ def card(made: dict[str, Any], directory: Path) -> str:
     rows = [f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in evaluation.items() if _is_number(value)]
     base = str(made["base_model"])
     return CARD.format(
+        code=_code(made, directory.name),
         base=Path(base).name if Path(base).exists() else base,
         family=made["family"],
         version=made["btrm_version"],
         terminal=made["terminal_token"],
         figures="\n".join(rows) or "| none | |",
-        name=directory.name,
         max_length=made["max_length"],
     )
+
+
+def _code(made: dict[str, Any], name: str) -> str:
+    """How a program without btrm gets a reward."""
+    if (made.get("adapters") or {"merged": True})["merged"]:
+        return PIPELINE.replace("{name}", name)
+    code, options = ADAPTERS.replace("{name}", name), ""
+    if made["config"]["model.quantize"] != "none":
+        options = FOUR_BITS.replace("{dtype}", made["dtype"])
+        code = code.replace("import AutoTokenizer", "import AutoTokenizer, BitsAndBytesConfig")
+    return code.replace("{options}", options)
 
 
 def dumps(value: Any) -> str:

@@ -4,8 +4,8 @@ Decides: names of flags, exit codes, what goes to standard output (results) and 
 transformers and deepspeed are imported inside the commands that need them, so that `btrm families` and `--help` answer
 at once.
 
-Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 1 for a failed check or a
-bug.
+Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 143 where another
+process of the run was told to stop; 1 for a failed check or a bug.
 """
 
 from __future__ import annotations
@@ -47,13 +47,26 @@ FLAGS: dict[str, str] = {
     "attention": "model.attention",
     "kernels": "model.kernels",
     "gradient_checkpointing": "model.gradient_checkpointing",
+    "activation_offload": "model.activation_offload",
+    "freeze_embeddings": "model.freeze_embeddings",
+    "train_last_layers": "model.train_last_layers",
     "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_targets": "lora.targets",
+    "merge": "lora.merge",
+    "quantize": "model.quantize",
+    "optimizer": "train.optimizer",
     "auto_budget": "train.auto_budget",
+    "skip_nan": "train.skip_nan",
+    "early_stopping": "train.early_stopping",
     "eval_every": "output.eval_every",
     "save_every": "output.save_every",
+    "keep_last": "output.keep_last",
     "keep_best": "output.keep_best",
     "resume": "output.resume",
     "force_resume": "output.force_resume",
+    "restart_optimizer": "output.restart_optimizer",
     "report_to": "output.report_to",
     "profile": "output.profile",
 }
@@ -139,13 +152,26 @@ def main(debug: bool) -> None:
 @click.option("--attention", help="auto, flash, varlen, flex, sdpa or eager.")
 @click.option("--kernels", help="auto, liger or torch.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Less memory, more compute.")
-@click.option("--lora-rank", type=int, help="Train low-rank adapters instead of all weights.")
+@click.option("--activation-offload", is_flag=True, default=None, help="Keep activations in CPU memory meanwhile.")
+@click.option("--freeze-embeddings", is_flag=True, default=None, help="Do not train the token embeddings.")
+@click.option("--train-last-layers", type=int, metavar="N", help="Train only the last N layers, final norm and head.")
+@click.option("--lora-rank", type=int, metavar="N", help="Train low-rank adapters instead of all weights.")
+@click.option("--lora-alpha", type=float, help="Scale of the adapters. Default: twice the rank.")
+@click.option("--lora-dropout", type=float, help="Dropout on the adapters' input.")
+@click.option("--lora-targets", metavar="NAME,...", help="Layers to adapt, as q_proj,v_proj. Default: all linear ones.")
+@click.option("--merge/--no-merge", default=None, help="Save whole weights, or the adapters alone. Default: merge.")
+@click.option("--quantize", metavar="BITS", help="4bit: frozen weights in 4 bits under the adapters (QLoRA).")
+@click.option("--optimizer", metavar="NAME", help="adamw, adamw-8bit or adamw-8bit-paged.")
 @click.option("--auto-budget", is_flag=True, default=None, help="Halve the token budget when GPU memory runs out.")
+@click.option("--skip-nan", is_flag=True, default=None, help="Skip and count steps that are not finite.")
+@click.option("--early-stopping", type=int, metavar="N", help="Stop when N evaluations bring no lower loss.")
 @click.option("--eval-every", type=int, help="Steps between evaluations.")
 @click.option("--save-every", type=int, help="Steps between resumable checkpoints.")
+@click.option("--keep-last", type=int, metavar="N", help="Resumable checkpoints to keep.")
 @click.option("--keep-best", is_flag=True, default=None, help="Keep the model with the lowest evaluation loss.")
 @click.option("--resume", is_flag=False, flag_value="auto", help="Go on from the last checkpoint, or the one named.")
 @click.option("--force-resume", is_flag=True, default=None, help="Resume although data or settings differ.")
+@click.option("--restart-optimizer", is_flag=True, default=None, help="Resume with a fresh optimizer, at any stage.")
 @click.option("--report-to", metavar="TRACKER", help="none, wandb, tensorboard, ...")
 @click.option("--profile", is_flag=True, default=None, help="Profile a few steps.")
 @click.option("--config", "config_file", metavar="RUN.toml", help="Settings file; flags win over it.")
@@ -166,7 +192,7 @@ def train(
     overrides: dict[str, Any] = {FLAGS[k]: v for k, v in flags.items() if v is not None and v != ()}
     overrides.update(settings.parse_assignments(assignments))
     run_config = settings.load_config(config_file, overrides)
-    if (gpus or processes) and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+    if (gpus is not None or processes is not None) and not dry_run:
         from btrm_core.launch import launch
 
         raise SystemExit(launch(sys.argv[1:], gpus, processes))
@@ -178,7 +204,7 @@ def train(
     outcome = run.train(run_config)
     distributed.leave()
     if outcome.signal is not None:
-        raise SystemExit(130 if outcome.signal == 2 else 0)
+        raise SystemExit(outcome.exit_code)
     if int(os.environ.get("RANK", "0")) == 0:
         from btrm_core.summary import closing_text
 
@@ -267,6 +293,8 @@ def evaluate(model: str, data: tuple[str, ...], tokens_per_batch: int, dtype: st
 @click.option("--tokens-per-pair", type=float, help="Mean tokens of a pair, its common prefix counted once.")
 @click.option("--epochs", type=float, default=1.0, show_default=True)
 @click.option("--lora-rank", type=int)
+@click.option("--quantize", metavar="BITS", default="none", help="4bit: frozen weights in 4 bits under the adapters.")
+@click.option("--optimizer", metavar="NAME", default="adamw", help="adamw, adamw-8bit or adamw-8bit-paged.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(

@@ -185,6 +185,10 @@ def _check(config: RunConfig) -> None:
     for key in NOT_NEGATIVE:
         if values[key] is not None and not values[key] >= 0:
             raise ConfigError(f"{key} = {values[key]}: expected 0 or more")
+    other = [name for name in ("margin", "label_smoothing") if getattr(config.loss, name)]
+    if config.loss.ranking == "plackett-luce" and (other or config.data.ties == "half"):
+        which = f"loss.{other[0]}" if other else "data.ties=half"
+        raise ConfigError(f"loss.ranking=plackett-luce knows no {which}: leave that out, or use loss.ranking=pairs")
     if not 0 <= config.loss.label_smoothing < 0.5:
         raise ConfigError(f"loss.label_smoothing = {config.loss.label_smoothing}: expected at least 0 and below 0.5")
     if config.data.held_out_fraction >= 1:

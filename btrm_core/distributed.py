@@ -10,7 +10,6 @@ quarter too small, and under fp32 it reports no gradient norm.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import sys
@@ -22,8 +21,10 @@ from typing import Any
 
 import torch
 
+from btrm_core import quantized
 from btrm_core.errors import ConfigError, did_you_mean
 from btrm_core.failure import shared
+from btrm_core.joining import TIMEOUT, join
 from btrm_core.settings import RunConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,7 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "zero3": {"stage": 3},
     "zero3-offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
-TIMEOUT = datetime.timedelta(minutes=30)
 LONE_BUCKET = 100_000
 """Elements of the reduce bucket of a single process: norms and biases together, every matrix alone. DeepSpeed's own
 500 million would hold 1 GB (2 GB in fp32) of GPU memory for copies that nobody needs."""
@@ -73,21 +73,48 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str | None = None) -> Iterator[Runtime]:
-    """Start the process group and Accelerate with DeepSpeed; Accelerate's state is taken down again at the end.
+def group(config: RunConfig) -> Iterator[None]:
+    """Join the group of all processes of the run; inside, a failure of one ends all of them.
 
     A process that no launcher started becomes a world of one without opening a port, so that two runs on one machine
     never clash.
 
     Raises:
-        ConfigError: the DeepSpeed setting is unknown, or its file contradicts what btrm derives.
+        ConfigError: the launcher's variables are wrong, or the processes do not find each other in time.
+    """
+    join(config.distributed.join_seconds)
+    with shared(torch.distributed.get_world_size()):
+        yield
+
+
+@contextlib.contextmanager
+def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str | None = None) -> Iterator[Runtime]:
+    """Start the process group and Accelerate with DeepSpeed; Accelerate's state is taken down again at the end.
+
+    Raises:
+        ConfigError: as `group`; or the DeepSpeed setting is unknown, or its file contradicts what btrm derives; or
+            bitsandbytes is asked for and missing.
     """
     quiet()
-    _join_process_group()
-    plugin_dict = deepspeed_config(config, _world())
+    with group(config):
+        try:
+            yield _runtime(config, trackers, project_dir)
+        finally:
+            from accelerate.state import AcceleratorState, GradientState, PartialState
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
+            AcceleratorState._reset_state()
+            PartialState._reset_state()
+            GradientState._reset_state()
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | None) -> Runtime:
+    plugin_dict = deepspeed_config(config, torch.distributed.get_world_size())
+    quantized.require(config)
     dtype = torch.bfloat16 if plugin_dict["bf16"]["enabled"] else torch.float32
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DeepSpeedPlugin
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -98,7 +125,7 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
     )
-    runtime = Runtime(
+    return Runtime(
         accelerator=accelerator,
         rank=torch.distributed.get_rank(),
         world=torch.distributed.get_world_size(),
@@ -106,17 +133,6 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
         dtype=dtype,
         zero_stage=int(plugin_dict["zero_optimization"]["stage"]),
     )
-    try:
-        with shared(runtime.world):
-            yield runtime
-    finally:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-        GradientState._reset_state()
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def leave() -> None:
@@ -141,7 +157,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
 
     Raises:
         ConfigError: the preset is unknown, the file is not JSON, asks for stage 0, or sets a key that btrm derives to
-            another value (both values are named).
+            another value (both values are named); or 4-bit weights or 8-bit states do not go with it.
     """
     name = config.distributed.deepspeed
     if name in PRESETS:
@@ -160,6 +176,10 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     if world == 1:
         # nothing is sent, so gradients need not be copied into a bucket; those larger than it are taken as they are
         merged["zero_optimization"].setdefault("reduce_bucket_size", LONE_BUCKET)
+    quantized.check(config, merged["zero_optimization"])
+    if config.train.optimizer in quantized.OPTIMIZERS:
+        del merged["optimizer"]  # it is made here and handed over whole, see `prepare.make_engine`
+        merged["zero_allow_untested_optimizer"] = True
     return merged
 
 
@@ -246,30 +266,14 @@ def _read_json(path: str) -> dict[str, Any]:
     return value
 
 
-def _world() -> int:
-    if torch.distributed.is_initialized():
-        return int(torch.distributed.get_world_size())
-    return int(os.environ["WORLD_SIZE"])
-
-
-def _join_process_group() -> None:
-    """Make a process without a launcher a world of one: an in-memory store, no port, no MPI look-up."""
-    if torch.distributed.is_initialized():
-        return
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        return  # a launcher's variables: Accelerate joins the group
-    os.environ.update(LOCAL_RANK="0")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-
-
 def quiet() -> None:
     """Before anything imports DeepSpeed: keep it from compiling C++, choosing devices aloud and printing figures."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # without this the first ZeRO engine imports torch's inductor for an optimiser that is not used
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # every step allocates its gradients anew; in pages of 4 KiB the faults alone take a tenth of the time
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     message = r".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated"
     for text in (message, r".*is_gradient_checkpointing. is deprecated"):  # torch's of DeepSpeed, transformers' of peft
         warnings.filterwarnings("ignore", category=FutureWarning, message=text)

@@ -38,13 +38,11 @@ from btrm_core.doctor_examples import Example, encode_example, format_as_written
 from btrm_core.doctor_model import Patient, alone, model_checks
 from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
-from btrm_core.formats import Scored
+from btrm_core.formats import Scored, Ties
 from btrm_core.issues import PROMPT_IN_EVALUATION
 from btrm_core.prepare import Data, build_model, choose_family, load_data
 from btrm_core.scorer import Scorer
 from btrm_core.settings import RunConfig
-
-SELF_TEST_TOLERANCE = 1e-4
 
 _MODEL_CHECKS = ("model", "head", "packed = separate", "first loss", "pipeline parity")
 _MADE_UP: Conversation = [{"role": "user", "content": "Name the largest planet."}]
@@ -136,8 +134,8 @@ def checks(case: Case, *, with_model: bool = True, full: bool = False) -> Iterat
 def _read(config: RunConfig, sources: Sequence[str]) -> PairData:
     """The pairs of some sources as training reads them."""
     data = config.data
-    scored = cast(Scored, data.scored)
-    return load_pairs(sources, strict=data.strict, cache_dir=data.cache_dir, scored=scored)
+    scored, ties = cast(Scored, data.scored), cast(Ties, data.ties)
+    return load_pairs(sources, strict=data.strict, cache_dir=data.cache_dir, scored=scored, ties=ties)
 
 
 def _format_check(case: Case) -> Check:
@@ -233,9 +231,7 @@ def _checks_of_model(case: Case, chat: ChatFormat, data: Data, full: bool) -> It
 def _self_test(scorer: Scorer) -> Check:
     """Whether a finished model still gives the rewards it was saved with."""
     difference = scorer.self_test()
-    half = next(scorer.model.parameters()).dtype.itemsize == 2
-    scale = max(1.0, *(abs(vector["reward"]) for vector in scorer.manifest["self_test"]))
-    tolerance = scale * (5e-2 if half else SELF_TEST_TOLERANCE)
+    tolerance = loading.tolerance(scorer.manifest, scorer.model.base_model.dtype)
     figures = {"difference": difference, "tolerance": tolerance}
     what = f"the rewards in btrm.json come out again, to {difference:.1e}"
     if difference <= tolerance:
@@ -262,8 +258,8 @@ def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | N
         model, head_is_new = scorer.model, False
     else:
         assert case.family is not None
-        # adapters begin as no change, and nothing here goes backward
-        plain = apply(config, {"lora.rank": None, "model.gradient_checkpointing": False})
+        # adapters begin as no change, packed weights cannot be saved for other programs, nothing here goes backward
+        plain = apply(config, {"lora.rank": None, "model.quantize": "none", "model.gradient_checkpointing": False})
         runtime = alone(device, compute_dtype(config.model.dtype))
         model, head_is_new = build_model(plain, case.family, chat, runtime)
         model.to(device)

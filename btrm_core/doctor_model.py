@@ -191,7 +191,7 @@ def pipeline_parity(patient: Patient, full: bool) -> Check:
         return Check(name, "skip", f"{size / 1e9:.1f} billion parameters; --full tries it all the same")
     model, chat = patient.model, patient.chat
     ours_S = _rewards(model, share(chat.encode(patient.conversations)), chat.pad_id)
-    if size <= SAVE_PARAMETERS:
+    if size <= SAVE_PARAMETERS and model.hf is model.base_model:  # adapters are not saved as one model
         with tempfile.TemporaryDirectory(prefix="btrm-doctor-") as folder:
             theirs_S, how = _saved(patient, Path(folder) / "model"), "of the saved and reloaded model"
     else:

@@ -15,10 +15,12 @@ from typing import Any
 
 from btrm_core import memory
 from btrm_core.architecture import read_shape
+from btrm_core.config import apply
 from btrm_core.defaults import RECIPE
+from btrm_core.errors import ConfigError
 from btrm_core.hardware import GIB, Hardware, read_hardware, read_mfu
 from btrm_core.memory import Memory, Parameters, Shape, Zero
-from btrm_core.settings import DistributedConfig, ModelConfig, RunConfig, TrainConfig
+from btrm_core.settings import ModelConfig, RunConfig, TrainConfig
 
 # Not in the peak of tensors: CUDA context, cuBLAS workspaces and NCCL buffers (GiB), and the unused parts of the blocks
 # that come and go (the states are a few flat tensors and do not fragment). Assumed, not measured.
@@ -46,6 +48,8 @@ class Workload:
     bf16: bool
     mfu: float
     mfu_source: str
+    quantize: str = "none"
+    optimizer: str = "adamw"
 
     @property
     def row_tokens(self) -> int:
@@ -91,6 +95,8 @@ def estimate(
     tokens_per_pair: float | None = None,
     epochs: float = 1.0,
     lora_rank: int | None = None,
+    quantize: str = ModelConfig.quantize,
+    optimizer: str = TrainConfig.optimizer,
     gradient_checkpointing: bool | None = None,
     bf16: bool = True,
     mfu: tuple[float, str] | None = None,
@@ -109,19 +115,24 @@ def estimate(
         tokens_per_pair: mean tokens of a pair with its common prefix counted once.
         epochs: passes over the pairs.
         lora_rank: train adapters of this rank on every linear layer instead of all weights.
+        quantize: none, or 4bit for frozen weights in 4 bits under the adapters.
+        optimizer: adamw, adamw-8bit or adamw-8bit-paged.
         gradient_checkpointing: None recomputes activations only where the preset needs it to fit.
         bf16: compute type bf16; False is fp32.
         mfu: model FLOPs utilisation and its source; None reads the benchmark results.
 
     Raises:
-        BtrmError: the configuration cannot be read or its architecture is unknown.
+        BtrmError: the configuration cannot be read, its architecture is unknown, or settings contradict each other.
     """
+    from btrm_core.adapters import check
+
+    check(_settings("zero1", bf16, lora_rank, quantize, optimizer))
     if isinstance(config, str):
         from btrm_core.basemodel import load_config
 
         model, config = config, load_config(ModelConfig(name=config))
     hardware = hardware or read_hardware()
-    parameters, shape = read_shape(config, lora_rank)
+    parameters, shape = read_shape(config, lora_rank, quantize != "none")
     max_length = max_length or RECIPE.max_length or 2048
     value, source = mfu or read_mfu(hardware.name)
     workload = Workload(
@@ -136,14 +147,25 @@ def estimate(
         bf16=bf16,
         mfu=value,
         mfu_source=source,
+        quantize=quantize,
+        optimizer=optimizer,
     )
     found = [
         _estimate(preset, gradient_checkpointing, parameters, shape, hardware, workload)
-        for preset in ([deepspeed] if deepspeed else PRESETS)
+        for preset in ([deepspeed] if deepspeed else [p for p in PRESETS if _possible(p, workload)])
     ]
     fitting = [e for e in found if e.fits]
     best = min(fitting, key=_preference, default=None)
     return [dataclasses.replace(e, recommended=e is best) for e in found]
+
+
+def _possible(preset: str, work: Workload) -> bool:
+    """Whether a preset goes with 4-bit weights and 8-bit optimizers."""
+    try:
+        _zero(preset, work, 1)
+    except ConfigError:
+        return False
+    return True
 
 
 def _preference(e: Estimate) -> tuple[bool, bool, int]:
@@ -159,7 +181,9 @@ def _estimate(
     preset: str, checkpointing: bool | None, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
 ) -> Estimate:
     gpus = hardware.gpus
-    zero = read_zero(preset, work.bf16, gpus)
+    zero = _zero(preset, work, gpus)
+    # a packed weight is unpacked for its product, one at a time
+    unpacked = (2 if work.bf16 else 4) * shape.hidden * shape.intermediate if parameters.packed else 0
     for recompute in (False, True) if checkpointing is None else (checkpointing,):
         kept = memory.activations(
             shape,
@@ -169,7 +193,7 @@ def _estimate(
             kv_copies=KV_COPIES,
             lora_rank=work.lora_rank,
         )
-        needed = memory.memory(parameters, zero, gpus, kept)
+        needed = memory.memory(parameters, zero, gpus, kept + unpacked)
         margin = FRAGMENTATION * (needed.activations + needed.buffers) + CONTEXT * GIB
         fits = needed.total + margin <= hardware.memory
         if fits:
@@ -196,13 +220,32 @@ def _estimate(
     )
 
 
-def read_zero(preset: str, bf16: bool, world: int) -> Zero:
-    """The ZeRO settings that btrm hands to DeepSpeed for a preset or a user's JSON file, and a number of processes."""
+def _zero(preset: str, work: Workload, world: int) -> Zero:
+    return read_zero(preset, work.bf16, world, quantize=work.quantize, optimizer=work.optimizer)
+
+
+def read_zero(preset: str, bf16: bool, world: int, quantize: str = "none", optimizer: str = "adamw") -> Zero:
+    """The ZeRO settings that btrm hands to DeepSpeed for a preset or a user's JSON file, and a number of processes.
+
+    Raises:
+        ConfigError: the preset is unknown, or 4-bit weights or an 8-bit optimizer do not go with it.
+    """
     from btrm_core.distributed import deepspeed_config
 
-    dtype = ModelConfig(dtype="bf16" if bf16 else "fp32")
-    config = RunConfig(model=dtype, distributed=DistributedConfig(deepspeed=preset))
-    return Zero.from_config(deepspeed_config(config, world))
+    config = _settings(preset, bf16, None, quantize, optimizer)
+    zero = Zero.from_config(deepspeed_config(config, world))
+    return zero if optimizer == "adamw" else dataclasses.replace(zero, moment_bytes=memory.EIGHT_BIT_MOMENT)
+
+
+def _settings(preset: str, bf16: bool, lora_rank: int | None, quantize: str, optimizer: str) -> RunConfig:
+    values = {
+        "distributed.deepspeed": preset,
+        "model.dtype": "bf16" if bf16 else "fp32",
+        "model.quantize": quantize,
+        "lora.rank": lora_rank,
+        "train.optimizer": optimizer,
+    }
+    return apply(RunConfig(), values)
 
 
 def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str:
@@ -211,6 +254,8 @@ def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str
     words += ["--deepspeed", preset, "--max-length", str(work.max_length)]
     words += ["--tokens-per-batch", str(work.tokens_per_batch), "--pairs-per-step", str(work.pairs_per_step)]
     words += ["--lora-rank", str(work.lora_rank)] if work.lora_rank else []
+    words += ["--quantize", work.quantize] if work.quantize != "none" else []
+    words += ["--optimizer", work.optimizer] if work.optimizer != "adamw" else []
     words += ["--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"]
     words += [] if work.epochs == 1 else ["--epochs", f"{work.epochs:g}"]
     return shlex.join(words)
@@ -221,17 +266,8 @@ def format_estimate(estimates: Sequence[Estimate]) -> str:
     first = estimates[0]
     work, gpus = first.workload, first.hardware.gpus
     lines = [_header(first), ""]
-    columns: tuple[str, ...] = (
-        "GiB per GPU",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "buffers",
-        "total",
-        "fits",
-    )
-    columns += ("recompute", "CPU GiB (all)", "sent GiB/step")
+    columns: tuple[str, ...] = ("GiB per GPU", "weights", "gradients", "optimizer", "activations", "buffers", "total")
+    columns += ("fits", "recompute", "CPU GiB (all)", "sent GiB/step")
     rows = [columns]
     for e in estimates:
         m = e.memory
@@ -265,6 +301,7 @@ def _header(e: Estimate) -> str:
     p, w, h = e.parameters, e.workload, e.hardware
     peak = f", {h.tflops:g} TFLOP/s" if h.tflops else ""
     lora = f"; LoRA rank {w.lora_rank} trains {p.trainable:,}" if w.lora_rank else ""
+    lora += f", {p.packed:,} are kept in 4 bits" if p.packed else ""
     return (
         f"{w.model}: {p.total:,} parameters = embedding {p.embedding:,} + {len(e.shape.windows)} layers {p.layers:,} "
         f"+ norms {p.norm:,} + head {p.head:,}{lora}\n"
@@ -279,7 +316,7 @@ def _advice(e: Estimate) -> str:
     ideas = []
     if e.workload.tokens_per_batch > 2 * e.workload.max_length:
         ideas.append(f"--tokens-per-batch {2 * e.workload.max_length}")
-    for gpus in (2**i for i in range(1, 11)):
+    for gpus in (2**i for i in range(1, 11)) if _possible("zero3", e.workload) else ():
         hardware = dataclasses.replace(e.hardware, gpus=gpus)
         if gpus > e.hardware.gpus and _estimate("zero3", True, e.parameters, e.shape, hardware, e.workload).fits:
             ideas.append(f"--deepspeed zero3 --gradient-checkpointing on {gpus} such GPUs")

@@ -1,7 +1,8 @@
 """Opens a finished reward model, from a directory or the hub, with transformers alone.
 
 Decides what may be scored with: a checkpoint with a trained head of one output, whole safetensors weights, and a pad
-token of its own. Code that comes with a checkpoint is never run. No family is needed; an installed one is compared.
+token of its own; or adapters with such a head, whose base model is where they say. Code that comes with a checkpoint is
+never run. No family is needed; an installed one is compared.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrm_core import families
+from btrm_core import adapters, basemodel, families
 from btrm_core.cache import digest
 from btrm_core.chat import ChatFormat, chat_from_checkpoint
-from btrm_core.checkpoint import MANIFEST, model_directory
+from btrm_core.checkpoint import MANIFEST, model_directory, read_manifest
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError
+from btrm_core.settings import ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "score.weight"
+TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other forms
@@ -98,7 +102,7 @@ def check_head(directory: Path) -> None:
     Raises:
         CheckpointError: says what is missing.
     """
-    if HEAD not in weight_names(directory):
+    if (adapters.PREFIX if is_adapters(directory) else "") + HEAD not in weight_names(directory):
         raise CheckpointError(
             f"{directory} holds no reward head ({HEAD} is missing from its weights); expected a model trained by "
             f"`btrm train`, such as one made with --model {directory}"
@@ -106,6 +110,11 @@ def check_head(directory: Path) -> None:
     labels = load_config(directory).num_labels
     if labels != 1:
         raise CheckpointError(f"{directory} is a classifier of {labels} labels; expected a reward model, with one")
+
+
+def is_adapters(directory: Path) -> bool:
+    """True if a model directory holds adapters and a head, without the base model's weights."""
+    return (directory / adapters.SETTINGS).is_file()
 
 
 def weight_names(directory: Path) -> set[str]:
@@ -118,17 +127,21 @@ def weight_names(directory: Path) -> set[str]:
 
     if (directory / INDEX).is_file():
         return set(_json(directory / INDEX).get("weight_map", {}))
-    if not (directory / WEIGHTS).is_file():
-        raise CheckpointError(f"{directory} has no weights in safetensors form; expected {WEIGHTS} or {INDEX}")
+    path = directory / (adapters.WEIGHTS if is_adapters(directory) else WEIGHTS)
+    if not path.is_file():
+        expected = path.name if is_adapters(directory) else f"{WEIGHTS} or {INDEX}"
+        raise CheckpointError(f"{directory} has no weights in safetensors form; expected {expected}")
     try:
-        with safe_open(directory / WEIGHTS, "pt") as file:
+        with safe_open(path, "pt") as file:
             return set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{directory / WEIGHTS} is damaged: {_first(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {_first(error)}") from error
 
 
 def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
     """Load the sequence-classification model onto a device, in evaluation mode; no weight may be missing.
+
+    Adapters stay beside the weights of their base model, as they were trained.
 
     Args:
         directory: a model directory that `check_head` lets through.
@@ -136,9 +149,18 @@ def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device
         device: where it computes.
 
     Raises:
-        CheckpointError: transformers has no such model, or weights are missing, damaged or of another shape.
-        ConfigError: the device has not enough memory.
+        CheckpointError: transformers has no such model, or weights are missing, damaged or of another shape; or the
+            base model of adapters is not where they say.
+        ConfigError: the device has not enough memory, or a library is missing.
     """
+    hf = _with_adapters(directory, dtype) if is_adapters(directory) else _whole(directory, dtype)
+    try:
+        return hf.requires_grad_(False).eval().to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(f"{directory} does not fit into the memory of {device}; try --dtype bf16") from error
+
+
+def _whole(directory: Path, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -153,18 +175,68 @@ def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device
         raise CheckpointError(f"the weights of {directory} are incomplete: {some} missing; copy the directory anew")
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise CheckpointError(f"{directory}: {type(hf).__name__} has no linear head called `score`, which btrm reads")
+    return hf
+
+
+def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
+    """The base model, set up and packed as it was for training, wrapped with adapters and head."""
     try:
-        return hf.requires_grad_(False).eval().to(device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(f"{directory} does not fit into the memory of {device}; try --dtype bf16") from error
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ConfigError(f"{directory} holds adapters, which need peft; {adapters.INSTALL}") from error
+    described, made, config = _json(directory / adapters.SETTINGS), read_manifest(directory), load_config(directory)
+    type_ = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    base = ModelConfig(
+        name=described.get("base_model_name_or_path"),
+        revision=described.get("revision"),
+        quantize=made.get("config", {}).get("model.quantize", "none"),
+    )
+    with _silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            hf = basemodel.load_base(base, type_).hf
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(
+                f"{directory} holds adapters, and their base model cannot be loaded: {error}. "
+                f"{adapters.SETTINGS} says where it is (base_model_name_or_path, revision)"
+            ) from error
+        text = config.get_text_config()
+        basemodel.set_reward_config(hf, text.pad_token_id)
+        if text.vocab_size > hf.get_input_embeddings().num_embeddings:
+            hf.resize_token_embeddings(text.vocab_size, mean_resizing=False)
+        try:
+            wrapped = PeftModel.from_pretrained(hf, directory, torch_device="cpu")
+        except Exception as error:  # peft and safetensors raise many types
+            raise CheckpointError(f"the adapters in {directory} do not fit {base.name}: {_first(error)}") from error
+    if missing := sorted(
+        set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) - weight_names(directory)
+    ):
+        raise CheckpointError(
+            f"the weights of {directory} are incomplete: {missing[0]} missing; copy the directory anew"
+        )
+    for parameter in wrapped.parameters():
+        if parameter.is_floating_point():  # peft keeps adapters in fp32, training does not
+            parameter.data = parameter.data.to(type_)
+    return wrapped
 
 
 def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> str:
     """A SHA-256 that changes when the rewards may: configuration, template, training run, head, compute type."""
-    files = [directory / name for name in ("config.json", MANIFEST, "tokenizer.json")]
+    names = ("config.json", MANIFEST, "tokenizer.json", adapters.SETTINGS, adapters.WEIGHTS)
+    files = [directory / name for name in names]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
     head = hf.score.weight.detach().float().cpu().numpy().tobytes()
     return digest(contents, chat.template_sha256, chat.max_length, hashlib.sha256(head).hexdigest(), str(dtype))
+
+
+def tolerance(manifest: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """The largest difference of a self-test reward that rounding explains, for a model that computes in `dtype`.
+
+    It is larger where the reward was or is computed in half precision, and relative where rewards exceed 1.
+    """
+    half = manifest.get("dtype") == "bfloat16" or dtype.itemsize == 2
+    rewards = [abs(float(vector["reward"])) for vector in manifest.get("self_test", ())]
+    return max(1.0, *rewards, 0.0) * (HALF_TOLERANCE if half else TOLERANCE)
 
 
 def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | None:

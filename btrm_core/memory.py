@@ -15,6 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: each 64 have a scale of 8 bits, and each 256 of those one in fp32 (QLoRA,
+arXiv:2305.14314, section 3: 0.127 bits a weight)."""
+EIGHT_BIT_MOMENT = 1 + 4 / 256
+"""Bytes of an AdamW moment in 8 bits: each 256 have a scale in fp32 (bitsandbytes/optim/optimizer.py:init_state; arXiv:
+2110.02861, section 2.1, with blocks of 2048)."""
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -36,6 +43,8 @@ class Parameters:
     """Whether the causal model shares its embedding with the vocabulary projection (a reward model has none)."""
     adapters: int = 0
     """Weights that LoRA adds; 0 trains everything."""
+    packed: int = 0
+    """How many of `layers` are kept in 4 bits."""
 
     @property
     def total(self) -> int:
@@ -92,6 +101,8 @@ class Zero:
     immediate_grad_update: bool = False
     """`bf16.immediate_grad_update`: stage 1 frees each bf16 gradient once it is added to the fp32 buffer."""
     bf16: bool = True
+    moment_bytes: float = 4
+    """Bytes of each of AdamW's two moments per parameter: fp32 unless the optimizer keeps them in 8 bits."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Zero:
@@ -167,11 +178,14 @@ def states(parameters: Parameters, zero: Zero, gpus: int) -> States:
     tensors that stay gathered (zero/parameter_offload.py:mark_persistent_parameters), gradients 4P/N
     (grad_partitions_flat_buffer) and 12P/N; offloaded, all of it moves to the host with one more fp32 gradient
     (initialize_optimizer_states).
+
+    Weights in 4 bits count `FOUR_BIT_BYTES`; moments in 8 bits leave 4 + 2 `EIGHT_BIT_MOMENT` of the 12 bytes. Both are
+    for stages 1 and 2.
     """
     width = 2 if zero.bf16 else 4
     whole = parameters.trainable
     part = math.ceil(whole / gpus)
-    master_and_moments = 12 * part
+    master_and_moments = math.ceil((4 + 2 * zero.moment_bytes) * part)
     if zero.stage == 3:
         weights = width * math.ceil(parameters.total / gpus)
         gradients = 4 * part
@@ -180,7 +194,7 @@ def states(parameters: Parameters, zero: Zero, gpus: int) -> States:
         if zero.offload_optimizer:
             return States(persistent + weights - host, 0, 0, host + gradients + 4 * part + master_and_moments)
         return States(persistent + weights - host, gradients, master_and_moments, host)
-    weights = width * parameters.total
+    weights = width * (parameters.total - parameters.packed) + math.ceil(FOUR_BIT_BYTES * parameters.packed)
     if zero.stage == 2:
         gradients = 4 * part if zero.bf16 or not zero.offload_optimizer else 0
     else:

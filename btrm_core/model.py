@@ -279,7 +279,8 @@ def _small_and_exact(model: RewardModel) -> Iterator[float]:
     layers = getattr(backbone, "layers", None)
     kinds = getattr(model.base_model.config.get_text_config(), "layer_types", None) or ["full"]
     enough = max(2, *(1 + kinds.index(kind) for kind in set(kinds)))
-    half_only = half and model.device.type == "cuda" and model.kernel in ("flash", "varlen")
+    packed = any(not parameter.is_floating_point() for parameter in parameters)  # 4-bit weights
+    half_only = half and (packed or (model.device.type == "cuda" and model.kernel in ("flash", "varlen")))
     before = {parameter: parameter.data for parameter in parameters}
     try:
         if isinstance(layers, nn.ModuleList):

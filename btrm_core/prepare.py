@@ -5,6 +5,7 @@ Decides: the order of asking (settings, then family, then default) and what is c
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from btrm_core import basemodel, families
-from btrm_core.adapters import add_adapters
+from btrm_core import adapters, basemodel, families, quantized
+from btrm_core.agreement import first_that_shares
 from btrm_core.attention import PADDED
 from btrm_core.cache import cache_root
 from btrm_core.chat import ChatFormat, prepare_chat
@@ -34,7 +35,7 @@ from btrm_core.startup import check_first_loss
 from btrm_core.toy import embedded_settings
 
 if TYPE_CHECKING:
-    from btrm_core.formats import Scored
+    from btrm_core.formats import Scored, Ties
 
 CHECKED_PAIRS = 64
 CHECKED_GROUPS = 3
@@ -70,9 +71,11 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     Raises:
         FamilyError: the family is unknown or broken, or does not claim the checkpoint; without `--family`, not exactly
             one claims it.
-        ConfigError: no data is named for a base model, or nothing says what to train.
+        ConfigError: no data is named for a base model, nothing says what to train, or settings of adapters are given
+            without a rank.
     """
     trackers(config.output.report_to)
+    adapters.check(config)
     if config.model.name is None and config.family is None:
         raise ConfigError("nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR")
     if config.model.name is None:
@@ -90,19 +93,25 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
 
 
 def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = None) -> Data:
-    """Read, check, split and encode the pairs; the main process does it first, the others read its cache."""
-    if runtime is not None and not runtime.is_main:
+    """Read, check, split and encode the pairs; of processes that share a cache the first does it, the others read."""
+    if runtime is None or runtime.world == 1:
+        return _load_data(config, chat)
+    root = cache_root(config.data.cache_dir)
+    with contextlib.suppress(OSError):  # whoever has to write there will say so
+        root.mkdir(parents=True, exist_ok=True)
+    first = first_that_shares(root, runtime) == runtime.rank
+    if not first:
         runtime.barrier()
     made = _load_data(config, chat)
-    if runtime is not None and runtime.is_main:
+    if first:
         runtime.barrier()
     return made
 
 
 def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     data = config.data
-    scored = cast("Scored", data.scored)
-    rows = load_pairs(data.train, strict=data.strict, cache_dir=data.cache_dir, scored=scored)
+    scored, ties = cast("Scored", data.scored), cast("Ties", data.ties)
+    rows = load_pairs(data.train, strict=data.strict, cache_dir=data.cache_dir, scored=scored, ties=ties)
     held_out: PairData | None = None
     if data.eval:
         held_out = load_pairs(data.eval, strict=data.strict, cache_dir=data.cache_dir, scored=scored)
@@ -125,6 +134,8 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                 )
     if not len(encoded.get("train", ())):
         raise DataError("no training pairs are left after encoding; see the counts above, or raise --max-length")
+    if config.loss.ranking == "plackett-luce" and (encoded["train"].probability_P < 1).any():
+        raise ConfigError("loss.ranking=plackett-luce takes no soft labels, and the data has some (key 'probability')")
     report = {
         "sources": list(data.train),
         "eval_sources": list(data.eval) or f"held out by prompt hash, {data.held_out_fraction:g} of the pairs",
@@ -134,6 +145,12 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     }
     lines = [f"{name} data: {issue.format()}" for name, issue in issues.items() if issue.noteworthy]
     lines += [f"{name} data: {text}" for name, part in encoded.items() if (text := part.describe())]
+    groups = len(encoded["train"].groups)
+    if groups < len(encoded["train"]):
+        lines.append(
+            f"train data: {len(encoded['train']):,} pairs of {groups:,} prompts; the responses to a prompt are "
+            "computed together, and it counts as one pair of a step"
+        )
     return Data(encoded["train"], encoded.get("eval"), report, lines, held_out)
 
 
@@ -153,7 +170,7 @@ def build_model(config: RunConfig, family: Family, chat: ChatFormat, runtime: Ru
     allowed = family.recipe().attention
     kernel = choose_for(hf, config.model.attention, runtime.device.type, allowed)
     if config.lora.rank is not None:
-        hf = add_adapters(hf, config.lora, config.train.seed)
+        hf = adapters.add_adapters(hf, config.lora, config.train.seed)
         if config.model.gradient_checkpointing:
             hf.enable_input_require_grads()
     return RewardModel(hf, kernel), base.head_is_new
@@ -182,11 +199,17 @@ def check_first(engine: Any, data: Data, config: RunConfig, runtime: Runtime, fo
 
 
 def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
-    """Wrap the reward model in DeepSpeed with AdamW over two parameter groups."""
+    """Wrap the reward model in DeepSpeed with AdamW over two parameter groups.
+
+    Raises:
+        ConfigError: an 8-bit optimizer cannot be had.
+    """
     from accelerate.utils import DummyOptim
 
     groups = basemodel.parameter_groups(model, float(config.train.weight_decay or 0.0))
-    optimizer = DummyOptim(groups, lr=config.train.learning_rate)
+    optimizer: Any = DummyOptim(groups, lr=config.train.learning_rate)  # DeepSpeed makes torch's own
+    if config.train.optimizer in quantized.OPTIMIZERS:
+        optimizer = quantized.optimizer(groups, config.train, runtime.world)
     engine, _ = runtime.accelerator.prepare(model, optimizer)
     return engine
 

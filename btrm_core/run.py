@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from btrm_core import checkpoint, distributed, resume
+from btrm_core import agreement, checkpoint, distributed, resume
 from btrm_core.distributed import Runtime
 from btrm_core.evaluate import figures_of
 from btrm_core.inference import make_plan, pair_rewards
@@ -50,7 +50,15 @@ class Outcome:
     evaluation: dict[str, Any] | None
     progress: Progress
     signal: int | None = None
+    """What told this process to stop before the end; 0 if it was another process that was told."""
     examples: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C; 143 if another process was told to stop, or its launcher took that for the end; else 0."""
+        if self.signal == 0:
+            return 128 + signal.SIGTERM
+        return 130 if self.signal == signal.SIGINT else 0
 
 
 def train(config: RunConfig) -> Outcome:
@@ -60,24 +68,29 @@ def train(config: RunConfig) -> Outcome:
         BtrmError: a subclass says what the user can put right; no half-written model is left.
     """
     distributed.quiet()
-    family, config, chat = choose(config)
-    output = output_directory(config, family)
-    checkpoint.refuse_overwrite(output / "model", config.output.overwrite)
-    resume.refuse_restart(output, config.output.resume, config.output.overwrite)
+    with distributed.group(config):
+        family, config, chat = choose(config)
+        output = output_directory(config, family)
+        checkpoint.refuse_overwrite(output / "model", config.output.overwrite)
+        resume.refuse_restart(output, config.output.resume, config.output.overwrite)
     loggers = trackers(config.output.report_to)
     with (
         distributed.start(config, loggers, str(output)) as runtime,
         output_lock(output, runtime.is_main),
         Interrupt() as interrupt,
     ):
+        agreement.agree(runtime, agreement.software(config, family))
+        check_output(config, output, runtime)
         data = load_data(config, chat, runtime)
+        fingerprints = {"data": data.report["fingerprint"], "chat template": chat.template_sha256}
+        same = {**fingerprints, "encoded pairs": data.train.folder.name}
+        agreement.agree(runtime, {name: value[:12] for name, value in same.items()})
         model, head_is_new = build_model(config, family, chat, runtime)
         engine = make_engine(model, config, runtime)
         form = usable_form(config, engine, data, runtime, chat.pad_id)
         made = plan_of_epoch(config, data, form, runtime.world)
         plan = schedule(config, made.num_steps)
         introduce(config, family, chat, data, made, plan, runtime, form)
-        fingerprints = {"data": data.report["fingerprint"], "chat template": chat.template_sha256}
         who = resume.identity(config, fingerprints, runtime)
         progress = begin(engine, config, data, runtime, output, form, head_is_new, who)
         reporter = Reporter(runtime, output, plan.total_steps, progress.step, config)
@@ -93,6 +106,14 @@ def train(config: RunConfig) -> Outcome:
         finally:
             engine.destroy()
             reporter.close()
+
+
+def check_output(config: RunConfig, output: Path, runtime: Runtime) -> None:
+    """Find out before the first step whether all processes can write their parts of a checkpoint."""
+    if config.output.save_every is not None or config.output.resume != "no":
+        agreement.require_shared(output, runtime)
+    elif alone := agreement.strangers(output, runtime):
+        say(runtime, f"{alone}: this run cannot save a checkpoint when it is asked to stop")
 
 
 def plan_of_epoch(config: RunConfig, data: Data, form: RowForm, world: int) -> Plan:
@@ -123,9 +144,10 @@ def begin(
         resume.clean(output / "resume")
         if config.output.resume == "no":
             resume.forget(output)
-    found = resume.find(config.output.resume, output / "resume", runtime, lambda text: say(runtime, text))
+    directory, speak = output / "resume", lambda text: say(runtime, text)
+    found = resume.find(config.output.resume, directory, runtime, speak)
     if found is not None:
-        progress = resume.load(engine, found, who, config.output.force_resume)
+        progress = resume.load(engine, found, who, runtime, directory, config.output, speak)
         if runtime.is_main:
             resume.rewind(output / "metrics.jsonl", progress.step)
         say(runtime, f"resuming from {found} after step {progress.step}")
@@ -213,15 +235,15 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     session.reporter.bar.close()
     if progress.stopped == "signal":
         say(session.runtime, f"stopped after step {progress.step}; go on with the same command and --resume")
-        return Outcome(None, None, progress, interrupt.signal or signal.SIGTERM)
+        return Outcome(None, None, progress, interrupt.signal or 0)
     evaluation = evaluate_now(session, progress.step)
     shown = examples(session.data, session.evaluated[1]) if session.evaluated else ()
     directory = session.output / "model"
     best = session.output / "best"
-    if session.config.output.keep_best and checkpoint.is_finished(best):
-        evaluation = checkpoint.read_manifest(best)["evaluation"]
-        session.runtime.barrier()
-        if session.runtime.is_main:
+    main = session.runtime.is_main  # the others need not see the directory
+    if session.config.output.keep_best and session.runtime.any(main and checkpoint.is_finished(best)):
+        if main:
+            evaluation = checkpoint.read_manifest(best)["evaluation"]
             checkpoint.publish(best, directory)
         session.runtime.barrier()
     else:

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from btrm_core import card, checkpoint
-from btrm_core.adapters import merged_weights
+from btrm_core import adapters, card, checkpoint
 from btrm_core.attention import collate
 from btrm_core.chat import ChatFormat
 from btrm_core.distributed import Runtime
@@ -47,9 +46,12 @@ class Session:
 
 
 def save_model(session: Session, progress: Progress, evaluation: dict[str, Any] | None, directory: Path) -> None:
-    """Write the live model to `directory`, atomically; with adapters, merged unless the run keeps them apart."""
+    """Write the live model to `directory`, atomically; with adapters, merged unless the run keeps them apart.
+
+    All processes call it.
+    """
     runtime, config, model = session.runtime, session.config, session.engine.module
-    vectors = self_test_vectors(session)
+    vectors, saved_as = _self_test(session)
     gathered = runtime.accelerator.get_state_dict(session.engine)
     if runtime.is_main:
         made = card.manifest(
@@ -68,19 +70,31 @@ def save_model(session: Session, progress: Progress, evaluation: dict[str, Any] 
             self_test=vectors,
             dtype=str(runtime.dtype).removeprefix("torch."),
         )
+        made |= {"base_commit": getattr(model.base_model.config, "_commit_hash", None), "adapters": saved_as}
         weights = {name.removeprefix("hf."): tensor for name, tensor in gathered.items()}
-        hf = model.base_model
-        if config.lora.rank is not None and config.lora.merge:
-            weights = merged_weights(model.hf, weights)
-        elif config.lora.rank is not None:
-            hf = model.hf
+        hf = model.hf
+        if saved_as is not None and saved_as["merged"]:
+            hf, weights = adapters.plain_model(model.hf), adapters.merged_weights(model.hf, weights)
         checkpoint.save_model(directory, hf, weights, session.chat, made, card.card(made, directory))
     runtime.barrier()
 
 
+def _self_test(session: Session) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The self-test vectors of what is saved, and, with adapters, how they are saved and what merging changes."""
+    live = self_test_vectors(session)
+    if session.config.lora.rank is None:
+        return live, None
+    if not session.config.lora.merge:
+        return live, {"merged": False}
+    with adapters.as_merged(session.engine.module.hf):
+        merged = self_test_vectors(session)
+    changes = [abs(before["reward"] - after["reward"]) for before, after in zip(live, merged, strict=True)]
+    return merged, {"merged": True, "conversations": len(changes), "largest_reward_change": max(changes, default=0.0)}
+
+
 @torch.no_grad()
 def self_test_vectors(session: Session) -> list[dict[str, Any]]:
-    """A few conversations as ids with the live model's reward, each computed alone: what any reader must reproduce."""
+    """A few conversations as ids with the model's reward, each computed alone: what any reader must reproduce."""
     pairs, engine, form = session.data.eval or session.data.train, session.engine, session.form
     engine.eval()
     vectors = []

@@ -73,7 +73,7 @@ class Scorer:
     """A finished reward model, ready to score.
 
     Args:
-        model: a model directory, a run's output directory, or a hub id.
+        model: a model directory (whole, or adapters beside their base model), a run's output directory, or a hub id.
         dtype: auto (as saved on a GPU, fp32 on a CPU), bf16 or fp32. Head and rewards are fp32 in any case.
         attention: auto, or the kernel of packed rows: flash, varlen, flex, sdpa, eager.
         tokens_per_batch: tokens of a row; bounds the memory, never changes a reward beyond rounding.
@@ -121,6 +121,17 @@ class Scorer:
         self.model = self._reward_model(hf, attention)
         if difference := loading.template_difference(self.manifest, self.chat):
             _log.warning("%s", difference)
+        if loading.is_adapters(self.directory):
+            self._check_base()
+
+    def _check_base(self) -> None:
+        """Refuse adapters on another base model than their own."""
+        tolerance = loading.tolerance(self.manifest, self.model.base_model.dtype)
+        if self.manifest.get("self_test") and not (off := self.self_test()) <= tolerance:
+            raise CheckpointError(
+                f"{self.directory} holds adapters, and with {self.model.base_model.config._name_or_path} the rewards "
+                f"in btrm.json come out otherwise, by up to {off:.2g}; expected the base model they were trained on"
+            )
 
     def _reward_model(self, hf: Any, attention: str) -> RewardModel:
         """The model with packed rows where they give the rewards of separate passes, else with padded batches."""

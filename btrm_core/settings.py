@@ -21,6 +21,8 @@ class ModelConfig:
     """Compute type: auto (bf16 on a GPU, fp32 on CPU), bf16 or fp32. Masters, head and loss are fp32 in any case."""
     attention: str = "auto"
     """Attention kernel: auto, flash, varlen, flex, sdpa or eager."""
+    quantize: str = "none"
+    """Frozen base weights in 4 bits: none or 4bit (NF4, only with adapters; QLoRA, arXiv:2305.14314)."""
     kernels: str = "auto"
     """Kernels of norms, rotary embedding and MLP: liger (needs liger-kernel and a GPU) or torch; auto is torch."""
     gradient_checkpointing: bool = False
@@ -66,8 +68,10 @@ class DataConfig:
     held_out_fraction: float = 0.05
     """Share of the training pairs held out for evaluation when no evaluation data is given; 0 holds out none."""
     scored: str = "best-vs-worst"
-    """Pairs of a row with several scored responses: best-vs-worst, best-vs-each or all; a row's pairs weigh 1 together
-    (InstructGPT, arXiv:2203.02155, section 3.5)."""
+    """Pairs of a row with several scored responses: best-vs-worst, best-vs-each or all; a row's pairs weigh 1 together,
+    are computed together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
+    ties: str = "skip"
+    """Declared ties and equal scores: skip, or half to train on them as half a win for each answer (Davidson 1970)."""
     strict: bool = False
     """Stop at the first bad row instead of counting it and going on."""
     workers: int | None = None
@@ -98,6 +102,8 @@ class TrainConfig:
     """AdamW weight decay; never on norms, biases or the head."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    optimizer: str = "adamw"
+    """adamw, adamw-8bit or adamw-8bit-paged (both moments in 8 bits; bitsandbytes, arXiv:2110.02861)."""
     adam_beta1: float = 0.9
     """AdamW's first moment decay."""
     adam_beta2: float = 0.999
@@ -126,6 +132,9 @@ class LossConfig:
     """Probability that a label is wrong (conservative loss, arXiv:2305.18290 follow-up note; 0 to 0.5)."""
     centering: float = 0.0
     """Coefficient of mean((r_chosen + r_rejected)^2), which keeps rewards centred (arXiv:2312.09244)."""
+    ranking: str = "pairs"
+    """Several responses to a prompt: the mean over its pairs (InstructGPT, arXiv:2203.02155, section 3.5), or
+    plackett-luce, the likelihood of the whole ranking (arXiv:2305.18290, appendix A.3)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,8 @@ class DistributedConfig:
 
     deepspeed: str = "zero1"
     """zero1, zero2, zero2-offload, zero3, zero3-offload or a DeepSpeed JSON file."""
+    join_seconds: float = 300.0
+    """How long the processes of a run wait for each other at its start."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,8 @@ class OutputConfig:
     """no, auto (the newest complete checkpoint of the output directory), latest-good, or a checkpoint directory."""
     force_resume: bool = False
     """Resume although data or settings have changed."""
+    restart_optimizer: bool = False
+    """Resume with weights and position of the checkpoint and a fresh optimizer; goes on under another ZeRO stage."""
     report_to: str = "none"
     """none, wandb, tensorboard, or several separated by commas."""
     project: str = "btrm"
@@ -201,14 +214,19 @@ class RunConfig:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.scored": ("best-vs-worst", "best-vs-each", "all"),
+    "data.ties": ("skip", "half"),
+    "loss.ranking": ("pairs", "plackett-luce"),
     "model.dtype": ("auto", "bf16", "fp32"),
     "model.attention": ("auto", "flash", "varlen", "flex", "sdpa", "eager"),
     "model.kernels": ("auto", "liger", "torch"),
+    "model.quantize": ("none", "4bit"),
     "train.layout": ("shared", "packed", "padded"),
+    "train.optimizer": ("adamw", "adamw-8bit", "adamw-8bit-paged"),
 }
 POSITIVE = (
     "data.max_length",
     "data.workers",
+    "distributed.join_seconds",
     "head.init_std",
     "lora.alpha",
     "lora.rank",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from btrm_core.card import dumps
 from btrm_core.chat import ChatFormat
+from btrm_core.checkpoint import read_manifest
 from btrm_core.config import to_toml
 from btrm_core.distributed import Runtime, deepspeed_config
 from btrm_core.families import Family
@@ -19,6 +20,9 @@ from btrm_core.settings import RunConfig
 
 if TYPE_CHECKING:
     from btrm_core.run import Outcome
+
+
+EXAMPLE_WIDTH = 96
 
 
 def introduce(
@@ -59,9 +63,9 @@ def introduce(
 
 def rows_text(data: Data, made: Plan, form: RowForm) -> str:
     """How much the rows of the first epoch waste and save, in one line."""
-    pairs = data.train
-    separate = float((2 * pairs.shared_P + pairs.chosen_P + pairs.rejected_P).sum())
-    saved = float(pairs.shared_P.sum()) if form.layout == "shared" else 0.0
+    lengths = data.train.groups.lengths
+    separate = float(lengths.tokens(share_prefix=False).sum())
+    saved = separate - float(lengths.tokens().sum()) if form.layout == "shared" else 0.0
     return (
         f"of each epoch's {separate:,.0f} tokens {saved / separate:.1%} are shared and computed once; "
         f"padding {made.padding_percent:.1f} %, busiest process {made.step(0).imbalance:.3f} times the mean"
@@ -97,11 +101,34 @@ def closing_text(outcome: Outcome) -> str:
     if outcome.evaluation is not None:
         lines += [evaluation_text(outcome.evaluation), subset_table(outcome.evaluation.get("subsets", []))]
     for example in outcome.examples:
-        lines += ["", f"  {example['prompt']}", *_sides(example)]
-    lines += ["", f"model saved in {outcome.directory}"]
+        lines += ["", f"  {_one_line(example['prompt'])}", *_sides(example)]
+    lines += ["", f"model saved in {outcome.directory}", *_adapters(outcome.directory)]
     lines += [f"next: btrm score {outcome.directory} INPUT.jsonl -o OUTPUT.jsonl"]
     return "\n".join(lines)
 
 
+def _adapters(directory: Path | None) -> list[str]:
+    """What merging the adapters did to the rewards, or what a reader of unmerged ones needs."""
+    made = read_manifest(directory) if directory is not None else {}
+    saved_as = made.get("adapters")
+    if saved_as is None:
+        return []
+    if not saved_as["merged"]:
+        return [
+            f"adapters and head only: whoever loads them needs the base model {made['base_model']} unchanged, and peft"
+        ]
+    change, count = saved_as["largest_reward_change"], saved_as["conversations"]
+    return [
+        f"adapters merged, rounded to {made['dtype']}: rewards of {count} conversations change by at most {change:.1e}"
+    ]
+
+
 def _sides(example: dict[str, Any]) -> list[str]:
-    return [f"    {example[side][0]:+7.3f}  {side:<8}  {example[side][1]}" for side in ("chosen", "rejected")]
+    sides = [(side, *example[side]) for side in ("chosen", "rejected")]
+    return [f"    {reward:+7.3f}  {side:<8}  {_one_line(text)}" for side, reward, text in sides]
+
+
+def _one_line(text: str) -> str:
+    """Text of the data as a line on the screen: short, and nothing in it that a terminal would obey."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return line if len(line) <= EXAMPLE_WIDTH else line[: EXAMPLE_WIDTH - 1] + "…"

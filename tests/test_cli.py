@@ -276,4 +276,9 @@ def test_wandb_offline_and_tensorboard_get_the_figures(tmp_path):
     runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(runs) == 1
     assert runs[0].stat().st_size > 1000
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.tfevents*"))
+    assert b"eval/accuracy" in events
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    evaluation = next(line for line in lines if line["split"] == "eval")
+    for subset in evaluation["subsets"]:
+        assert f"eval/{subset['name']}/accuracy".encode() in events

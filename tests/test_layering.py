@@ -10,11 +10,12 @@ errors settings config
 hookspecs defaults run_settings family families family_view new_family
 tokenizers templates truncation chat
 issues cache sources readers formats convert data data_checks
-layout batch packing encoding encoded
+layout batch packing lengths encoding grouping encoded
 balance planner rows kernels attention model
-loss metrics evaluate inspection failure offload profiling distributed basemodel adapters loader inference startup
+loss metrics evaluate inspection failure offload profiling quantized joining distributed agreement
+basemodel adapters loader inference startup
 memory architecture hardware utilisation schedule report trainer
-toy prepare checkpoint card interrupt resume saving summary run
+toy prepare checkpoint card interrupt universal resume saving summary run
 loading scorer records partial scoring
 testing pytest_plugin doctor_checks doctor_examples doctor_model doctor doctor_view cli_doctor
 estimate launch cli __main__

@@ -419,6 +419,40 @@ def test_buffers_are_those_of_the_fullest_moment_of_a_step():
 # --- traffic and operations
 
 
+def test_weights_in_four_bits_and_moments_in_eight():
+    config = tiny_config("llama3")
+    plain, _ = read_shape(config, lora_rank=4)
+    packed, _ = read_shape(config, lora_rank=4, four_bits=True)
+    linear = sum(p.numel() for n, p in build(config, torch.float32).named_parameters() if "_proj" in n)
+    assert packed.packed == linear
+    # QLoRA, arXiv:2305.14314, section 3: the scales of blocks of 64 and 256 add 8/64 + 32/(64 * 256) = 0.127 bits
+    assert round(memory.FOUR_BIT_BYTES * 8, 3) == 4.127
+    wide, narrow = (memory.states(p, Zero(stage=1), 1) for p in (plain, packed))
+    assert wide.weights - narrow.weights == pytest.approx((2 - memory.FOUR_BIT_BYTES) * linear, abs=1)
+    assert (wide.gradients, wide.optimizer) == (narrow.gradients, narrow.optimizer)
+    eight = memory.states(plain, read_zero("zero2", True, 2, optimizer="adamw-8bit"), 2)
+    assert eight.optimizer == pytest.approx((4 + 2 + 2 * 4 / 256) * plain.trainable / 2, abs=2)
+
+
+def test_presets_that_do_not_go_with_four_and_eight_bits_are_left_out():
+    lora = by_preset(estimate(LLAMA3_8B, lora_rank=16, quantize="4bit"))
+    assert list(lora) == ["zero1", "zero2", "zero2-offload"]
+    assert lora["zero1"].memory.weights < 5 * GIB  # 7.0 of 7.5 billion weights at half a byte
+    assert " --lora-rank 16 --quantize 4bit " in lora["zero1"].command
+    eight = by_preset(estimate(LLAMA3_8B, optimizer="adamw-8bit", hardware=read_hardware(8, "h100")))
+    assert list(eight) == ["zero1", "zero2"]
+    assert " --optimizer adamw-8bit " in eight["zero1"].command
+    assert estimate(LLAMA3_8B, lora_rank=16, quantize="4bit", hardware=read_hardware(gpu_memory=1))[0].fits is False
+    with pytest.raises(ConfigError, match="--quantize 4bit with --deepspeed zero3: ZeRO-3 cuts weights into pieces"):
+        estimate(LLAMA3_8B, lora_rank=16, quantize="4bit", deepspeed="zero3")
+    with pytest.raises(ConfigError, match="--quantize 4bit needs --lora-rank N"):
+        estimate(LLAMA3_8B, quantize="4bit")
+    with pytest.raises(
+        ConfigError, match=r"train\.optimizer = 'sgd': expected one of adamw, adamw-8bit, adamw-8bit-paged"
+    ):
+        estimate(LLAMA3_8B, optimizer="sgd")
+
+
 def test_communication_of_each_stage():
     parameters = Parameters(0, 1_000, 0, 0, 0, 10, 0, False)
     ring = 3 / 4

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from btrm_core.config import load_config
 from btrm_core.errors import CheckpointError, TrainingError
-from btrm_core.run import train
+from btrm_core.run import Outcome, train
+from btrm_core.schedule import Progress
+from btrm_core.summary import closing_text
 
 TRAIN_KEYS = {
     "split", "step", "time", "loss", "accuracy", "ties", "reward_margin", "reward_margin_std", "chosen_mean",
@@ -183,3 +185,13 @@ def sample(part: str) -> Path:
     from btrm_core.toy import sample_path
 
     return Path(sample_path(part))
+
+
+def test_what_a_run_shows_of_the_data_is_one_short_line_without_control_characters():
+    text = "one\ntwo\x1b[31m three " * 40
+    example = {"prompt": text, "chosen": (1.25, text), "rejected": (-2.0, "short")}
+    lines = closing_text(Outcome(None, None, Progress(), examples=(example,))).splitlines()
+    shown = [line for line in lines if "two" in line]
+    assert [len(line) for line in shown] == [2 + 96, 4 + 7 + 2 + 8 + 2 + 96]
+    assert all(line.endswith("…") and line.isprintable() for line in shown)
+    assert "     -2.000  rejected  short" in lines
