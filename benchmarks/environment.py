@@ -41,7 +41,7 @@ def worker_environment(threads: int, device: str) -> dict[str, str]:
 
     GNU OpenMP's spinning threads burn CPU seconds while they wait (measured: 25 instead of 7.3 for the same work), so a
     comparison in CPU seconds needs it off; it must be set before torch is imported. Large pages for tensors, which btrm
-    asks for itself, are on for every arm: without them page faults cost btrm 6 % and the bare backbone 2 %.
+    asks for itself, are on for every arm (LOG.md says what they give).
     """
     return {
         **os.environ,

@@ -19,7 +19,7 @@ response_a, response_b        with a prompt and a `winner` ("a", "b", "tie"); al
 
 The prompt may be called prompt, instruction (with input), question, context, conversations or messages; `system` (or
 `system_prompt`) is put before it. `margin`, `weight`, `subset` and `id` are optional everywhere, and so is
-`probability` where a row gives one pair: how likely it is that chosen is better, from 0.5 to 1 (a soft label).
+`probability` beside two answers: how likely it is that the preferred one is better, from 0.5 to 1 (a soft label).
 
 Scored responses give one pair by default: the best against the worst, the clearest label there is, and no
 prompt counts more than another. "best-vs-each" pairs the best with every worse one, "all" makes every pair

@@ -86,6 +86,10 @@ class PairData:
         taken: list[dict[str, Any]] = self.dataset.with_format("arrow")[start:stop].to_pylist()
         return taken
 
+    def group_P(self) -> np.ndarray:
+        """The group of every pair, int64."""
+        return np.asarray(self.dataset.with_format("numpy", columns=["group"])[:]["group"], dtype=np.int64)
+
     def select(self, indices_P: np.ndarray, label: str, issues: IssueReport) -> PairData:
         """Return the pairs at `indices_P`; `label` says how they were chosen and goes into the fingerprint."""
         return PairData(

@@ -272,7 +272,7 @@ def quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # without this the first ZeRO engine imports torch's inductor for an optimiser that is not used
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # every step allocates its gradients anew; in pages of 4 KiB the faults alone take a tenth of the time
+        # every step allocates its gradients anew; large pages save most of the page faults (benchmarks/LOG.md)
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     message = r".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated"
     for text in (message, r".*is_gradient_checkpointing. is deprecated"):  # torch's of DeepSpeed, transformers' of peft

@@ -63,8 +63,8 @@ _NUMBERS = {
     "weight": "float32",
     "probability": "float32",
     "group": "int64",
-    "chosen_name": "uint64",
-    "rejected_name": "uint64",
+    "chosen_place": "int32",
+    "rejected_place": "int32",
 }
 
 
@@ -80,8 +80,8 @@ class EncodedPairs:
         weight_P: the pair's weight in the loss, float32.
         probability_P: how likely it is that chosen is the better one, 0.5 to 1, float32.
         group_P: a number that only pairs of one row share; 0 for a lone pair, int64.
-        chosen_name_P: a number for the chosen sequence, equal for equal ones of a group, uint64; 0 for a lone pair.
-        rejected_name_P: likewise for the rejected one.
+        chosen_place_P: which response of the group the chosen one is, int32; 0 in a lone pair.
+        rejected_place_P: likewise of the rejected one; 1 in a lone pair.
         index_P: position of the pair in the `PairData` that was encoded, int64.
         report: counts of the encoding; see `encode_pairs`.
     """
@@ -103,7 +103,7 @@ class EncodedPairs:
         self.shared_P, self.chosen_P, self.rejected_P = (_array(table, key) for key in ("shared", "chosen", "rejected"))
         self.margin_P, self.weight_P, self.index_P = (_array(table, key) for key in ("margin", "weight", "index"))
         self.probability_P, self.group_P = (_array(table, key) for key in ("probability", "group"))
-        self.chosen_name_P, self.rejected_name_P = (_array(table, f"{side}_name") for side in ("chosen", "rejected"))
+        self.chosen_place_P, self.rejected_place_P = (_array(table, f"{s}_place") for s in ("chosen", "rejected"))
         # Views into the memory map, one per chunk: no token is copied before a row is built.
         chunks = table["tokens"].chunks
         self._tokens = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]

@@ -1,16 +1,17 @@
 """Pairs to tokens, chunk by chunk, in one process or several.
 
 The chunks are fixed and come out in their order, so the result does not depend on the number of processes.
-What becomes of them is `encoded`'s decision, what the ids of a conversation are is `chat`'s.
+What becomes of them is `encoded`'s decision, what the ids of a conversation are is `chat`'s. The pairs of one row of
+several responses are encoded together: one prompt for all of them, cut alike if it must be cut.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from btrm_core.packing import TokenGroup, share
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from btrm_core.chat import ChatFormat, EncodedGroup
+    from btrm_core.chat import ChatFormat, Conversation, EncodedGroup
     from btrm_core.data import PairData
 
 CHUNK_PAIRS = 1024
@@ -59,63 +60,101 @@ class Chunk:
 def _encode_chunk(data: PairData, chat: ChatFormat, max_length: int, start: int, stop: int) -> Chunk:
     """Encode the pairs from `start` up to `stop` (exclusive)."""
     rows = data.rows(start, stop)
-    results = chat.encode_groups([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows], max_length)
-    kept: list[tuple[int, dict[str, Any], TokenGroup]] = []
+    units = [list(unit) for _, unit in itertools.groupby(range(len(rows)), lambda i: rows[i]["group"] or -i)]
+    asked = [(rows[unit[0]]["prompt"], _responses([rows[i] for i in unit])) for unit in units]
+    results = chat.encode_groups(asked, max_length)
+    kept: list[_Kept] = []
     chunk = Chunk({}, np.empty(0, np.int32), np.zeros(1, np.int32), len(rows), 0, 0, 0, [], 0, 0)
-    for index, (row, result) in enumerate(zip(rows, results, strict=True), start):
-        cut = result.dropped_turns > 0 or result.cut_characters > 0
-        if problem := _problem(result, cut):
-            chunk.dropped.append((problem, row["id"]))
-            continue
-        group = share(result.sequences)
-        kept.append((index, row, group))
-        chunk.truncated += cut
-        chunk.dropped_turns += result.dropped_turns
-        chunk.cut_characters += result.cut_characters
-        chunk.longest = max(chunk.longest, group.shared + max(group.tails))
-        chunk.with_margin += row["margin"] is not None
+    for unit, (prompt, responses), result in zip(units, asked, results, strict=True):
+        errors: Sequence[str | None] = (result.error,) * len(responses)
+        if result.error and len(responses) > 2:
+            result, errors = spare(chat, prompt, responses, max_length)
+        _take(chunk, kept, [(start + i, rows[i]) for i in unit], responses, result, errors)
     chunk.columns = {
-        "index": np.array([index for index, _, _ in kept], np.int64),
-        "id": [row["id"] for _, row, _ in kept],
-        "subset": [row["subset"] for _, row, _ in kept],
-        "shared": np.array([group.shared for _, _, group in kept], np.int32),
-        "chosen": np.array([group.tails[0] for _, _, group in kept], np.int32),
-        "rejected": np.array([group.tails[1] for _, _, group in kept], np.int32),
-        "margin": np.array([row["margin"] or 0.0 for _, row, _ in kept], np.float32),
-        "weight": np.array([row["weight"] for _, row, _ in kept], np.float32),
-        "probability": np.array([row["probability"] for _, row, _ in kept], np.float32),
-        "group": np.array([row["group"] for _, row, _ in kept], np.int64),
-        **_names(kept),
+        "index": np.array([pair.index for pair in kept], np.int64),
+        "id": [pair.row["id"] for pair in kept],
+        "subset": [pair.row["subset"] for pair in kept],
+        "shared": np.array([pair.tokens.shared for pair in kept], np.int32),
+        "chosen": np.array([pair.tokens.tails[0] for pair in kept], np.int32),
+        "rejected": np.array([pair.tokens.tails[1] for pair in kept], np.int32),
+        "margin": np.array([pair.row["margin"] or 0.0 for pair in kept], np.float32),
+        "weight": np.array([pair.row["weight"] for pair in kept], np.float32),
+        "probability": np.array([pair.row["probability"] for pair in kept], np.float32),
+        "group": np.array([pair.row["group"] for pair in kept], np.int64),
+        "chosen_place": np.array([pair.places[0] for pair in kept], np.int32),
+        "rejected_place": np.array([pair.places[1] for pair in kept], np.int32),
     }
     if kept:
-        chunk.tokens = np.concatenate([group.tokens for _, _, group in kept])
-        chunk.offsets = np.cumsum([0, *(len(group.tokens) for _, _, group in kept)], dtype=np.int32)
+        chunk.tokens = np.concatenate([pair.tokens.tokens for pair in kept])
+        chunk.offsets = np.cumsum([0, *(len(pair.tokens.tokens) for pair in kept)], dtype=np.int32)
     return chunk
 
 
-def _names(kept: list[tuple[int, dict[str, Any], TokenGroup]]) -> dict[str, NDArray[np.uint64]]:
-    """A number for each of the two sequences, equal for equal ids: pairs of one row find what they have in common."""
-    names = [[_name(ids) for ids in group.sequences] if row["group"] else [0, 0] for _, row, group in kept]
-    names_P2 = np.array(names, np.uint64).reshape(-1, 2)
-    return {"chosen_name": names_P2[:, 0], "rejected_name": names_P2[:, 1]}
+@dataclass(frozen=True)
+class _Kept:
+    """A pair that can be trained on: its position, its row, its tokens, and which responses of its prompt it has."""
+
+    index: int
+    row: dict[str, Any]
+    tokens: TokenGroup
+    places: tuple[int, int]
 
 
-def _name(ids: NDArray[np.int32]) -> int:
-    return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8], "little")
+def _responses(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The responses of some pairs to one prompt, each once."""
+    return list(dict.fromkeys(row[side] for row in rows for side in ("chosen", "rejected")))
 
 
-def _problem(result: EncodedGroup, cut: bool) -> str | None:
-    """Why a pair cannot be trained on, in words fit for counting; None if it can."""
-    if result.error:
-        return result.error
-    if result.sequences[0] == result.sequences[1]:
-        return "chosen and rejected are the same tokens" + (" after cutting" if cut else "")
-    return None
+def _take(
+    chunk: Chunk,
+    kept: list[_Kept],
+    rows: Sequence[tuple[int, dict[str, Any]]],
+    responses: Sequence[str],
+    result: EncodedGroup,
+    errors: Sequence[str | None],
+) -> None:
+    """Keep the pairs of one prompt that can be trained on, which weigh as much as all, and count what was cut."""
+    cut = result.dropped_turns > 0 or result.cut_characters > 0
+    places = {response: place for place, response in enumerate(responses)}
+    good = iter(result.sequences)
+    sequences = [[] if error else next(good) for error in errors]
+    taken: list[_Kept] = []
+    for index, row in rows:
+        chosen, rejected = places[row["chosen"]], places[row["rejected"]]
+        problem = errors[chosen] or errors[rejected]
+        if problem is None and sequences[chosen] == sequences[rejected]:
+            problem = "chosen and rejected are the same tokens" + (" after cutting" if cut else "")
+        if problem:
+            chunk.dropped.append((problem, row["id"]))
+            continue
+        tokens = share([sequences[chosen], sequences[rejected]])
+        taken.append(_Kept(index, row, tokens, (chosen, rejected)))
+        chunk.truncated += cut
+        chunk.dropped_turns += result.dropped_turns
+        chunk.cut_characters += result.cut_characters
+        chunk.longest = max(chunk.longest, tokens.shared + max(tokens.tails))
+        chunk.with_margin += row["margin"] is not None
+    whole = sum(row["weight"] for _, row in rows) / (sum(pair.row["weight"] for pair in taken) or 1.0)
+    kept += [replace(pair, row={**pair.row, "weight": pair.row["weight"] * whole}) for pair in taken]
+
+
+def spare(
+    chat: ChatFormat, prompt: Conversation, responses: Sequence[str], max_length: int | None
+) -> tuple[EncodedGroup, tuple[str | None, ...]]:
+    """Encode the responses of a failed group that do not fail: a bad one must not cost the others.
+
+    Returns:
+        The ids of the good ones, in their order, and an error or None for every response.
+    """
+    errors = tuple(chat.encode_group(prompt, [response], max_length).error for response in responses)
+    good = [response for response, error in zip(responses, errors, strict=True) if error is None]
+    result = chat.encode_group(prompt, good or responses, max_length)
+    return result, tuple(error or result.error for error in errors)
 
 
 def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Iterator[Chunk]:
     """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader."""
-    borders = [(start, start + CHUNK_PAIRS) for start in range(0, len(data), CHUNK_PAIRS)]
+    borders = _borders(data.group_P())
     workers = min(workers, len(borders) // _CHUNKS_PER_WORKER)
     if workers <= 1:
         for start, stop in borders:
@@ -143,6 +182,22 @@ def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: i
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _borders(group_P: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Where chunks begin and end: about every `CHUNK_PAIRS` pairs, never between the pairs of one row.
+
+    >>> _borders(np.repeat([0, 7, 0], [CHUNK_PAIRS - 1, 3, 1]))
+    [(0, 1026), (1026, 1027)]
+    """
+    borders, start = [], 0
+    while start < len(group_P):
+        stop = min(start + CHUNK_PAIRS, len(group_P))
+        while stop < len(group_P) and group_P[stop] and group_P[stop] == group_P[stop - 1]:
+            stop += 1
+        borders.append((start, stop))
+        start = stop
+    return borders
 
 
 _worker: tuple[PairData, ChatFormat, int] | None = None

@@ -60,7 +60,7 @@ class Groups:
         first_P[1:] = lone_P[1:] | (pairs.group_P[1:] != pairs.group_P[:-1])
         self.starts_G = np.append(np.flatnonzero(first_P), len(pairs))
         self.weight_G = np.add.reduceat(pairs.weight_P.astype(np.float64), self.starts_G[:-1])
-        self.lengths = self._lengths(np.cumsum(first_P) - 1, lone_P)
+        self.lengths = self._lengths(np.cumsum(first_P) - 1)
 
     def __len__(self) -> int:
         return len(self.starts_G) - 1
@@ -87,27 +87,26 @@ class Groups:
         places: dict[int, int] = {}
         sequences: list[NDArray[np.int32]] = []
         for i in ids_P.tolist():
-            names = int(pairs.chosen_name_P[i]), int(pairs.rejected_name_P[i])
-            for name, sequence in zip(names, pairs.group(i).sequences, strict=True):
-                if name not in places:
-                    places[name] = len(sequences)
+            own = int(pairs.chosen_place_P[i]), int(pairs.rejected_place_P[i])
+            for place, sequence in zip(own, pairs.group(i).sequences, strict=True):
+                if place not in places:
+                    places[place] = len(sequences)
                     sequences.append(sequence)
-        sides = (pairs.chosen_name_P[ids_P], pairs.rejected_name_P[ids_P])
-        chosen_P, rejected_P = (np.array([places[int(name)] for name in names]) for names in sides)
+        sides = (pairs.chosen_place_P[ids_P], pairs.rejected_place_P[ids_P])
+        chosen_P, rejected_P = (np.array([places[int(place)] for place in side]) for side in sides)
         return share(sequences), chosen_P, rejected_P
 
-    def _lengths(self, group_of_P: IntArray, lone_P: NDArray[np.bool_]) -> Lengths:
-        """Tokens of every group, its equal sequences counted once; no token is read for it."""
+    def _lengths(self, group_of_P: IntArray) -> Lengths:
+        """Tokens of every group, each response counted once; no token is read for it."""
         pairs = self._pairs
         if len(self) == len(pairs):
             return Lengths.of_pairs(pairs.shared_P, pairs.chosen_P, pairs.rejected_P)
         shared_P = pairs.shared_P.astype(np.int64)
-        names_2P = np.concatenate([pairs.chosen_name_P, pairs.rejected_name_P])
-        names_2P[np.concatenate([lone_P, lone_P])] = np.repeat(np.array([0, 1], np.uint64), lone_P.sum())
+        places_2P = np.concatenate([pairs.chosen_place_P, pairs.rejected_place_P])
         lengths_2P = np.concatenate([shared_P + pairs.chosen_P, shared_P + pairs.rejected_P])
         groups_2P = np.concatenate([group_of_P, group_of_P])
-        order = np.lexsort((names_2P, groups_2P))
-        names, groups, lengths = names_2P[order], groups_2P[order], lengths_2P[order]
-        own = np.append(True, (names[1:] != names[:-1]) | (groups[1:] != groups[:-1]))
+        order = np.lexsort((places_2P, groups_2P))
+        places, groups, lengths = places_2P[order], groups_2P[order], lengths_2P[order]
+        own = np.append(True, (places[1:] != places[:-1]) | (groups[1:] != groups[:-1]))
         shared_G = np.minimum.reduceat(shared_P, self.starts_G[:-1])
         return Lengths.of_sequences(shared_G, groups[own], lengths[own])

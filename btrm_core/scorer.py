@@ -23,6 +23,7 @@ from btrm_core import loading
 from btrm_core.attention import PADDED, choose_kernel, collate, row_multiple, uses_softcap
 from btrm_core.chat import Conversation, EncodedGroup
 from btrm_core.checkpoint import read_manifest
+from btrm_core.encoding import spare
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import RewardModel, self_check
 from btrm_core.packing import TokenGroup, share
@@ -237,11 +238,7 @@ class Scorer:
             prompt, responses = group
             errors: tuple[str | None, ...] = (result.error,) * len(responses)
             if result.error and len(responses) > 1:
-                # One response that cannot be scored must not cost the others their rewards.
-                errors = tuple(self.chat.encode_group(prompt, [r], self.max_length).error for r in responses)
-                good = [r for r, error in zip(responses, errors, strict=True) if error is None]
-                result = self.chat.encode_group(prompt, good, self.max_length) if good else result
-                errors = tuple(error or result.error for error in errors)
+                result, errors = spare(self.chat, prompt, responses, self.max_length)
             encoded.append((result, errors))
         return encoded
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -15,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from trajectories import prepare, train
+from trajectories import prepare, run_card, train
 
 from btrm_core import loading
 from btrm_core.adapters import check
@@ -117,15 +115,10 @@ def test_peft_alone_gives_the_live_rewards(root: Path, apart: Outcome) -> None:
             assert reward == pytest.approx(vector["reward"], abs=EXACT)
 
 
-def test_the_code_of_the_model_card(root: Path, apart: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_model_card(apart: Outcome) -> None:
     assert apart.directory is not None
-    (code,) = re.findall(r"```python\n(.*?)```", (apart.directory / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(apart.directory.parent)  # the card names the model as its directory is called
-    printed, names = io.StringIO(), dict[str, Any]()
-    with contextlib.redirect_stdout(printed):
-        exec(code, names)
-    expected = Scorer(str(apart.directory), device="cpu").rewards([names["chat"]])[0]
-    assert float(printed.getvalue()) == pytest.approx(expected, abs=EXACT)
+    printed, chat = run_card(apart.directory)
+    assert printed == pytest.approx(Scorer(str(apart.directory), device="cpu").rewards([chat])[0], abs=EXACT)
 
 
 def test_score_eval_and_doctor_take_adapters(root: Path, apart: Outcome, tmp_path: Path) -> None:

@@ -8,9 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import trajectories
 from hypothesis import given
 from hypothesis import strategies as st
+from test_encoded import make_chat
+from tiny_models import tiny_model
 
+from btrm_core import encoding
 from btrm_core.data import load_pairs, pairs_from_rows
 from btrm_core.encoded import encode_pairs
 from btrm_core.errors import BtrmError, ConfigError
@@ -19,9 +23,6 @@ from btrm_core.inference import make_plan
 from btrm_core.loader import RowForm, build_micro_batch
 from btrm_core.loss import bradley_terry, plackett_luce
 from btrm_core.model import RewardModel
-from tests import trajectories
-from tests.test_encoded import make_chat
-from tests.tiny_models import tiny_model
 
 FORM = RowForm("shared", "varlen", 1, 0)
 
@@ -51,10 +52,14 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BTRM_CACHE", str(tmp_path / "cache"))
 
 
-def encoded(chat, tmp_path, rows=ROWS, scored="all", ties="skip"):
-    source = tmp_path / "scored.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return encode_pairs(load_pairs([str(source)], scored=scored, ties=ties), chat, 128)
+def written(directory, rows):
+    path = directory / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def encoded(chat, tmp_path, rows=ROWS, scored="all", ties="skip", max_length=128):
+    return encode_pairs(load_pairs([written(tmp_path, rows)], scored=scored, ties=ties), chat, max_length)
 
 
 def test_a_prompt_is_one_group_and_each_response_is_there_once(chat, tmp_path):
@@ -79,16 +84,43 @@ def test_a_prompt_is_one_group_and_each_response_is_there_once(chat, tmp_path):
 
 
 def test_groups_survive_a_split_and_lost_pairs(chat, tmp_path):
-    data = load_pairs([str(_written(tmp_path))], scored="all")
+    data = load_pairs([written(tmp_path, ROWS)], scored="all")
     kept = np.array([1, 2, 3, 5, 6, 8, 9])  # the first pair of each ranking is gone
     part = encode_pairs(data.select(kept, "some", data.issues), chat, 128)
     assert np.diff(part.groups.starts_G).tolist() == [2, 1, 3, 1]
 
 
-def _written(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+def test_an_over_long_prompt_is_cut_alike_for_all_its_responses(chat, tmp_path):
+    long = scored_row(0, [4, 3, 2, 1])
+    long["prompt"] = "an early question " * 12 + long["prompt"]
+    most = int(encoded(chat, tmp_path, [long], max_length=512).groups.lengths.longest_P[0]) - 20
+    pairs = encoded(chat, tmp_path, [long], max_length=most)
+    assert pairs.report["truncated"] == len(pairs) == 6
+    group = pairs.groups.group(0)
+    assert len(group.tokens.tails) == 4, "a response that is cut otherwise in every pair would be there again"
+    assert group.wins_S.tolist() == [3, 2, 1, 0]
+    assert pairs.groups.lengths.tokens()[0] == len(group.tokens.tokens)
+    assert pairs.groups.lengths.longest_P[0] <= most
+
+
+def test_a_response_that_does_not_fit_costs_the_others_nothing(chat, tmp_path):
+    row = scored_row(0, [1, 2, 3, 4])
+    row["responses"][1] = "an answer that is too long " * 40
+    pairs = encoded(chat, tmp_path, [row])
+    assert len(pairs) == 3
+    assert sum(pairs.report["dropped"].values()) == 3
+    assert len(pairs.groups.group(0).tokens.tails) == 3
+    assert pairs.groups.weight_G.tolist() == pytest.approx([1.0]), "what is left weighs as much as all"
+
+
+def test_no_chunk_ends_within_a_prompt(chat, tmp_path, monkeypatch):
+    whole = encoded(chat, tmp_path)
+    monkeypatch.setattr(encoding, "CHUNK_PAIRS", 2)
+    monkeypatch.setenv("BTRM_CACHE", str(tmp_path / "other"))
+    pairs = encoded(chat, tmp_path)
+    assert np.diff(pairs.groups.starts_G).tolist() == np.diff(whole.groups.starts_G).tolist()
+    for i in range(len(pairs)):
+        assert pairs.tokens(i).tolist() == whole.tokens(i).tolist()
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
@@ -190,9 +222,7 @@ def test_ties_are_skipped_or_count_half(chat, tmp_path):
 def test_soft_labels_come_from_the_data_and_are_checked(chat, tmp_path):
     sure = {"prompt": "a question", "chosen": "yes", "rejected": "no", "probability": 0.8}
     rows = [sure, {**sure, "probability": 0.3}, {**sure, "probability": "high"}]
-    source = tmp_path / "soft.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = load_pairs([str(source)])
+    data = load_pairs([written(tmp_path, rows)])
     assert encode_pairs(data, chat, 64).probability_P.tolist() == pytest.approx([0.8])
     examples = str(data.issues.examples)
     assert "'probability' is 0.3, expected 0.5 (a tie) to 1" in examples
@@ -223,14 +253,14 @@ def root(tmp_path_factory):
     root = trajectories.prepare(tmp_path_factory.mktemp("rankings"), rows=8)
     rng = np.random.default_rng(0)
     rows = [scored_row(n, rng.permutation(5)[: 2 + n % 3].tolist()) for n in range(24)]
-    (root / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written(root, rows)
     return root
 
 
 @pytest.mark.parametrize("ranking", ["pairs", "plackett-luce"])
 def test_one_trajectory_of_rankings(root, tmp_path, ranking):
     common = {
-        "data__train": (str(root / "ranked.jsonl"),),
+        "data__train": (str(root / "rows.jsonl"),),
         "data__scored": "all",
         "loss__ranking": ranking,
         "train__max_steps": 4,
@@ -248,8 +278,6 @@ def test_one_trajectory_of_rankings(root, tmp_path, ranking):
 def test_what_a_ranking_loss_does_not_know_is_refused(root, tmp_path):
     with pytest.raises(ConfigError, match=r"loss.ranking=plackett-luce knows no loss.margin"):
         trajectories.train(root, tmp_path / "a", loss__ranking="plackett-luce", loss__margin=True)
-    soft = tmp_path / "soft.jsonl"
     rows = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b", "probability": 0.9} for n in range(8)]
-    soft.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ConfigError, match="takes no soft labels"):
-        trajectories.train(root, tmp_path / "b", loss__ranking="plackett-luce", data__train=(str(soft),))
+        trajectories.train(root, tmp_path / "b", loss__ranking="plackett-luce", data__train=(written(tmp_path, rows),))

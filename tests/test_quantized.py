@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from trajectories import Trajectory, distance, prepare, train, trajectory
+from trajectories import Trajectory, distance, prepare, run_card, train, trajectory
 
 from btrm_core import quantized
 from btrm_core.cli import main
@@ -69,15 +66,10 @@ def test_four_bits_apart_and_merged_give_the_live_rewards(
         assert np.abs(np.subtract(live, plain.rewards)).max() > 1e-3  # the weights were rounded to 4 bits
     assert apart.directory is not None
     assert "quantization_config" not in json.loads((apart.directory / "config.json").read_text())
-    (code,) = re.findall(r"```python\n(.*?)```", (apart.directory / "README.md").read_text(), re.DOTALL)
     # on some CPUs bitsandbytes repacks weights for evaluation, in a way that takes no layer as narrow as this one's
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
-    monkeypatch.chdir(apart.directory.parent)  # the card names the model as its directory is called
-    printed, names = io.StringIO(), dict[str, Any]()
-    with contextlib.redirect_stdout(printed):
-        exec(code, names)
-    expected = Scorer(str(apart.directory), device="cpu").rewards([names["chat"]])[0]
-    assert float(printed.getvalue()) == pytest.approx(expected, abs=EXACT)
+    printed, chat = run_card(apart.directory)
+    assert printed == pytest.approx(Scorer(str(apart.directory), device="cpu").rewards([chat])[0], abs=EXACT)
 
 
 def test_the_merged_model_is_the_dequantised_base_and_the_adapters(bitsandbytes: Any, root: Path) -> None:

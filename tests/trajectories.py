@@ -5,8 +5,11 @@ Importing this imports all that a run needs, so that a process forked from one t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +123,15 @@ def metrics(output: Path, split: str = "train") -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [row for row in rows if row["split"] == split]
+
+
+def run_card(directory: Path) -> tuple[float, list[dict[str, str]]]:
+    """Run the code of a saved model's card beside it: the reward that it prints, and of which conversation."""
+    (code,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
+    printed, names = io.StringIO(), dict[str, Any]()
+    with contextlib.chdir(directory.parent), contextlib.redirect_stdout(printed):  # it is named as it is called
+        exec(code, names)
+    return float(printed.getvalue()), names["chat"]
 
 
 def distance(left: Trajectory, right: Trajectory) -> float:
