@@ -50,10 +50,16 @@ def code_digest(*modules: str) -> str:
 
     Part of every cache key: an entry written by other code is not read, even between two releases. Read once
     per process, so that an edit beside a running program does not change its mind.
+
+    Raises:
+        FileNotFoundError: a pattern matches no file; the digest of nothing would let old entries pass for new ones.
     """
     whole = hashlib.sha256()
     for pattern in modules:
-        for path in sorted(Path(__file__).parent.glob(f"{pattern}.py")):
+        paths = sorted(Path(__file__).parent.glob(f"{pattern}.py"))
+        if not paths:
+            raise FileNotFoundError(f"no module of btrm_core is called {pattern!r}: the cache key needs its source")
+        for path in paths:
             whole.update(path.read_bytes())
     return whole.hexdigest()
 

@@ -103,3 +103,8 @@ def test_file_hash_is_remembered_once_the_file_has_settled(tmp_path, monkeypatch
 def test_unreadable_file_is_one_line(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '.*': Is a directory"):
         cache.file_sha256(tmp_path, tmp_path / "c")
+
+
+def test_code_that_is_not_there_has_no_digest():
+    with pytest.raises(FileNotFoundError, match="no module of btrm_core is called 'moved_away'"):
+        cache.code_digest("cache", "moved_away")
