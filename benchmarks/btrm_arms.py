@@ -17,11 +17,11 @@ import numpy as np
 
 from benchmarks.gate import Gate
 from benchmarks.workload import Pair, Workload
-from btrm_core.encoded import EncodedPairs
-from btrm_core.packing import TokenGroup, share
+from btrm_core.data import TokenStore
+from btrm_core.packing import Group, share
 
 
-class ArrayPairs(EncodedPairs):
+class ArrayPairs(TokenStore):
     """Pairs given as ids, behind the part of `EncodedPairs` that planning, loading and training use."""
 
     def __init__(self, pairs: list[Pair]) -> None:
@@ -40,7 +40,7 @@ class ArrayPairs(EncodedPairs):
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state)
 
-    def group(self, index: int) -> TokenGroup:
+    def group(self, index: int) -> Group:
         """The pair's chosen and rejected sequence as a group."""
         return self._groups[index]
 
@@ -70,12 +70,11 @@ def run_config(work: Workload, layout: str) -> Any:
 
 def load_model(work: Workload, config: Any, layout: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     """The common starting weights as btrm's reward model, and the form of its rows."""
-    from btrm_core import basemodel
-    from btrm_core.loader import row_form
-    from btrm_core.model import RewardModel, choose_for
+    from btrm_core.model import RewardModel, base, choose_for
+    from btrm_core.packing import row_form
 
-    hf = basemodel.load_base(config.model, dtype).hf
-    basemodel.set_reward_config(hf, work.pad_id)
+    hf = base.load_base(config.model, dtype).hf
+    base.set_reward_config(hf, work.pad_id)
     if config.model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = RewardModel(hf, choose_for(hf, config.model.attention, device.type))
@@ -84,9 +83,8 @@ def load_model(work: Workload, config: Any, layout: str, dtype: Any, device: Any
 
 def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
     """Train with btrm's own loop on rows of the given layout (shared, packed or padded)."""
-    from btrm_core import distributed
-    from btrm_core.prepare import make_engine
-    from btrm_core.trainer import Callables, Progress, Schedule, fit
+    from btrm_core.training import Progress, Schedule, Seams, fit, make_engine
+    from btrm_core.training.processes import runtime as runtime_module
 
     config = run_config(work, layout)
     stopped = False
@@ -97,7 +95,7 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
             gate.note_loss(1, figures["loss"])
         stopped = not gate.step_done()
 
-    with distributed.start(config) as runtime:
+    with runtime_module.start(config) as runtime:
         pairs = ArrayPairs(work.pairs)
         model, form = load_model(work, config, layout, runtime.dtype, runtime.device)
         check_order(work, plans_of(work, pairs, form))
@@ -106,9 +104,9 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
         time_optimizer(engine, gate)
         plan_of = Schedule(steps.stop, work.settings.steps, warmup_steps=0, peak=work.settings.learning_rate)
         seams: dict[str, Any] = {
-            item.name: _nothing for item in dataclasses.fields(Callables)
+            item.name: _nothing for item in dataclasses.fields(Seams)
         }  # no evaluation, saving or talking
-        calls = Callables(**{**seams, "log": log, "stop_requested": lambda: stopped})
+        calls = Seams(**{**seams, "log": log, "stop_requested": lambda: stopped})
         if gate.open():
             fit(engine, pairs, config, runtime, plan_of, Progress(step=steps.start), calls, form)
         engine.destroy()
@@ -122,8 +120,8 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
     """
     import torch
 
-    from btrm_core.distributed import compute_dtype
-    from btrm_core.loader import steps as load_steps
+    from btrm_core.training import steps as load_steps
+    from btrm_core.training.processes import compute_dtype
 
     config = run_config(work, "shared")
     device = torch.device(work.settings.device)
@@ -153,11 +151,11 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
 
 def plans_of(work: Workload, pairs: ArrayPairs, form: Any) -> list[Any]:
     """The plan of every epoch, as btrm makes it."""
-    from btrm_core.inference import make_plan
+    from btrm_core.packing import make_plan
 
     s = work.settings
     budget = {"pairs_per_step": s.pairs_per_step, "tokens_per_batch": s.tokens_per_batch, "world": 1, "seed": s.seed}
-    return [make_plan(pairs, form, **budget, epoch=epoch) for epoch in range(s.passes + 1)]
+    return [make_plan(pairs.groups.lengths, form, **budget, epoch=epoch) for epoch in range(s.passes + 1)]
 
 
 def check_order(work: Workload, plans: list[Any]) -> None:

@@ -73,9 +73,8 @@ def measure(file: str, cache: str, workers: int, max_length: int) -> Phases:
 
     from btrm_core import families
     from btrm_core.chat import prepare_chat
-    from btrm_core.data import load_pairs, split_held_out
-    from btrm_core.encoded import encode_pairs
-    from btrm_core.tokenizers import tiny_tokenizer
+    from btrm_core.data import encode_pairs, load_pairs, split_held_out
+    from btrm_core.model import tiny_tokenizer
 
     family = families.load("llama3")
     chat = prepare_chat(tiny_tokenizer(family.recipe().tiny, [TEXT] * 3), LlamaConfig(), family)

@@ -65,7 +65,7 @@ def main() -> None:
         final = run["final"]
         print(
             f"{path.name}: accuracy {final['accuracy']:.3f} ± {final['accuracy_standard_error']:.3f} on "
-            f"{final['pairs']} held-out pairs, longer wins {final['longer_wins']:.3f}, {run['minutes']} minutes"
+            f"{final['pairs']} held-out pairs, longer wins {final['longer_wins_tokens']:.3f}, {run['minutes']} minutes"
         )
 
 

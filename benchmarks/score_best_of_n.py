@@ -86,9 +86,8 @@ def build_arms(arguments: argparse.Namespace, sequences: list[list[int]]) -> tup
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from btrm_core.attention import collate, row_multiple
     from btrm_core.model import RewardModel, choose_for
-    from btrm_core.packing import share
+    from btrm_core.packing import collate, row_multiple, share
 
     device, dtype = (
         torch.device(arguments.device),

@@ -123,7 +123,7 @@ def plan_steps(settings: Settings, pairs: Sequence[Pair]) -> list[list[int]]:
     Every arm takes the same pairs in the same step. Inside a step they are shuffled, because the peers cut it into
     micro-batches as it comes and a sampler's order is random.
     """
-    from btrm_core.planner import plan
+    from btrm_core.packing import plan
 
     shared = np.array([common_prefix(pair) for pair in pairs], dtype=np.int32)
     tails = [np.array([len(ids) for ids in side], dtype=np.int32) - shared for side in zip(*pairs, strict=True)]
@@ -155,9 +155,12 @@ def encode(settings: Settings) -> tuple[list[Pair], int, Any, dict[str, Any]]:
     if settings.family:
         from transformers import AutoConfig
 
-        from btrm_core import chat, families
+        from btrm_core import families
+        from btrm_core.chat import format
 
-        made = chat.prepare_chat(tokenizer, AutoConfig.from_pretrained(settings.model), families.load(settings.family))
+        made = format.prepare_chat(
+            tokenizer, AutoConfig.from_pretrained(settings.model), families.load(settings.family)
+        )
         tokenizer = made.tokenizer
         encoded = made.encode([row[side] for row in rows for side in ("chosen", "rejected")])
         pad_id, how = made.pad_id, f"family {settings.family}"

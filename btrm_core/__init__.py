@@ -1,17 +1,44 @@
 """btrm: an exact, packed, prefix-shared Bradley-Terry reward-model trainer whose model families are plugins.
 
-What the author of a family imports is here (`hookimpl`, `PadToken`, `Recipe`, `TinyShape`); the contract of each hook
-is its docstring in `btrm_core.hookspecs`. Importing this package loads neither torch nor transformers.
+What the author of a family imports is here (`hookimpl`, `PadToken`, `Recipe`, `TinyShape`, `require_tokens`,
+`rope_theta`), and what a script imports (`train`, `RunConfig`, `Scorer`). The contract of each hook is its docstring in
+`btrm_core.families.hookspecs`. Importing this package loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from btrm_core.hookspecs import PadToken, Recipe, TinyShape, hookimpl
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["PadToken", "Recipe", "TinyShape", "__version__", "hookimpl"]
+from btrm_core.families.hookspecs import PadToken, Recipe, TinyShape, hookimpl, require_tokens, rope_theta
+
+if TYPE_CHECKING:
+    from btrm_core.run import train
+    from btrm_core.scoring import Scorer
+    from btrm_core.settings import RunConfig
+
+    __version__: str
+
+__all__ = [
+    "PadToken",
+    "Recipe",
+    "RunConfig",
+    "Scorer",
+    "TinyShape",
+    "__version__",
+    "hookimpl",
+    "require_tokens",
+    "rope_theta",
+    "train",
+]
+
+_LATER = {"RunConfig": "btrm_core.settings", "Scorer": "btrm_core.scoring", "train": "btrm_core.run"}
+"""Names that need torch, or are no concern of a family: loaded when they are asked for."""
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     # Reading a distribution's metadata costs a few milliseconds that most imports do not need.
     if name == "__version__":
         from importlib.metadata import version

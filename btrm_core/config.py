@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from btrm_core.errors import ConfigError, did_you_mean
-from btrm_core.settings import CHOICES, NOT_NEGATIVE, POSITIVE, RunConfig
+from btrm_core.settings import CHOICES, NOT_NEGATIVE, POSITIVE, LoraConfig, RunConfig
 
 
-def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def read_settings(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a TOML file (if any), apply overrides ("section.key" -> value or text) and check every value.
 
     Raises:
@@ -193,3 +193,36 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"loss.label_smoothing = {config.loss.label_smoothing}: expected at least 0 and below 0.5")
     if config.data.held_out_fraction >= 1:
         raise ConfigError(f"data.held_out_fraction = {config.data.held_out_fraction}: expected below 1")
+
+
+SETTINGS = "adapter_config.json"
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Refuse settings that say nothing without adapters, or that adapters would leave without effect.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    lora, default = config.lora, LoraConfig()
+    if lora.rank is None:
+        idle = [
+            name for name in ("alpha", "dropout", "targets", "merge") if getattr(lora, name) != getattr(default, name)
+        ]
+        if idle:
+            raise ConfigError(
+                f"lora.{idle[0]} is set, but there are no adapters; give --lora-rank N too, or leave it out"
+            )
+        if config.model.quantize != "none":
+            raise ConfigError(
+                f"--quantize {config.model.quantize} needs --lora-rank N: weights of 4 bits cannot be trained, only "
+                "adapters beside them"
+            )
+        return
+    if lora.dropout >= 1:
+        raise ConfigError(f"lora.dropout = {lora.dropout}: expected below 1")
+    if config.model.train_last_layers is not None:
+        raise ConfigError(
+            "--train-last-layers and --lora-rank contradict each other: adapters are trained in every layer and "
+            "nothing else is; leave one out, or choose layers with --lora-targets"
+        )

@@ -45,3 +45,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The type and the first line of an exception; of btrm's own the line alone, since it is written to be read."""
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    return line if isinstance(error, BtrmError) else f"{type(error).__name__}: {line}"

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Add the suite to the paths given, or take it alone if none are."""
     if name := config.getoption("btrm_family"):
-        from btrm_core.conformance import suite
+        from btrm_core.preflight.conformance import suite
 
         suite.TestFamily.family = name
         given = config.args if config.args_source is config.ArgsSource.ARGS else []

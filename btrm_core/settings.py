@@ -223,6 +223,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.layout": ("shared", "packed", "padded"),
     "train.optimizer": ("adamw", "adamw-8bit", "adamw-8bit-paged"),
 }
+
+
 POSITIVE = (
     "data.max_length",
     "data.workers",
@@ -243,4 +245,6 @@ POSITIVE = (
     "train.pairs_per_step",
     "train.tokens_per_batch",
 )
+
+
 NOT_NEGATIVE = ("train.weight_decay", "loss.centering", "train.warmup_ratio", "data.held_out_fraction", "lora.dropout")

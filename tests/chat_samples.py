@@ -8,10 +8,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from btrm_core.chat import ChatFormat, prepare_chat
-from btrm_core.family import Family
-from btrm_core.hookspecs import PadToken, TinyShape, hookimpl
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.chat.format import ChatFormat, prepare_chat
+from btrm_core.families.family import Family
+from btrm_core.families.hookspecs import PadToken, TinyShape, hookimpl
+from btrm_core.model.toy import tiny_tokenizer
 
 TEXTS = [
     "The capital of France is Paris, and the river is the Seine.",

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from btrm_core import families
-from btrm_core.basemodel import init_head, load_base, load_config, load_tokenizer, set_reward_config
-from btrm_core.chat import ChatFormat, Conversation, prepare_chat
-from btrm_core.checkpoint import save_model
-from btrm_core.hookspecs import TinyShape
+from btrm_core.chat.format import ChatFormat, Conversation, prepare_chat
+from btrm_core.families.hookspecs import TinyShape
+from btrm_core.model.base import base_config, init_head, load_base, load_tokenizer, set_reward_config
+from btrm_core.model.directory import write_model
+from btrm_core.model.toy import SHAPE, build_toy
 from btrm_core.settings import ModelConfig
-from btrm_core.toy import SHAPE, build_toy
 
 FAMILIES = ("gemma", "gemma2", "llama3", "mistral")
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
@@ -92,7 +92,7 @@ def reward_model(directory: Path, family: str = "llama3", *, max_length: int = 2
 def finished(base: Path, directory: Path, family: str, max_length: int = 256) -> Path:
     """A finished model directory made of a base model and a new head."""
     settings, plugin = ModelConfig(name=str(base)), families.load(family)
-    chat = prepare_chat(load_tokenizer(settings), load_config(settings), plugin)
+    chat = prepare_chat(load_tokenizer(settings), base_config(settings), plugin)
     hf = load_base(settings, torch.float32).hf.eval()
     set_reward_config(hf, chat.pad_id)
     init_head(hf, plugin.init_head(hf.config.hidden_size), seed=0)
@@ -105,7 +105,7 @@ def finished(base: Path, directory: Path, family: str, max_length: int = 256) ->
         "answers": chat.answers,
         "self_test": [{"input_ids": ids, "reward": own_reward(hf, ids)} for ids in chat.encode(CONVERSATIONS[:4])],
     }
-    save_model(directory, hf, hf.state_dict(), chat, made, "# A model")
+    write_model(directory, hf, hf.state_dict(), chat, made, "# A model")
     return directory
 
 

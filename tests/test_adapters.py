@@ -15,14 +15,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from trajectories import prepare, run_card, train
 
-from btrm_core import loading
-from btrm_core.adapters import check
 from btrm_core.cli import main
-from btrm_core.config import load_config
+from btrm_core.config import check_adapters, read_settings
 from btrm_core.errors import BtrmError, CheckpointError, ConfigError
-from btrm_core.run import Outcome
-from btrm_core.scorer import Scorer
-from btrm_core.summary import closing_text
+from btrm_core.model import load
+from btrm_core.scoring.scorer import Scorer
+from btrm_core.training.session import Outcome
+from btrm_core.training.summary import closing_text
 
 EXACT = 1e-5
 LORA: dict[str, Any] = {"lora__rank": 4, "train__learning_rate": 2e-2, "train__max_steps": 5, "data__max_length": 512}
@@ -162,7 +161,7 @@ def test_merging_in_bf16_loses_something_that_is_measured(root: Path, stage: str
     assert Scorer(str(kept.directory), dtype="bf16", device="cpu").self_test() < change / 100
     # read in fp32 the rewards differ by the rounding of training, which is no other base model
     in_fp32 = Scorer(str(kept.directory), dtype="fp32", device="cpu")
-    assert in_fp32.self_test() > loading.TOLERANCE * max(abs(v["reward"]) for v in in_fp32.manifest["self_test"])
+    assert in_fp32.self_test() > load.TOLERANCE * max(abs(v["reward"]) for v in in_fp32.manifest["self_test"])
 
 
 def test_adapters_trained_under_zero3_are_saved_whole(root: Path, apart: Outcome) -> None:
@@ -231,8 +230,8 @@ def test_adapters_that_are_incomplete_or_of_another_shape(copied: tuple[Path, Pa
 
 def test_the_revision_of_a_base_model_of_the_hub_is_pinned(root: Path, apart: Outcome, tmp_path: Path) -> None:
     """Loaded from a hub cache, the base model's commit is recorded, and another commit is not taken for it."""
-    from btrm_core.adapters import add_adapters, save_adapters
-    from btrm_core.basemodel import load_base
+    from btrm_core.model.adapters import add_adapters, save_adapters
+    from btrm_core.model.base import load_base
     from btrm_core.settings import LoraConfig, ModelConfig
 
     hf = load_base(ModelConfig(name=str(root / "base")), torch.float32).hf
@@ -255,7 +254,7 @@ def test_the_revision_of_a_base_model_of_the_hub_is_pinned(root: Path, apart: Ou
 
 
 def test_adapters_are_no_base_model(apart: Outcome) -> None:
-    from btrm_core.basemodel import load_base
+    from btrm_core.model.base import load_base
     from btrm_core.settings import ModelConfig
 
     with pytest.raises(CheckpointError) as caught:
@@ -291,7 +290,7 @@ def test_adapters_are_no_base_model(apart: Outcome) -> None:
 )
 def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check(load_config(None, values))
+        check_adapters(read_settings(None, values))
     assert str(caught.value) == message
 
 

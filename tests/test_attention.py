@@ -19,22 +19,24 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from btrm_core import attention, kernels
-from btrm_core.attention import KERNELS, LayerMask, attend, choose_kernel, collate, layer_mask, masks_for
 from btrm_core.errors import ConfigError
-from btrm_core.layout import Layout
-from btrm_core.packing import TokenGroup, pack_row
+from btrm_core.model import attention, kernels
+from btrm_core.model.attention import KERNELS, LayerMask, attend, choose_kernel, layer_mask, masks_for
+from btrm_core.packing import rows
+from btrm_core.packing.groups import Group
+from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.visibility import Visibility
 
 WINDOWS = (None, 1, 5, 9, 1000)
 
 
-def layout_of(groups: list[TokenGroup], multiple_of: int = 1) -> Layout:
+def layout_of(groups: list[Group], multiple_of: int = 1) -> Visibility:
     layout = pack_row(groups, multiple_of=multiple_of).batch().layout
     assert layout is not None
     return layout
 
 
-def states(layout: Layout, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+def states(layout: Visibility, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     """Query [1, 4, T, 8], key and value [1, 2, T, 8], laid out in memory as projections leave them."""
     generator = torch.Generator().manual_seed(0)
     shapes = (4, 2, 2)
@@ -42,7 +44,7 @@ def states(layout: Layout, dtype: torch.dtype = torch.float64) -> tuple[torch.Te
     return tuple(state.requires_grad_() for state in made)
 
 
-def evaluate(kernel: Callable[..., torch.Tensor], layout: Layout, **options: Any) -> list[torch.Tensor]:
+def evaluate(kernel: Callable[..., torch.Tensor], layout: Visibility, **options: Any) -> list[torch.Tensor]:
     """A kernel's output and its gradients for queries, keys and values."""
     inputs = states(layout)
     output = kernel(*(state.transpose(1, 2) for state in inputs), layout, scaling=0.3, **options)
@@ -105,7 +107,7 @@ def flash_semantics(
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [awkward_groups(), [group(0, 7), group(0, 9, 4)]], ids=["shared", "unshared"])
-def test_the_variable_length_call_computes_the_rule(groups: list[TokenGroup], window: int | None) -> None:
+def test_the_variable_length_call_computes_the_rule(groups: list[Group], window: int | None) -> None:
     """The numbers handed to the GPU kernels, through a reference of what those kernels do."""
 
     def call(query, key, value, layout, *, window, scaling) -> torch.Tensor:
@@ -422,10 +424,10 @@ def test_flash_attn_is_reported_missing_where_it_is() -> None:
 
 
 def test_row_lengths_are_rounded_where_it_pays() -> None:
-    assert attention.row_multiple("varlen", "cpu") == 1
-    assert attention.row_multiple("varlen", "cuda") == 128
-    assert attention.row_multiple("flex", "cpu") == 128
-    assert attention.row_multiple("padded", "cuda") == 1
+    assert rows.row_multiple("varlen", "cpu") == 1
+    assert rows.row_multiple("varlen", "cuda") == 128
+    assert rows.row_multiple("flex", "cpu") == 128
+    assert rows.row_multiple("padded", "cuda") == 1
 
 
 def test_collate_lays_out_for_the_kernel() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from btrm_core import cache
+from btrm_core import files
+from btrm_core.data import cache
 from btrm_core.errors import DataError
 
 
@@ -82,29 +83,29 @@ def test_remains_of_killed_processes_are_swept_after_a_day(tmp_path):
 
 
 def test_digest_depends_on_values_alone():
-    assert cache.digest({"a": 1, "b": 2}) == cache.digest({"b": 2, "a": 1}) != cache.digest({"a": 1}, {"b": 2})
-    assert cache.digest("\ud800") != cache.digest("?")
+    assert files.digest({"a": 1, "b": 2}) == files.digest({"b": 2, "a": 1}) != files.digest({"a": 1}, {"b": 2})
+    assert files.digest("\ud800") != files.digest("?")
 
 
 def test_file_hash_is_remembered_once_the_file_has_settled(tmp_path, monkeypatch):
     path, root = tmp_path / "a", tmp_path / "cache"
     path.write_text("x")
-    young = cache.file_sha256(path, root)
+    young = files.file_sha256(path, root)
     assert not root.exists()
-    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)
-    assert cache.file_sha256(path, root) == young
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    assert files.file_sha256(path, root) == young
     known = next((root / "hashes").iterdir())
     known.write_text(known.read_text().replace(young, "remembered"))
-    assert cache.file_sha256(path, root) == "remembered"
+    assert files.file_sha256(path, root) == "remembered"
     known.write_text("broken")
-    assert cache.file_sha256(path, root) == young
+    assert files.file_sha256(path, root) == young
 
 
 def test_unreadable_file_is_one_line(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '.*': Is a directory"):
-        cache.file_sha256(tmp_path, tmp_path / "c")
+        files.file_sha256(tmp_path, tmp_path / "c")
 
 
 def test_code_that_is_not_there_has_no_digest():
-    with pytest.raises(FileNotFoundError, match="no module of btrm_core is called 'moved_away'"):
-        cache.code_digest("cache", "moved_away")
+    with pytest.raises(FileNotFoundError, match="btrm_core has no package 'moved_away'"):
+        cache.code_digest("data", "moved_away")

@@ -23,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from btrm_core.chat import EncodedGroup, chat_from_checkpoint, prepare_chat
+from btrm_core.chat.format import EncodedResponses, prepare_chat
 from btrm_core.errors import CheckpointError, DataError, FamilyError
-from btrm_core.family import Family
-from btrm_core.hookspecs import PadToken, hookimpl
+from btrm_core.families.family import Family
+from btrm_core.families.hookspecs import PadToken, hookimpl
+from btrm_core.model.load import chat_from_checkpoint
 
 
 def user(content: str) -> dict[str, str]:
@@ -330,7 +331,7 @@ def test_groups_have_the_ids_of_their_conversations(kind, data):
     groups = data.draw(st.lists(st.tuples(_PROMPTS, st.lists(text, min_size=1, max_size=4)), max_size=4))
     encoded = chat.encode_groups(groups)
     for (prompt, responses), group in zip(groups, encoded, strict=True):
-        assert group == EncodedGroup([chat.encode([[*prompt, assistant(r)]])[0] for r in responses])
+        assert group == EncodedResponses([chat.encode([[*prompt, assistant(r)]])[0] for r in responses])
 
 
 def test_what_responses_share_is_encoded_once():
@@ -355,7 +356,7 @@ def test_bad_rows_do_not_touch_their_neighbours():
     expected = chat.encode_group(*good)
     assert [i for i, group in enumerate(encoded) if group.error] == sorted(bad)
     assert all(group == expected for i, group in enumerate(encoded) if i not in bad)
-    assert encoded[3] == EncodedGroup([], error="the chat template refuses it: unknown role bot")
+    assert encoded[3] == EncodedResponses([], error="the chat template refuses it: unknown role bot")
     assert encoded[5].error == encoded[6].error == "text is not valid Unicode (half of a surrogate pair)"
     assert encoded[9].error == "a message is not text"
 
@@ -395,7 +396,7 @@ def test_then_the_last_user_message_is_cut_from_the_left_then_the_system_message
 def test_a_long_answer_is_never_cut():
     chat = chat_format("inst")
     group = chat.encode_group(PROMPT, ["short", "long " * 100], 64)
-    assert group == EncodedGroup([], error="answer longer than max_length 64")
+    assert group == EncodedResponses([], error="answer longer than max_length 64")
 
 
 def test_messages_without_a_role_do_not_stop_the_run():

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from btrm_core.cli import FLAGS, main, train
+from btrm_core.cli import main
+from btrm_core.cli.train import FLAGS, train
 from btrm_core.config import setting_types
-from btrm_core.toy import sample_path
+from btrm_core.data.sample import sample_path
 
 
 def invoke(*arguments):
@@ -33,8 +34,8 @@ def fails(*arguments):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny Llama-3-shaped causal language model, as it would come from a hub."""
-    from btrm_core.families import load
-    from btrm_core.toy import build_toy
+    from btrm_core.families.discovery import load
+    from btrm_core.model.toy import build_toy
 
     directory = tmp_path_factory.mktemp("base") / "tiny-llama3"
     build_toy(load("llama3").recipe().tiny, directory, hidden_size=32, intermediate_size=32, num_hidden_layers=1)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from btrm_core.config import apply, flat, load_config, parse_assignments, resolve, setting_types, to_toml
+from btrm_core.config import apply, flat, parse_assignments, read_settings, resolve, setting_types, to_toml
 from btrm_core.errors import ConfigError
-from btrm_core.hookspecs import Recipe
+from btrm_core.families.hookspecs import Recipe
 from btrm_core.settings import CHOICES, NOT_NEGATIVE, POSITIVE, RunConfig
 
 
 def fails(values, message):
     with pytest.raises(ConfigError) as caught:
-        load_config(None, values)
+        read_settings(None, values)
     assert str(caught.value) == message
 
 
@@ -46,7 +46,7 @@ def test_bad_values_say_what_was_expected(values, message):
 def test_a_file_and_flags_and_what_wins(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('family = "llama3"\n[train]\nseed = 3\nepochs = 2\n[data]\ntrain = ["a", "b"]\n')
-    config = load_config(str(path), {"train.seed": "4"})
+    config = read_settings(str(path), {"train.seed": "4"})
     assert (config.family, config.train.seed, config.train.epochs, config.data.train) == ("llama3", 4, 2.0, ("a", "b"))
 
 
@@ -54,16 +54,16 @@ def test_a_broken_file_is_one_line(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("family = \n")
     with pytest.raises(ConfigError, match="is not valid TOML"):
-        load_config(str(path))
+        read_settings(str(path))
     with pytest.raises(ConfigError, match=r"cannot read the configuration file .*: No such file or directory"):
-        load_config(str(tmp_path / "none.toml"))
+        read_settings(str(tmp_path / "none.toml"))
 
 
 def test_toml_round_trip(tmp_path):
-    config = load_config(None, {"train.learning_rate": "1e-5", "data.train": "a,b", "data.strict": "true"})
+    config = read_settings(None, {"train.learning_rate": "1e-5", "data.train": "a,b", "data.strict": "true"})
     path = tmp_path / "run.toml"
     path.write_text(to_toml(config))
-    assert load_config(str(path)) == config
+    assert read_settings(str(path)) == config
 
 
 def test_assignments():

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from btrm_core import hookspecs, testing
-from btrm_core.hookspecs import HOOKS
-from btrm_core.new_family import package_files
-from btrm_core.testing import FamilyConformance
+from btrm_core.families import hookspecs
+from btrm_core.families.hookspecs import HOOKS
+from btrm_core.families.new_family import package_files
+from btrm_core.preflight.conformance import runner
+from btrm_core.preflight.conformance.runner import FamilyConformance
 
 ROOT = Path(__file__).parent.parent
 NAME = "parrot"
@@ -55,7 +56,7 @@ def tutorial() -> str:
             parts.append(f"`{path}`\n\n{fence}{LANGUAGES[Path(path).suffix]}\n{text}{fence}\n")
     checks = [
         f"| {name.removeprefix('test_').replace('_', ' ')} | {inspect.getdoc(getattr(FamilyConformance, name))} |"
-        for name in testing._checks()
+        for name in runner._checks()
     ]
     parts.append("What the test class checks:\n\n| check | proves |\n|---|---|\n" + "\n".join(checks) + "\n")
     return "\n".join(parts)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core.convert import convert_row, parse_transcript
-from btrm_core.formats import RowError, group_single_responses, shown
+from btrm_core.data.convert import convert_row, parse_transcript
+from btrm_core.data.formats import RowError, group_single_responses, shown
 
 USER = {"role": "user", "content": "Name a prime."}
 GOOD = {"role": "assistant", "content": "7"}

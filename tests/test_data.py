@@ -14,17 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core.data import (
-    IssueReport,
-    Pair,
-    PairData,
-    RowIssue,
-    drop_overlap,
-    load_pairs,
-    pairs_from_rows,
-    prompt_hash,
-    split_held_out,
-)
+from btrm_core.data.convert import Pair
+from btrm_core.data.issues import IssueReport, RowIssue
+from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, prompt_hash, split_held_out
 from btrm_core.errors import DataError
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core.data import pairs_from_rows
-from btrm_core.data_checks import contradictory_pairs, duplicate_pairs, duplicate_prompts, longer_wins
+from btrm_core.data.pairs import pairs_from_rows
+from btrm_core.data.quality import contradictory_pairs, duplicate_pairs, duplicate_prompts, longer_wins_characters
 
 
 def data(*rows):
@@ -45,5 +45,8 @@ def test_findings_match_counting_by_hand(rows):
 
 
 def test_longer_wins_counts_characters_and_ties_half():
-    assert longer_wins(data(("p", "long", "xx"), ("q", "x", "long"), ("r", "ab", "cd"), ("s", "éé", "e"))) == 2.5 / 4
-    assert math.isnan(longer_wins(data(("p", "a", "b")).select(np.array([], dtype=np.int64), "none", None)))
+    assert (
+        longer_wins_characters(data(("p", "long", "xx"), ("q", "x", "long"), ("r", "ab", "cd"), ("s", "éé", "e")))
+        == 2.5 / 4
+    )
+    assert math.isnan(longer_wins_characters(data(("p", "a", "b")).select(np.array([], dtype=np.int64), "none", None)))

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from btrm_core import defaults
-from btrm_core.hookspecs import PadToken, TinyShape
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.families import defaults
+from btrm_core.families.hookspecs import PadToken, TinyShape
+from btrm_core.model.toy import tiny_tokenizer
 
 
 def tokenizer_with(special: dict[str, str], *control: str) -> PreTrainedTokenizerFast:

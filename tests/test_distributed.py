@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from btrm_core.config import load_config
-from btrm_core.distributed import LONE_BUCKET, PRESETS, deepspeed_config, start
+from btrm_core.config import read_settings
 from btrm_core.errors import ConfigError
+from btrm_core.training.processes.runtime import start
+from btrm_core.training.processes.zero import LONE_BUCKET, PRESETS, deepspeed_config
 
 RESOLVED = {"train.learning_rate": 1e-5, "train.weight_decay": 0.001}
 
@@ -34,7 +35,7 @@ def made(tmp_path=None, content=None, world=2, **values):
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(content))
         values["distributed.deepspeed"] = str(path)
-    return deepspeed_config(load_config(None, {**RESOLVED, **values}), world)
+    return deepspeed_config(read_settings(None, {**RESOLVED, **values}), world)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,7 +99,7 @@ def test_unknown_presets_and_broken_files(tmp_path):
 
 
 def test_a_process_alone_is_a_world_of_one_without_a_port():
-    with start(load_config(None, RESOLVED)) as runtime:
+    with start(read_settings(None, RESOLVED)) as runtime:
         assert (runtime.rank, runtime.world, runtime.zero_stage) == (0, 1, 1)
         assert runtime.any(True)
         assert not runtime.any(False)

@@ -23,10 +23,11 @@ import torch
 import trajectories
 from trajectories import distance, flags, metrics, read, trajectory
 
-from btrm_core import inference, trainer
+from btrm_core import errors as errors_module
 from btrm_core.errors import CheckpointError, DataError
-from btrm_core.interrupt import output_lock
-from btrm_core.profiling import PARTS
+from btrm_core.files import output_lock
+from btrm_core.training import loop, rewards
+from btrm_core.training.profiling import PARTS
 
 EXACT = 1e-5
 SECONDS_TO_END = 30.0
@@ -113,7 +114,7 @@ def test_a_signal_to_the_launcher_reaches_all(root: Path, tmp_path: Path, number
 def failing(error: str, root: str, output: str) -> None:
     """`btrm train` in a child; in the second process the third step fails."""
     if os.environ["RANK"] == "1":
-        step = trainer.train_step
+        step = loop.train_step
 
         def broken(engine: Any, batches: Any, *rest: Any, **more: Any) -> Any:
             if batches.index == 2 and error == "kill":
@@ -122,7 +123,7 @@ def failing(error: str, root: str, output: str) -> None:
                 raise {"user": DataError, "bug": ValueError}[error]("the pairs of this process are gone")
             return step(engine, batches, *rest, **more)
 
-        trainer.train_step = broken
+        loop.train_step = broken
     processes.command("train", *flags(Path(root), Path(output)))
 
 
@@ -222,7 +223,7 @@ def test_out_of_memory_goes_on_with_a_smaller_budget(
             assert found.micro_batches == expected.micro_batches
             assert distance(found, expected) < 1e-6
         with pytest.raises(
-            trainer.TrainingError, match=r"out of memory \(no room\); try --tokens-per-batch 500; --auto"
+            errors_module.TrainingError, match=r"out of memory \(no room\); try --tokens-per-batch 500; --auto"
         ):
             trajectories.train(root, tmp_path / "told", **_of("zero1", 1000))
     finally:
@@ -251,7 +252,7 @@ def test_profile_says_where_the_time_goes(root: Path, tmp_path: Path, capsys: py
 
 def test_evaluation_needs_no_equal_shares(root: Path, tmp_path: Path) -> None:
     """Three held-out pairs over two processes: every process makes as many passes, and all rewards arrive."""
-    assert inference.CHUNK > 3
+    assert rewards.CHUNK > 3
     group = processes.start(
         trajectories.run_many,
         str(root),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from btrm_core.cli import main
-from btrm_core.launch import SHUTDOWN_SECONDS
+from btrm_core.training.processes.launch import SHUTDOWN_SECONDS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [path for path in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md") if (ROOT / path).exists()]

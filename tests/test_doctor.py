@@ -16,16 +16,17 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from scorer_samples import base_model, change_json, reward_model
 
-from btrm_core import doctor_model
 from btrm_core.cli import main
-from btrm_core.config import load_config
-from btrm_core.data import pairs_from_rows
-from btrm_core.doctor import admit, examine
-from btrm_core.doctor_checks import length_bias
-from btrm_core.doctor_model import Patient, head, model_checks, packed, pipeline_parity
-from btrm_core.doctor_view import visible
-from btrm_core.prepare import load_data
-from btrm_core.toy import build_toy, sample_path
+from btrm_core.config import read_settings
+from btrm_core.data.pairs import pairs_from_rows
+from btrm_core.data.sample import sample_path
+from btrm_core.model.toy import build_toy
+from btrm_core.preflight.doctor import model as model_module
+from btrm_core.preflight.doctor.case import admit, examine
+from btrm_core.preflight.doctor.model import Patient, head, model_checks, packed, pipeline_parity
+from btrm_core.preflight.doctor.texts import length_bias
+from btrm_core.preflight.doctor.view import visible
+from btrm_core.training.prepare import load_data
 
 GOLDEN = Path(__file__).parent / "golden" / "doctor.txt"
 MODEL_CHECKS = ["model", "head", "packed = separate", "first loss", "pipeline parity"]
@@ -310,13 +311,13 @@ def test_labels(rows: Callable[..., Path]) -> None:
 def test_length_bias(rows: Callable[..., Path]) -> None:
     longer = [(prompt, "It is, as everyone knows, " + chosen, rejected) for prompt, chosen, rejected in varied(40)]
     found = texts("--data", rows(*longer))["length bias"]
-    assert (found["verdict"], found["figures"]["longer_wins"]) == ("warn", 1.0)
+    assert (found["verdict"], found["figures"]["longer_wins_characters"]) == ("warn", 1.0)
     assert found["why"] == "a model can reach 1.00 by preferring the longer answer alone"
     keys = ("prompt", "rejected", "chosen")
     shorter = pairs_from_rows([dict(zip(keys, pair, strict=True)) for pair in longer])
     assert "the shorter answer" in length_bias(shorter).why
     few = pairs_from_rows([dict(zip(keys, pair, strict=True)) for pair in varied(3)])
-    assert length_bias(few).figures["longer_wins"] == pytest.approx(1 / 3)
+    assert length_bias(few).figures["longer_wins_characters"] == pytest.approx(1 / 3)
     assert length_bias(few).verdict == "ok"  # too few to tell
 
 
@@ -403,7 +404,7 @@ def test_a_finished_model(finished: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def patient(base: Path) -> Patient:
-    config = load_config(None, {"model.name": str(base), "data.train": sample_path("held_out")})
+    config = read_settings(None, {"model.name": str(base), "data.train": sample_path("held_out")})
     case = examine(config, 0)
     assert case.chat is not None
     admitted, scorer = admit(case, case.chat, load_data(case.config, case.chat))
@@ -446,9 +447,9 @@ def test_a_model_that_is_saved_otherwise(patient: Patient) -> None:
 def test_large_models_are_not_saved_and_only_asked_when_told_to(
     patient: Patient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_model, "SAVE_PARAMETERS", 1000)
+    monkeypatch.setattr(model_module, "SAVE_PARAMETERS", 1000)
     assert "of the model in memory" in pipeline_parity(patient, full=False).what
-    monkeypatch.setattr(doctor_model, "PIPELINE_PARAMETERS", 1000)
+    monkeypatch.setattr(model_module, "PIPELINE_PARAMETERS", 1000)
     assert [check.verdict for check in model_checks(patient, full=False)] == ["ok", "ok", "ok", "skip"]
     assert pipeline_parity(patient, full=True).verdict == "ok"
     assert patient.model.kernel != "padded"

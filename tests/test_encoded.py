@@ -7,12 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
-from btrm_core import encoding, families
-from btrm_core.chat import prepare_chat
-from btrm_core.data import load_pairs, pairs_from_rows, split_held_out
-from btrm_core.encoded import EncodedPairs, encode_pairs, tokenizer_fingerprint
+from btrm_core import families
+from btrm_core.chat.format import prepare_chat
+from btrm_core.data import encode
+from btrm_core.data.pairs import load_pairs, pairs_from_rows, split_held_out
+from btrm_core.data.store import TokenStore, encode_pairs, tokenizer_fingerprint
 from btrm_core.errors import DataError
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.model.toy import tiny_tokenizer
 
 
 def make_chat(family="llama3", texts=("the quick brown fox", "a question", "an answer")):
@@ -178,7 +179,7 @@ def test_chunks_and_workers_do_not_change_a_byte(chat, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data, _ = split_held_out(load_pairs([str(tmp_path / "a.jsonl")]), 0.1)
     whole = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "whole"))
-    monkeypatch.setattr(encoding, "CHUNK_PAIRS", 10)
+    monkeypatch.setattr(encode, "CHUNK_PAIRS", 10)
     done: list[int] = []
     one = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "one"), progress=done.append)
     two = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "two"), workers=2)
@@ -206,7 +207,7 @@ class Dying:
 
 
 def test_an_encoding_process_that_dies_is_one_line(chat, monkeypatch, tmp_path):
-    monkeypatch.setattr(encoding, "CHUNK_PAIRS", 2)
+    monkeypatch.setattr(encode, "CHUNK_PAIRS", 2)
     with pytest.raises(DataError, match="an encoding process ended early"):
         encode_pairs(pairs_from_rows([row(n) for n in range(20)]), Dying(chat), 64, workers=2)
     assert list((tmp_path / "cache" / "encoded").iterdir()) == []
@@ -217,5 +218,5 @@ def test_damaged_entry_is_encoded_anew(chat):
     first = encode_pairs(data, chat, 64)
     (first.folder / "encoded.arrow").write_bytes(b"cut")
     again = encode_pairs(data, chat, 64)
-    assert isinstance(again, EncodedPairs)
+    assert isinstance(again, TokenStore)
     assert len(again) == 4

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 import btrm_core
-from btrm_core import family_view
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError
-from btrm_core.families import Family, detect, discover, list_families, load, require_claim
-from btrm_core.hookspecs import HOOKS, PadToken, Recipe, TinyShape
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.families import view
+from btrm_core.families.discovery import detect, discover, list_families, load, require_claim
+from btrm_core.families.family import Family
+from btrm_core.families.hookspecs import HOOKS, PadToken, Recipe, TinyShape
+from btrm_core.model.toy import tiny_tokenizer
 
 BUILT_IN = ["gemma", "gemma2", "llama3", "mistral"]
 GOOD = """
@@ -117,7 +118,7 @@ def test_an_uninstalled_family_vanishes(install, tmp_path, monkeypatch):
 
 def test_listing_takes_a_fraction_of_a_second(install):
     install(GOOD)
-    code = "import btrm_core.family_view as v; print(v.format_families(v.families.list_families()))"
+    code = "from btrm_core import families as f; print(f.format_families(f.list_families()))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     seconds = []
     for _ in range(3):
@@ -494,17 +495,17 @@ def test_a_family_without_claims_takes_any_checkpoint_but_is_never_detected(inst
 
 def test_the_list_as_a_table(install):
     install("import a_module_that_nobody_has")
-    lines = family_view.format_families(list_families()).splitlines()
+    lines = view.format_families(list_families()).splitlines()
     assert lines[0].split() == ["NAME", "ORIGIN", "STATUS", "SUMMARY"]
     assert lines[1].startswith("foo ")
     assert lines[1].endswith("broken  ModuleNotFoundError: No module named 'a_module_that_nobody_has'")
     assert len({line.index(word) for line, word in zip(lines, ["STATUS", "broken", *["ok"] * 4], strict=True)}) == 1
-    assert "no families are installed" in family_view.format_families([])
+    assert "no families are installed" in view.format_families([])
 
 
 def test_a_family_without_a_model(install):
     install(GOOD)
-    shown = family_view.describe("foo")
+    shown = view.describe("foo")
     assert json.loads(json.dumps(shown)) == shown
     assert shown["hooks"] == ["claims", "recipe"]
     assert (shown["name"], shown["origin"], shown["status"]) == ("foo", "btrm-foo 1.0", "ok")
@@ -512,7 +513,7 @@ def test_a_family_without_a_model(install):
     assert shown["recipe"]["learning_rate"] == 1e-4
     assert shown["recipe"]["given_by"] == "family foo"
     assert "answers" not in shown
-    text = family_view.format_description(shown)
+    text = view.format_description(shown)
     assert "foo  (btrm-foo 1.0, btrm_foo)" in text
     assert "  learning_rate   0.0001" in text
 
@@ -528,7 +529,7 @@ def model_dir(tmp_path):
 
 
 def test_a_family_with_a_model_shows_every_answer_and_who_gave_it(model_dir):
-    shown = family_view.describe("llama3", str(model_dir))
+    shown = view.describe("llama3", str(model_dir))
     assert json.loads(json.dumps(shown)) == shown
     answers = shown["answers"]
     assert set(answers) == set(HOOKS) - {"recipe"}
@@ -545,7 +546,7 @@ def test_a_family_with_a_model_shows_every_answer_and_who_gave_it(model_dir):
     assert answers["chat_template"]["terminal_token"] == "<|eot_id|>"
     assert len(answers["chat_template"]["sha256"]) == 64
     assert answers["init_head"]["std"] == pytest.approx(65**-0.5, rel=0.05)
-    text = family_view.format_description(shown)
+    text = view.format_description(shown)
     assert "  terminal token  <|eot_id|>  [family llama3]" in text
     assert f"answers for {model_dir}" in text
 
@@ -554,7 +555,7 @@ def test_the_view_shows_what_the_runs_settings_override(model_dir):
     settings = SimpleNamespace(
         tokenizer=SimpleNamespace(pad_token="<|my_pad|>", chat_template=None), head=SimpleNamespace(init_std=0.25)
     )
-    answers = family_view.describe("llama3", str(model_dir), settings)["answers"]
+    answers = view.describe("llama3", str(model_dir), settings)["answers"]
     assert answers["pad_token"]["given_by"] == answers["init_head"]["given_by"] == "run settings"
     assert answers["pad_token"]["new"] is True
     assert answers["init_head"]["std"] == pytest.approx(0.25, rel=0.05)
@@ -562,4 +563,4 @@ def test_the_view_shows_what_the_runs_settings_override(model_dir):
 
 def test_the_view_of_a_model_that_cannot_be_read(tmp_path):
     with pytest.raises(CheckpointError, match=f"cannot read the config and tokenizer of {tmp_path}"):
-        family_view.describe("llama3", str(tmp_path))
+        view.describe("llama3", str(tmp_path))

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from test_encoded import make_chat
 from tiny_models import tiny_model
 
-from btrm_core import encoding
-from btrm_core.data import load_pairs, pairs_from_rows
-from btrm_core.encoded import encode_pairs
+from btrm_core.data import encode
+from btrm_core.data.pairs import load_pairs, pairs_from_rows
+from btrm_core.data.store import encode_pairs
 from btrm_core.errors import BtrmError, ConfigError
-from btrm_core.evaluate import figures_of
-from btrm_core.inference import make_plan
-from btrm_core.loader import RowForm, build_micro_batch
-from btrm_core.loss import bradley_terry, plackett_luce
-from btrm_core.model import RewardModel
+from btrm_core.evaluation.figures import figures_of
+from btrm_core.model.reward import RewardModel
+from btrm_core.packing.rows import RowForm
+from btrm_core.packing.steps import make_plan
+from btrm_core.training.loss import bradley_terry, plackett_luce
+from btrm_core.training.micro_batches import build_micro_batch
 
 FORM = RowForm("shared", "varlen", 1, 0)
 
@@ -115,7 +116,7 @@ def test_a_response_that_does_not_fit_costs_the_others_nothing(chat, tmp_path):
 
 def test_no_chunk_ends_within_a_prompt(chat, tmp_path, monkeypatch):
     whole = encoded(chat, tmp_path)
-    monkeypatch.setattr(encoding, "CHUNK_PAIRS", 2)
+    monkeypatch.setattr(encode, "CHUNK_PAIRS", 2)
     monkeypatch.setenv("BTRM_CACHE", str(tmp_path / "other"))
     pairs = encoded(chat, tmp_path)
     assert np.diff(pairs.groups.starts_G).tolist() == np.diff(whole.groups.starts_G).tolist()
@@ -150,7 +151,8 @@ def test_rewards_losses_and_gradients_are_those_of_separate_passes(chat, tmp_pat
 
 
 def _alone(model, ids):
-    from btrm_core.packing import pad_rows, share
+    from btrm_core.packing.groups import share
+    from btrm_core.packing.rows import pad_rows
 
     return model(pad_rows([share([ids.tolist()])]).batch())
 
@@ -233,16 +235,16 @@ def test_soft_labels_come_from_the_data_and_are_checked(chat, tmp_path):
 def test_ties_decide_no_evaluation(chat):
     sure = {"prompt": "a question", "chosen": "yes", "rejected": "no"}
     pairs = encode_pairs(pairs_from_rows([sure, {**sure, "prompt": "b", "probability": 0.5}]), chat, 64)
-    figures = figures_of(pairs, np.array([[1.0, 0.0], [0.0, 1.0]]))
+    figures = figures_of(pairs.judged, np.array([[1.0, 0.0], [0.0, 1.0]]))
     assert (figures["accuracy"], figures["pairs"], figures["undecided"]) == (1.0, 1, 1)
     tied = encode_pairs(pairs_from_rows([{**sure, "probability": 0.5}]), chat, 64)
     with pytest.raises(BtrmError, match="every evaluation pair is a tie"):
-        figures_of(tied, np.zeros((1, 2)))
+        figures_of(tied.judged, np.zeros((1, 2)))
 
 
 def test_a_plan_keeps_a_prompt_together(chat, tmp_path):
     pairs = encoded(chat, tmp_path)
-    made = make_plan(pairs, FORM, pairs_per_step=2, tokens_per_batch=512, world=2, seed=0, epoch=0)
+    made = make_plan(pairs.groups.lengths, FORM, pairs_per_step=2, tokens_per_batch=512, world=2, seed=0, epoch=0)
     seen = np.concatenate([pairs.groups.pairs_of(step.pair_ids) for step in made])
     assert sorted(seen.tolist()) == list(range(len(pairs)))
     assert made.num_steps == 3

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 import btrm_core
-from btrm_core import hookspecs
 from btrm_core.errors import FamilyError
-from btrm_core.hookspecs import HOOKS, PadToken, Recipe, TinyShape, require_tokens, rope_theta, text_config
+from btrm_core.families import hookspecs
+from btrm_core.families.hookspecs import HOOKS, PadToken, Recipe, TinyShape, require_tokens, rope_theta, text_config
 
 SPECS = {name: getattr(hookspecs, name) for name in HOOKS}
 
@@ -84,7 +84,7 @@ def test_package_exports_what_a_plugin_needs():
 
 def test_importing_the_machinery_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, btrm_core, btrm_core.families, btrm_core.family_view, btrm_core.run_settings\n"
+        "import sys, btrm_core, btrm_core.families.view, btrm_core.families.overrides\n"
         "btrm_core.families.list_families()\n"
         "heavy = {'torch', 'transformers', 'tokenizers', 'numpy', 'packaging'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or None)"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from environments import Environment, write_wheel
 
-from btrm_core.new_family import package_files
+from btrm_core.families.new_family import package_files
 
 GOOD = "from btrm_core import Recipe, hookimpl\n\n\n@hookimpl\ndef recipe():\n    return Recipe(learning_rate=1e-5)\n"
 CLASSY = (

@@ -19,11 +19,13 @@ from click.testing import CliRunner
 from torch.distributed import run
 from trajectories import flags, metrics, trajectory
 
-from btrm_core import agreement, cache, distributed
 from btrm_core.cli import main
-from btrm_core.config import load_config
+from btrm_core.config import read_settings
+from btrm_core.data import cache
 from btrm_core.errors import ConfigError
-from btrm_core.joining import Place, place
+from btrm_core.training.processes import agreement
+from btrm_core.training.processes import runtime as runtime_module
+from btrm_core.training.processes.join import Place, place
 
 EXACT = 1e-5
 SECONDS_TO_END = 30.0
@@ -209,10 +211,10 @@ def test_a_checkpoint_that_would_lack_a_part_is_not_written(root: Path, tmp_path
 
 def first_of(output: Path, directories: list[Path]) -> None:
     """In each process of a group: leave the rank of the first that shares this one's directory."""
-    with distributed.start(load_config(None, {"train.learning_rate": 1e-5, "train.weight_decay": 0.0})) as runtime:
+    with runtime_module.start(read_settings(None, {"train.learning_rate": 1e-5, "train.weight_decay": 0.0})) as runtime:
         first = agreement.first_that_shares(directories[runtime.rank], runtime)
         (output / f"rank {runtime.rank}").write_text(str(first))
-    distributed.leave()
+    runtime_module.leave()
 
 
 def test_who_shares_a_directory_with_whom(tmp_path: Path) -> None:

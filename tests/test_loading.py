@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from scorer_samples import base_model, change_json, reward_model
 
 from btrm_core.errors import CheckpointError
-from btrm_core.scorer import Scorer
+from btrm_core.scoring.scorer import Scorer
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.loss import bradley_terry
+from btrm_core.training.loss import bradley_terry
 
 rewards = st.lists(st.tuples(*[st.floats(-1e4, 1e4, width=32)] * 2), min_size=1, max_size=8)
 

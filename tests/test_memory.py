@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from btrm_core import memory
-from btrm_core.architecture import read_shape
 from btrm_core.errors import BtrmError, ConfigError
-from btrm_core.estimate import GIB, PRESETS, Estimate, estimate, format_estimate, read_zero, to_dict
-from btrm_core.hardware import ASSUMED_MFU, read_hardware, read_mfu
-from btrm_core.memory import Parameters, Zero
+from btrm_core.model import shape as shape_module
+from btrm_core.model.shape import Parameters, read_shape
+from btrm_core.preflight.plan import memory
+from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, read_zero, to_dict
+from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware, read_mfu
+from btrm_core.preflight.plan.memory import Zero
 
 GEMMA_7B = CONFIG_MAPPING["gemma"](
     hidden_size=3072,
@@ -270,10 +271,10 @@ def test_peak_of_a_whole_simulated_step(config, checkpointing):
 
 @pytest.fixture(scope="module")
 def process_group():
-    from btrm_core.config import load_config
-    from btrm_core.distributed import start
+    from btrm_core.config import read_settings
+    from btrm_core.training.processes.runtime import start
 
-    with start(load_config(None, {"train.learning_rate": 1e-3, "train.weight_decay": 0.0})) as runtime:
+    with start(read_settings(None, {"train.learning_rate": 1e-3, "train.weight_decay": 0.0})) as runtime:
         # what is here already is neither counted nor visited: collecting takes milliseconds instead of seconds
         gc.collect()
         gc.freeze()
@@ -291,11 +292,11 @@ BUCKET = 100_000
 
 
 def engine_config(preset: str, bf16: bool, **bf16_settings: bool) -> dict[str, Any]:
-    from btrm_core.config import load_config
-    from btrm_core.distributed import deepspeed_config
+    from btrm_core.config import read_settings
+    from btrm_core.training.processes.zero import deepspeed_config
 
     values = {"train.learning_rate": 1e-3, "train.weight_decay": 0.0, "distributed.deepspeed": preset}
-    config = deepspeed_config(load_config(None, {**values, "model.dtype": "bf16" if bf16 else "fp32"}), world=1)
+    config = deepspeed_config(read_settings(None, {**values, "model.dtype": "bf16" if bf16 else "fp32"}), world=1)
     zero = config["zero_optimization"]
     # small buckets, so that the states show; everything partitioned
     zero.update(reduce_bucket_size=BUCKET, stage3_param_persistence_threshold=0)
@@ -473,13 +474,13 @@ def test_communication_of_each_stage():
 
 def test_operations_are_six_per_weight_and_attention():
     parameters, shape = read_shape(tiny_config("mistral"))
-    assert memory.flops_per_token(parameters, shape, 0) == 6 * parameters.layers
-    with_attention = memory.flops_per_token(parameters, shape, 100)
+    assert shape_module.flops_per_token(parameters, shape, 0) == 6 * parameters.layers
+    with_attention = shape_module.flops_per_token(parameters, shape, 100)
     assert (
         with_attention - 6 * parameters.layers == 2 * 6 * 4 * 8 * 9
     )  # layers, heads, head_dim; the window of 9 caps it
     adapted = dataclasses.replace(parameters, adapters=1_000)
-    assert memory.flops_per_token(adapted, shape, 0) == 4 * parameters.layers + 6_000
+    assert shape_module.flops_per_token(adapted, shape, 0) == 4 * parameters.layers + 6_000
 
 
 # --- known machines
@@ -565,7 +566,7 @@ def test_hours_follow_from_operations_and_utilisation():
         epochs=2,
         mfu=(0.5, "given"),
     )
-    flops = 500 * memory.flops_per_token(plan.parameters, plan.shape, 500)
+    flops = 500 * shape_module.flops_per_token(plan.parameters, plan.shape, 500)
     assert plan.pairs_per_second == pytest.approx(2 * 989e12 * 0.5 / flops)
     assert plan.hours == pytest.approx(2000 / plan.pairs_per_second / 3600)
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.loss import bradley_terry
-from btrm_core.metrics import PairSums, by_subset, named, standard_error, summarise, token_figures
+from btrm_core.evaluation.figures import by_subset, standard_error
+from btrm_core.training.loss import bradley_terry
+from btrm_core.training.metrics import PairSums, named, summarise, token_figures
 
 
 def sums_of(chosen, rejected, weight):

@@ -11,10 +11,11 @@ from tiny_models import CONFIGS, SIZE, awkward_groups, group, tiny_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from btrm_core.attention import PADDED, collate
 from btrm_core.errors import ConfigError
-from btrm_core.model import RewardHead, RewardModel, choose_for, self_check
-from btrm_core.packing import pack_row, pad_rows, share
+from btrm_core.model.reward import RewardHead, RewardModel, choose_for
+from btrm_core.model.selfcheck import self_check
+from btrm_core.packing.groups import share
+from btrm_core.packing.rows import PADDED, collate, pack_row, pad_rows
 
 
 def rewards(model: RewardModel, kernel: str = "varlen") -> torch.Tensor:

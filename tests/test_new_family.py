@@ -14,14 +14,14 @@ import pytest
 from environments import Environment, build_wheel
 
 from btrm_core.errors import ConfigError
-from btrm_core.new_family import new_family, package_files
+from btrm_core.families.new_family import package_files, write_family
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_it_writes_a_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    directory = new_family("sea-dog")
+    directory = write_family("sea-dog")
     assert directory == Path("btrm-sea-dog")
     assert sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()) == [
         "README.md",
@@ -49,7 +49,7 @@ def test_the_name_is_put_in_everywhere(name):
 
 
 def test_the_module_is_short_and_clean(tmp_path):
-    directory = new_family("foo", tmp_path / "package")
+    directory = write_family("foo", tmp_path / "package")
     assert len((directory / "btrm_foo/__init__.py").read_text().splitlines()) <= 65
     assert len((directory / "tests/test_foo.py").read_text().split("\n\n\n")[1].splitlines()) == 2
     rules = ["--config", str(ROOT / "pyproject.toml"), "--ignore", "D"]
@@ -63,19 +63,19 @@ def test_the_module_is_short_and_clean(tmp_path):
 def test_an_installed_family_is_not_written_again(tmp_path):
     message = r"family 'llama3' is installed already \(btrm [\d.]+\); choose another name"
     with pytest.raises(ConfigError, match=f"^{message}$"):
-        new_family("llama3", tmp_path / "package")
+        write_family("llama3", tmp_path / "package")
     assert not (tmp_path / "package").exists()
 
 
 def test_a_name_that_would_hide_another_package(tmp_path):
     with pytest.raises(ConfigError, match=r"^a module btrm_core is installed already; choose another name$"):
-        new_family("core", tmp_path / "package")
+        write_family("core", tmp_path / "package")
 
 
 @pytest.mark.parametrize("name", ["", "Foo", "2foo", "foo bar", "foo/..", "-foo", "foo-", "foo--bar", "föö", "foo.bar"])
 def test_a_name_that_cannot_be_one(name, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        new_family(name, tmp_path / "package")
+        write_family(name, tmp_path / "package")
     assert str(caught.value) == (
         f"'{name}' cannot be a family's name; expected small letters and digits, and single - or _ between them, such "
         "as 'my-family2'"
@@ -84,20 +84,20 @@ def test_a_name_that_cannot_be_one(name, tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert new_family("foo", tmp_path / "empty") == tmp_path / "empty"
+    assert write_family("foo", tmp_path / "empty") == tmp_path / "empty"
     with pytest.raises(ConfigError) as caught:
-        new_family("foo", tmp_path / "empty")
+        write_family("foo", tmp_path / "empty")
     assert str(caught.value) == f"{tmp_path}/empty exists already; choose another --directory, or remove it"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="file exists already"):
-        new_family("foo", tmp_path / "file")
+        write_family("foo", tmp_path / "file")
     with pytest.raises(ConfigError) as caught:
-        new_family("foo", tmp_path / "file" / "below")
+        write_family("foo", tmp_path / "file" / "below")
     assert str(caught.value) == f"cannot write {tmp_path}/file/below: Not a directory; choose another --directory"
 
 
 def test_the_package_passes_the_checks_as_it_is(tmp_path):
-    directory = new_family("sea-dog", tmp_path / "btrm-sea-dog")
+    directory = write_family("sea-dog", tmp_path / "btrm-sea-dog")
     environment = Environment(tmp_path / "environment")
     environment.install(build_wheel(directory, tmp_path))
     done = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(directory), cwd=tmp_path)

@@ -9,17 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.packing import Batch, TokenGroup, pack_row, pad_rows, share
+from btrm_core.packing.groups import Group, share
+from btrm_core.packing.rows import Batch, pack_row, pad_rows
 
 
 @st.composite
-def groups(draw: st.DrawFn) -> TokenGroup:
+def groups(draw: st.DrawFn) -> Group:
     shared = draw(st.integers(0, 12))
     tails = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     if shared == 0:
         tails = [max(tail, 1) for tail in tails]
     tokens = draw(st.lists(st.integers(0, 50), min_size=shared + sum(tails), max_size=shared + sum(tails)))
-    return TokenGroup(np.array(tokens, dtype=np.int32), shared, tuple(tails))
+    return Group(np.array(tokens, dtype=np.int32), shared, tuple(tails))
 
 
 def visible_tokens(row, query: int) -> list[int]:
@@ -89,7 +90,7 @@ def test_share_keeps_the_sequences_and_shares_all_that_is_common(sequences) -> N
 
 
 def test_one_response_is_all_shared_or_all_tail_with_the_same_row() -> None:
-    alone, whole = share([[5, 6, 7]]), TokenGroup(np.array([5, 6, 7], dtype=np.int32), 0, (3,))
+    alone, whole = share([[5, 6, 7]]), Group(np.array([5, 6, 7], dtype=np.int32), 0, (3,))
     assert (alone.shared, alone.tails) == (3, (0,))
     for field in ("input_ids_T", "position_ids_T", "end_T", "reward_index_S", "runs_R4"):
         assert getattr(pack_row([alone]), field).tolist() == getattr(pack_row([whole]), field).tolist()
@@ -121,7 +122,7 @@ def test_no_groups_make_a_row_of_padding_without_rewards() -> None:
 )
 def test_impossible_groups_are_refused(tokens, shared, tails, message) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        TokenGroup(np.zeros(tokens, dtype=np.int32), shared, tails)
+        Group(np.zeros(tokens, dtype=np.int32), shared, tails)
 
 
 def test_sharing_nothing_is_refused() -> None:
@@ -154,5 +155,5 @@ def test_packing_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, btrm_core.packing, btrm_core.planner; sys.exit('torch' in sys.modules)"
+    code = "import sys, btrm_core.packing, btrm_core.data, btrm_core.evaluation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.balance import fill
 from btrm_core.errors import ConfigError
-from btrm_core.lengths import Lengths
-from btrm_core.packing import TokenGroup, pack_row, pad_rows
-from btrm_core.planner import Plan, plan, plan_groups
+from btrm_core.packing.balance import fill
+from btrm_core.packing.groups import Group, Lengths
+from btrm_core.packing.rows import pack_row, pad_rows
+from btrm_core.packing.steps import EpochPlan, plan, plan_epoch
 
 
 def lognormal(rng: np.random.Generator, count: int, median: float, p90: float, low: int, high: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def ultrafeedback_like(count: int) -> tuple[np.ndarray, ...]:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> EpochPlan:
     count = draw(st.integers(1, 60))
     lengths = [np.array(draw(st.lists(st.integers(low, 40), min_size=count, max_size=count))) for low in (0, 1, 1)]
     settings_ = {
@@ -48,12 +48,12 @@ def plans(draw: st.DrawFn) -> Plan:
         "multiple_of": draw(st.sampled_from([1, 8, 128])),
     }
     if draw(st.booleans()):
-        return plan_groups(Lengths.of_pairs(*lengths), padded=True, **settings_)
+        return plan_epoch(Lengths.of_pairs(*lengths), padded=True, **settings_)
     return plan(*lengths, **settings_, share_prefix=draw(st.booleans()))
 
 
 @given(plans())
-def test_each_pair_exactly_once_and_as_many_as_asked_for(made: Plan) -> None:
+def test_each_pair_exactly_once_and_as_many_as_asked_for(made: EpochPlan) -> None:
     steps = list(made)
     assert len(steps) == made.num_steps == len(made)
     sizes = [step.num_pairs for step in steps]
@@ -66,7 +66,7 @@ def test_each_pair_exactly_once_and_as_many_as_asked_for(made: Plan) -> None:
 
 
 @given(plans())
-def test_equal_row_counts_and_the_budget_is_kept(made: Plan) -> None:
+def test_equal_row_counts_and_the_budget_is_kept(made: EpochPlan) -> None:
     for step in made:
         assert len(step.rows) == made.world == len(step.cost)
         assert len({len(rank) for rank in step.rows}) == 1
@@ -77,7 +77,7 @@ def test_equal_row_counts_and_the_budget_is_kept(made: Plan) -> None:
 
 
 @given(plans())
-def test_one_row_fewer_on_every_rank_would_not_do(made: Plan) -> None:
+def test_one_row_fewer_on_every_rank_would_not_do(made: EpochPlan) -> None:
     for step in made:
         fewer = (len(step.rows[0]) - 1) * made.world
         if made.lines_P is not None or not fewer:
@@ -91,7 +91,7 @@ def test_one_row_fewer_on_every_rank_would_not_do(made: Plan) -> None:
 
 
 @given(plans(), st.randoms(use_true_random=False))
-def test_a_step_depends_on_its_index_alone(made: Plan, random) -> None:
+def test_a_step_depends_on_its_index_alone(made: EpochPlan, random) -> None:
     order = list(range(made.num_steps))
     random.shuffle(order)
     later = {index: made.step(index) for index in order}
@@ -108,7 +108,7 @@ def test_the_pairs_of_a_step_do_not_depend_on_how_they_are_laid_out() -> None:
     made = [
         plan(*lengths, **common, tokens_per_batch=4096, world=1),
         plan(*lengths, **common, tokens_per_batch=700, world=8, share_prefix=False, multiple_of=128),
-        plan_groups(Lengths.of_pairs(*lengths), padded=True, **common, tokens_per_batch=9000, world=2),
+        plan_epoch(Lengths.of_pairs(*lengths), padded=True, **common, tokens_per_batch=9000, world=2),
     ]
     for index in range(made[0].num_steps):
         ids = [one.step(index).pair_ids.tolist() for one in made]
@@ -164,7 +164,7 @@ def test_fewer_pairs_than_ranks_leave_empty_rows() -> None:
 
 
 def test_padded_batches_have_equally_many_pairs() -> None:
-    made = plan_groups(
+    made = plan_epoch(
         Lengths.of_pairs(*hh_like(512)),
         padded=True,
         pairs_per_step=256,
@@ -184,8 +184,8 @@ def test_groups_of_many_responses_can_be_planned() -> None:
     assert lengths.tokens().tolist() == [100] * 6
     assert lengths.tokens(share_prefix=False).tolist() == [220] * 6
     rest = {"pairs_per_step": 6, "tokens_per_batch": 256, "world": 1, "seed": 0, "epoch": 0, "multiple_of": 128}
-    assert [len(row) for row in plan_groups(lengths, **rest).step(0).rows[0]] == [2, 2, 2]
-    padded = plan_groups(lengths, padded=True, **{**rest, "tokens_per_batch": 1024})
+    assert [len(row) for row in plan_epoch(lengths, **rest).step(0).rows[0]] == [2, 2, 2]
+    padded = plan_epoch(lengths, padded=True, **{**rest, "tokens_per_batch": 1024})
     assert [padded.row_tokens(row) for row in padded.step(0).rows[0]] == [4 * 2 * 128] * 3
 
 
@@ -196,7 +196,7 @@ def test_lengths_of_sequences_are_those_of_their_rows(sizes: list[list[int]], da
     lengths = Lengths.of_sequences(shared, groups, np.concatenate(sizes))
     for i, group in enumerate(sizes):
         tails = tuple(size - int(shared[i]) for size in group)
-        tokens = TokenGroup(np.zeros(int(shared[i]) + sum(tails), np.int32), int(shared[i]), tails)
+        tokens = Group(np.zeros(int(shared[i]) + sum(tails), np.int32), int(shared[i]), tails)
         assert lengths.tokens()[i] == pack_row([tokens]).computed
         assert lengths.tokens(share_prefix=False)[i] == pack_row([tokens], share_prefix=False).computed
         assert len(group) * lengths.longest_P[i] == pad_rows([tokens]).computed

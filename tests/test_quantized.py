@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from trajectories import Trajectory, distance, prepare, run_card, train, trajectory
 
-from btrm_core import quantized
 from btrm_core.cli import main
-from btrm_core.config import load_config
-from btrm_core.distributed import deepspeed_config
+from btrm_core.config import read_settings
 from btrm_core.errors import ConfigError
-from btrm_core.memory import EIGHT_BIT_MOMENT, FOUR_BIT_BYTES
-from btrm_core.run import Outcome
-from btrm_core.scorer import Scorer
+from btrm_core.model import quantized
+from btrm_core.preflight.plan.memory import EIGHT_BIT_MOMENT, FOUR_BIT_BYTES
+from btrm_core.scoring.scorer import Scorer
+from btrm_core.training.processes.zero import deepspeed_config
+from btrm_core.training.session import Outcome
 
 EXACT = 1e-5
 QLORA: dict[str, Any] = {
@@ -137,7 +137,7 @@ def test_bytes_of_packed_weights_and_moments_are_those_planned(bitsandbytes: Any
 
 
 def eight_bits(**values: Any) -> Any:
-    return load_config(None, {"train.optimizer": "adamw-8bit", "train.learning_rate": 1e-3, **values})
+    return read_settings(None, {"train.optimizer": "adamw-8bit", "train.learning_rate": 1e-3, **values})
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_a_partition_that_cannot_be_counted_is_refused(bitsandbytes: Any, monkey
 
 @pytest.mark.parametrize("preset", ["zero3", "zero3-offload"])
 def test_four_bits_are_refused_under_zero3(preset: str) -> None:
-    config = load_config(None, {"model.quantize": "4bit", "lora.rank": 4, "distributed.deepspeed": preset})
+    config = read_settings(None, {"model.quantize": "4bit", "lora.rank": 4, "distributed.deepspeed": preset})
     with pytest.raises(ConfigError) as caught:
         deepspeed_config(config, 1)
     assert str(caught.value) == (
@@ -201,7 +201,7 @@ def test_eight_bits_are_refused_where_the_optimizer_is_cut_or_moved(preset: str)
 
 
 def test_the_usual_optimizer_is_deepspeeds_as_before() -> None:
-    made = deepspeed_config(load_config(None, {"train.learning_rate": 1e-3}), 1)
+    made = deepspeed_config(read_settings(None, {"train.learning_rate": 1e-3}), 1)
     assert made["optimizer"]["type"] == "AdamW"
     assert "zero_allow_untested_optimizer" not in made
     assert "optimizer" not in deepspeed_config(eight_bits(), 1)

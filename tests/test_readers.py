@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core import readers
-from btrm_core.issues import RowIssue
-from btrm_core.readers import read_rows
-from btrm_core.sources import Source, resolve
+from btrm_core.data import readers
+from btrm_core.data.issues import RowIssue
+from btrm_core.data.readers import read_rows
+from btrm_core.data.sources import Source, resolve
 
 ROWS = [{"prompt": f"{n}?", "chosen": "yes", "rejected": f"no {n}"} for n in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from btrm_core.records import Record, read_record, shortest, written
+from btrm_core.scoring.records import Record, read_record, shortest, written
 
 USER = {"role": "user", "content": "Hi"}
 BOT = {"role": "assistant", "content": "Hello"}

@@ -15,9 +15,9 @@ import torch
 from processes import start, wait
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from btrm_core import memory
-from btrm_core.architecture import read_shape
-from btrm_core.estimate import read_zero
+from btrm_core.model.shape import read_shape
+from btrm_core.preflight.plan import memory
+from btrm_core.preflight.plan.estimate import read_zero
 
 LARGE = {
     "vocab_size": 49152,
@@ -43,16 +43,16 @@ def trained(config: Any, runtime: Any, shape: dict[str, Any]) -> Any:
     """An engine in the middle of a step: it has updated once, and has gradients again."""
     from transformers import AutoModelForSequenceClassification
 
-    from btrm_core.attention import PADDED, collate
-    from btrm_core.model import RewardModel
-    from btrm_core.packing import TokenGroup
-    from btrm_core.prepare import make_engine
+    from btrm_core.model.reward import RewardModel
+    from btrm_core.packing.groups import Group
+    from btrm_core.packing.rows import PADDED, collate
+    from btrm_core.training.engine import make_engine
 
     hf = AutoModelForSequenceClassification.from_config(
         CONFIG_MAPPING["llama"](**shape, num_labels=1), dtype=runtime.dtype
     )
     engine = make_engine(RewardModel(hf), config, runtime)
-    batch = collate([TokenGroup(torch.arange(1, 9, dtype=torch.int32).numpy(), 0, (8,))], kernel=PADDED)
+    batch = collate([Group(torch.arange(1, 9, dtype=torch.int32).numpy(), 0, (8,))], kernel=PADDED)
     for boundary in (False, True, False):
         engine.set_gradient_accumulation_boundary(boundary)
         engine.backward(engine(batch).sum(), scale_wrt_gas=False)
@@ -63,17 +63,17 @@ def trained(config: Any, runtime: Any, shape: dict[str, Any]) -> Any:
 
 def measure(file: str, values: dict[str, Any]) -> None:
     """Write the growth of this process by one model in training to a file."""
-    from btrm_core import distributed
-    from btrm_core.config import load_config
+    from btrm_core.config import read_settings
+    from btrm_core.training.processes import runtime as runtime_module
 
-    config = load_config(None, {"train.learning_rate": 1e-3, "train.weight_decay": 0.0, **values})
-    with distributed.start(config) as runtime:
+    config = read_settings(None, {"train.learning_rate": 1e-3, "train.weight_decay": 0.0, **values})
+    with runtime_module.start(config) as runtime:
         trained(config, runtime, SMALL).destroy()  # what the libraries load at their first use
         before = resident()
         engine = trained(config, runtime, LARGE)
         Path(file).write_text(json.dumps(resident() - before))
         engine.destroy()
-    distributed.leave()
+    runtime_module.leave()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")

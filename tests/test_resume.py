@@ -27,11 +27,12 @@ import tqdm.std
 import trajectories
 from trajectories import Trajectory, distance, metrics, read, trajectory
 
-from btrm_core import checkpoint, report, resume
-from btrm_core.config import load_config
-from btrm_core.distributed import start
+from btrm_core import files
+from btrm_core.config import read_settings
 from btrm_core.errors import CheckpointError, DataError
-from btrm_core.report import Reporter
+from btrm_core.training import report, resume
+from btrm_core.training.processes.runtime import start
+from btrm_core.training.report import Reporter
 
 EXACT = 1e-6
 LIVES = 3
@@ -256,7 +257,7 @@ def _published(staging: Path, target: Path, text: str) -> None:
     """Write a small directory and put it in its place."""
     staging.mkdir()
     (staging / "btrm.json").write_text(text)
-    checkpoint.publish(staging, target)
+    files.publish(staging, target)
 
 
 def _seen_missing(target: Path, enough: Callable[[int, int], bool]) -> int:
@@ -287,14 +288,14 @@ def _seen_missing(target: Path, enough: Callable[[int, int], bool]) -> int:
 def test_a_model_that_is_replaced_is_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _seen_missing(tmp_path / "model", lambda times, _: times == 300) == 0
     shutil.rmtree(tmp_path / "model")
-    monkeypatch.setattr(checkpoint, "exchange", lambda *_: False)  # as on a file system that cannot
+    monkeypatch.setattr(files, "exchange", lambda *_: False)  # as on a file system that cannot
     end = time.monotonic() + 30
     assert _seen_missing(tmp_path / "model", lambda _, missing: missing > 0 or time.monotonic() > end) > 0
 
 
 def test_what_cannot_be_exchanged_stays(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    assert not checkpoint.exchange(tmp_path / "there", tmp_path / "not there")
+    assert not files.exchange(tmp_path / "there", tmp_path / "not there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -404,7 +405,7 @@ def test_every_kind_of_damage(root: Path, stopped: Path) -> None:
     state = next((newest / "state").glob("*optim_states.pt"))
     size, name = state.stat().st_size, state.relative_to(newest)
     os.truncate(state, size // 2)
-    config = load_config(None, trajectories.settings(root, stopped))
+    config = read_settings(None, trajectories.settings(root, stopped))
     with start(config) as runtime:
         assert resume.damaged(newest, runtime) == (
             f"the checkpoint {newest} is damaged: {name} has {size // 2} bytes, expected {size}"

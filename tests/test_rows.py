@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core.rows import KEYS_PER_TOKEN, bundles, packed_rows, padded_rows
+from btrm_core.packing.bundles import KEYS_PER_TOKEN, bundles, packed_rows, padded_rows
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 labelled = st.lists(st.tuples(ids, st.integers(0, 3)), max_size=30)

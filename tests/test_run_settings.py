@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from btrm_core import families
-from btrm_core.config import load_config
+from btrm_core.config import read_settings
 from btrm_core.errors import ConfigError
-from btrm_core.hookspecs import TinyShape
-from btrm_core.run_settings import RunSettings
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.families.hookspecs import TinyShape
+from btrm_core.families.overrides import Overrides
+from btrm_core.model.toy import tiny_tokenizer
 
 
 def settings(pad_token=None, chat_template=None, init_std=None):
@@ -35,7 +35,7 @@ def tokenizer():
 
 
 def test_settings_left_alone_are_no_opinion(tokenizer):
-    plugin = RunSettings(settings())
+    plugin = Overrides(settings())
     assert plugin.pad_token(tokenizer) is None
     assert plugin.chat_template() is None
     assert plugin.init_head() is None
@@ -44,7 +44,7 @@ def test_settings_left_alone_are_no_opinion(tokenizer):
 def test_a_run_config_is_accepted_and_beats_the_family(tokenizer, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{{ bos_token }}{{ messages[-1]['content'] }}{{ eos_token }}", encoding="utf-8")
-    config = load_config(
+    config = read_settings(
         None,
         {
             "tokenizer.pad_token": "<|reserved_special_token_1|>",
@@ -65,9 +65,9 @@ def test_a_run_config_is_accepted_and_beats_the_family(tokenizer, tmp_path):
 
 
 def test_a_pad_token_outside_the_vocabulary_is_new(tokenizer):
-    pad = RunSettings(settings(pad_token="<|my_pad|>")).pad_token(tokenizer)
+    pad = Overrides(settings(pad_token="<|my_pad|>")).pad_token(tokenizer)
     assert (pad.token, pad.new) == ("<|my_pad|>", True)
-    pad = RunSettings(settings(pad_token="<|reserved_special_token_0|>")).pad_token(tokenizer)
+    pad = Overrides(settings(pad_token="<|reserved_special_token_0|>")).pad_token(tokenizer)
     assert (pad.token, pad.new) == ("<|reserved_special_token_0|>", False)
 
 
@@ -95,7 +95,7 @@ def test_an_ordinary_token_cannot_pad(tokenizer):
 
 def test_an_empty_pad_token_is_refused(tokenizer):
     with pytest.raises(ConfigError, match=r"tokenizer\.pad_token is empty"):
-        RunSettings(settings(pad_token=" ")).pad_token(tokenizer)
+        Overrides(settings(pad_token=" ")).pad_token(tokenizer)
 
 
 def test_a_template_file_that_cannot_be_read_is_refused(tmp_path):
@@ -108,14 +108,14 @@ def test_a_template_file_that_cannot_be_read_is_refused(tmp_path):
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="it is not UTF-8 text"):
-        RunSettings(settings(chat_template=str(binary))).chat_template()
+        Overrides(settings(chat_template=str(binary))).chat_template()
     empty = tmp_path / "empty.jinja"
     empty.write_text("\n")
     with pytest.raises(ConfigError, match="is empty; give the path"):
-        RunSettings(settings(chat_template=str(empty))).chat_template()
+        Overrides(settings(chat_template=str(empty))).chat_template()
 
 
 @pytest.mark.parametrize("std", [-1.0, float("nan"), float("inf")])
 def test_a_meaningless_spread_of_the_head_is_refused(std):
     with pytest.raises(ConfigError, match=r"head\.init_std is .*; it must be a finite number, 0 or more"):
-        RunSettings(settings(init_std=std)).init_head()
+        Overrides(settings(init_std=std)).init_head()

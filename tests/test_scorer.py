@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from scorer_samples import CONVERSATIONS, FAMILIES, PROMPT, RESPONSES, change_json, reference, reward_model, say
 
 from btrm_core.errors import CheckpointError, ConfigError, DataError
-from btrm_core.scorer import Scorer
+from btrm_core.scoring.scorer import Scorer
 
 EXACT = 1e-5
 

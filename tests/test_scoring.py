@@ -15,9 +15,10 @@ from scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model, reward_
 
 from btrm_core.cli import main
 from btrm_core.errors import CheckpointError, DataError
-from btrm_core.partial import header_file
-from btrm_core.scorer import Group, Scored, Scorer
-from btrm_core.scoring import evaluate_sources, format_evaluation, score_file
+from btrm_core.evaluation.text import format_evaluation
+from btrm_core.scoring.bulk import header_file, score_file
+from btrm_core.scoring.evaluate import evaluate_sources
+from btrm_core.scoring.scorer import Responses, Rewards, Scorer
 
 TOO_LONG = "word " * 400
 
@@ -187,7 +188,7 @@ def _sha256(source: str) -> str:
 class Stopping(Scorer):
     """A scorer that is interrupted after the second chunk."""
 
-    def stream(self, chunks: Iterable[Sequence[Group]]) -> Iterator[list[Scored]]:
+    def stream(self, chunks: Iterable[Sequence[Responses]]) -> Iterator[list[Rewards]]:
         for number, scored in enumerate(super().stream(chunks)):
             if number == 2:
                 raise KeyboardInterrupt
@@ -216,7 +217,7 @@ def test_ctrl_c_keeps_whole_lines_and_says_so(
 def test_reading_stays_close_to_scoring(scorer: Scorer) -> None:
     read_so_far = 0
 
-    def chunks() -> Iterator[Sequence[Group]]:
+    def chunks() -> Iterator[Sequence[Responses]]:
         nonlocal read_so_far
         for n in range(10):
             read_so_far = n + 1
@@ -331,13 +332,13 @@ def test_an_evaluation_of_several_sources(model: Path, scorer: Scorer, tmp_path:
         assert figures["pairs"] == len(expected)
         assert figures["accuracy"] == pytest.approx((expected[:, 0] > expected[:, 1]).mean())
         assert figures["chosen_mean"] == pytest.approx(expected[:, 0].mean(), abs=1e-5)
-        assert figures["longer_wins"] == 0.0
+        assert figures["longer_wins_tokens"] == 0.0
     assert {row["name"]: row["pairs"] for row in result["overall"]["subsets"]} == {"first": 12, "second": 7}
 
     text = format_evaluation(result)
     assert text.splitlines()[0].startswith(f"{model}, family llama3, float32, ")
     assert re.search(
-        rf"^{re.escape(first)}: accuracy [\d.]+ ± [\d.]+ \(longer wins: 0\.000\), .*, 12 pairs$", text, re.M
+        rf"^{re.escape(first)}: accuracy [\d.]+ ± [\d.]+ \(more tokens wins: 0\.000\), .*, 12 pairs$", text, re.M
     )
     assert "first.jsonl:13: 'chosen' is 1 (int)" in text
     assert re.search(r"^all: accuracy .* 19 pairs$", text, re.M)

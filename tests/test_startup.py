@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from btrm_core.errors import TrainingError
-from btrm_core.startup import check_first_loss, expected_first_loss
+from btrm_core.model.selfcheck import check_first_loss, expected_first_loss
 
 IDS = [f"pair-{i}" for i in range(200)]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from btrm_core import testing
-from btrm_core.new_family import package_files
-from btrm_core.testing import CheckResult, FamilyConformance, format_checks, run_checks
+from btrm_core.families.new_family import package_files
+from btrm_core.preflight.conformance import runner
+from btrm_core.preflight.conformance.runner import CheckResult, FamilyConformance, format_checks, run_checks
 
 Install = Callable[..., None]
 
@@ -177,7 +177,7 @@ def check(name: str, **attributes: object) -> CheckResult:
     """Run one check on family foo."""
     tested = type("Tested", (FamilyConformance,), {"family": "foo", **attributes})
     try:
-        return testing._run(tested(), f"test_{name}")
+        return runner._run(tested(), f"test_{name}")
     finally:
         tested.teardown_class()
 
@@ -211,13 +211,13 @@ def test_a_file_found_only_from_the_current_directory_is_a_fault(install, tmp_pa
 
 
 def test_every_check_has_a_fault_or_a_shield():
-    names = {name.removeprefix("test_") for name in testing._checks()}
+    names = {name.removeprefix("test_") for name in runner._checks()}
     assert {name for name, _, _ in FAULTS} | SHIELDED == names
     assert len(names) >= 20
 
 
 def test_every_check_says_what_it_proves():
-    for name in testing._checks():
+    for name in runner._checks():
         text = inspect.getdoc(getattr(FamilyConformance, name)) or ""
         assert text.endswith("."), name
         assert len(text.splitlines()) == 1, name
@@ -254,8 +254,8 @@ def test_config_values_and_tokens_can_be_given_where_the_recipe_has_no_tiny_shap
 
 
 def test_a_tokenizer_directory_and_a_checkpoint_can_be_given(install, tmp_path):
-    from btrm_core.families import load
-    from btrm_core.toy import build_toy
+    from btrm_core.families.discovery import load
+    from btrm_core.model.toy import build_toy
 
     install()
     build_toy(load("foo").recipe().tiny, tmp_path / "model", hidden_size=96, num_attention_heads=6)

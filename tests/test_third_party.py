@@ -17,7 +17,7 @@ from environments import Environment, build_wheel
 
 PACKAGES = Path(__file__).parent / "third_party"
 NAMES = {"smollm2": "btrm-smollm2 0.2.0", "qwen3": "btrm-qwen3 1.0.0"}
-SAMPLE = Path(__file__).parent.parent / "btrm_core" / "sample" / "held_out.jsonl"
+SAMPLE = Path(__file__).parent.parent / "btrm_core" / "data" / "sample" / "held_out.jsonl"
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
 
+from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, rename_tokens, self_contained
 from btrm_core.errors import FamilyError
-from btrm_core.hookspecs import PadToken, TinyShape
-from btrm_core.tokenizers import Encoder, fast_backend, install_pad, rename_tokens, self_contained, tiny_tokenizer
+from btrm_core.families.hookspecs import PadToken, TinyShape
+from btrm_core.model.toy import tiny_tokenizer
 
 MAKERS = {"bytes": byte_tokenizer, "metaspace": metaspace_tokenizer, "unigram": unigram_tokenizer}
 

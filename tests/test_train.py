@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from btrm_core.config import load_config
+from btrm_core.config import read_settings
 from btrm_core.errors import CheckpointError, TrainingError
-from btrm_core.run import Outcome, train
-from btrm_core.schedule import Progress
-from btrm_core.summary import closing_text
+from btrm_core.run import train
+from btrm_core.training.schedule import Progress
+from btrm_core.training.session import Outcome
+from btrm_core.training.summary import closing_text
 
 TRAIN_KEYS = {
     "split", "step", "time", "loss", "accuracy", "ties", "reward_margin", "reward_margin_std", "chosen_mean",
@@ -22,7 +23,7 @@ TRAIN_KEYS = {
     "useful_tokens_per_second", "pairs_per_second", "padding_percent", "shared_percent", "rank_imbalance",
     "micro_batches", "peak_memory_gib",
 }  # fmt: skip
-EVAL_KEYS = {"accuracy_standard_error", "longer_wins", "subsets"}
+EVAL_KEYS = {"accuracy_standard_error", "longer_wins_tokens", "subsets"}
 
 
 def run(output: Path, **values):
@@ -33,7 +34,7 @@ def run(output: Path, **values):
         "train.pairs_per_step": 10,
         "output.eval_every": 100,
     }
-    return train(load_config(None, {**settings, **values}))
+    return train(read_settings(None, {**settings, **values}))
 
 
 def lines(output: Path, split: str):
@@ -152,8 +153,8 @@ def test_every_family_trains(family, tmp_path):
 def test_a_model_that_cannot_be_packed_is_trained_on_padded_batches(tmp_path, capsys):
     """Dropout in attention cannot be packed exactly: the self-check says so and the run goes on."""
     base = tmp_path / "base"
-    from btrm_core.families import load
-    from btrm_core.toy import build_toy
+    from btrm_core.families.discovery import load
+    from btrm_core.model.toy import build_toy
 
     build_toy(load("llama3").recipe().tiny, base, hidden_size=32, num_hidden_layers=1, attention_dropout=0.1)
     values = {"model.name": str(base), "data.train": str(sample("train")), "train.max_steps": 1}
@@ -182,7 +183,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, skip):
 
 
 def sample(part: str) -> Path:
-    from btrm_core.toy import sample_path
+    from btrm_core.data.sample import sample_path
 
     return Path(sample_path(part))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.truncation import smallest, ways_to_shorten
+from btrm_core.chat.shorten import smallest, ways_to_shorten
 
 
 def message(role: str, content: str) -> dict[str, str]:

@@ -23,10 +23,12 @@ import trajectories
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from trajectories import distance, metrics, stored
 
-from btrm_core import distributed, resume, universal
-from btrm_core.basemodel import gathered
+from btrm_core import run
 from btrm_core.errors import CheckpointError
+from btrm_core.model.base import gathered
 from btrm_core.settings import OutputConfig
+from btrm_core.training import reshard, resume
+from btrm_core.training.processes import join
 
 EXACT = 1e-5
 SAVED, LAST = 2, 4
@@ -72,7 +74,7 @@ def noting(root: str, output: str, runs: dict[str, dict[str, Any]]) -> None:
             return progress
 
         patch.setattr(resume, "save", saving)
-        patch.setattr(resume, "load", loading)
+        patch.setattr(run, "load", loading)
         trajectories.run_many(root, output, runs)
 
 
@@ -254,7 +256,7 @@ def test_no_room_for_the_conversion(root: Path, by_two: Path, tmp_path: Path) ->
 
 def slowly(root: str, output: str, runs: dict[str, dict[str, Any]]) -> None:
     """`noting` with a conversion that takes longer than a collective operation may."""
-    convert = universal._convert
+    convert = reshard._convert
 
     def slow(state: Path, place: Path) -> None:
         time.sleep(1.5 * SECONDS)
@@ -263,12 +265,12 @@ def slowly(root: str, output: str, runs: dict[str, dict[str, Any]]) -> None:
     def loading(*arguments: Any) -> None:
         torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=SECONDS))
         load(*arguments)
-        torch.distributed.distributed_c10d._set_pg_timeout(distributed.TIMEOUT)
+        torch.distributed.distributed_c10d._set_pg_timeout(join.TIMEOUT)
 
-    load = universal.load_resharded
+    load = reshard.load_resharded
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(universal, "_convert", slow)
-        patch.setattr(universal, "load_resharded", loading)
+        patch.setattr(reshard, "_convert", slow)
+        patch.setattr(reshard, "load_resharded", loading)
         noting(root, output, runs)
 
 

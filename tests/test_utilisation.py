@@ -3,7 +3,7 @@
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from btrm_core.utilisation import mfu_per_token_rate
+from btrm_core.model.shape import mfu_per_token_rate
 
 
 def test_a_llama_on_an_h100_by_hand():

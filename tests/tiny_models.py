@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from btrm_core.packing import TokenGroup
+from btrm_core.packing.groups import Group
 
 VOCAB = 61
 WINDOW = 9
@@ -68,13 +68,13 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **c
     return model.to(dtype)
 
 
-def group(shared: int, *tails: int, seed: int = 0) -> TokenGroup:
+def group(shared: int, *tails: int, seed: int = 0) -> Group:
     """A group of random tokens with the given lengths."""
     rng = np.random.default_rng([seed, shared, *tails])
-    return TokenGroup(rng.integers(3, VOCAB, shared + sum(tails)).astype(np.int32), shared, tails)
+    return Group(rng.integers(3, VOCAB, shared + sum(tails)).astype(np.int32), shared, tails)
 
 
-def awkward_groups() -> list[TokenGroup]:
+def awkward_groups() -> list[Group]:
     """Long prefixes, no prefix, empty and one-token tails, one response, many responses."""
     return [
         group(40, 7, 5),
@@ -144,7 +144,7 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-def weights_for(groups: Sequence[TokenGroup], dtype: torch.dtype) -> torch.Tensor:
+def weights_for(groups: Sequence[Group], dtype: torch.dtype) -> torch.Tensor:
     """Fixed weights, one for each sequence, of either sign.
 
     A quarter each: the largest gradient of `awkward_groups` is then 2 to 5 for every model, about the

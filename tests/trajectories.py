@@ -22,12 +22,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
 
-from btrm_core import distributed, families, run
-from btrm_core.config import load_config
-from btrm_core.run import Outcome
-from btrm_core.toy import build_toy, sample_path
+from btrm_core import families, run
+from btrm_core.config import read_settings
+from btrm_core.data.sample import sample_path
+from btrm_core.model.toy import build_toy
+from btrm_core.training.processes import runtime
+from btrm_core.training.session import Outcome
 
-distributed.quiet()
+runtime.quiet()
 
 STEPS = 10
 PAIRS = 8
@@ -90,7 +92,7 @@ def flags(root: Path, output: Path, **values: Any) -> list[str]:
 
 def train(root: Path, output: Path, **values: Any) -> Outcome:
     """Run `btrm train` in this process."""
-    return run.train(load_config(None, settings(root, output, **values)))
+    return run.train(read_settings(None, settings(root, output, **values)))
 
 
 def trajectory(root: Path, output: Path, **values: Any) -> Trajectory:
@@ -149,7 +151,7 @@ def run_many(root: str, output: str, runs: Mapping[str, Mapping[str, Any]]) -> N
         if torch.distributed.get_rank() == 0:
             found = dataclasses.asdict(read(outcome, place))
             (Path(output) / f"{name}.json").write_text(json.dumps(found, default=str))
-    distributed.leave()
+    runtime.leave()
 
 
 def stored(output: Path, name: str) -> Trajectory:

@@ -21,12 +21,11 @@ import pytest
 from click.testing import CliRunner
 from scorer_samples import CONVERSATIONS, FAMILIES, base_model, finished, real_tokenizer_base
 
-from btrm_core import config as settings
-from btrm_core import run
-from btrm_core.chat import Conversation
+from btrm_core import config, run
+from btrm_core.chat.format import Conversation
 from btrm_core.cli import main
-from btrm_core.scorer import Scorer
-from btrm_core.toy import sample_path
+from btrm_core.data.sample import sample_path
+from btrm_core.scoring.scorer import Scorer
 
 EXACT = 1e-5
 STORY = "The ferry left the harbour at noon and came back late in the evening with tired passengers. "
@@ -61,7 +60,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "train.warmup_ratio": 0.0,
         "output.dir": str(root / "run"),
     }
-    outcome = run.train(settings.load_config(None, values))
+    outcome = run.train(config.read_settings(None, values))
     assert outcome.directory is not None
     vectors = json.loads((outcome.directory / "btrm.json").read_text())["self_test"]
     conversations = [row[side] for row in held_out for side in ("chosen", "rejected")]

@@ -20,12 +20,16 @@ import torch
 import trajectories
 from trajectories import Trajectory, distance, trajectory
 
-from btrm_core import basemodel, prepare, run
-from btrm_core.config import load_config
-from btrm_core.distributed import PRESETS, start
-from btrm_core.loader import steps
-from btrm_core.offload import Activations
-from btrm_core.trainer import Around, train_step
+from btrm_core import run
+from btrm_core.config import read_settings
+from btrm_core.model import base
+from btrm_core.training import engine as engine_module
+from btrm_core.training import prepare, profiling
+from btrm_core.training.loop import Around, train_step
+from btrm_core.training.micro_batches import steps
+from btrm_core.training.offload import Activations
+from btrm_core.training.processes.runtime import start
+from btrm_core.training.processes.zero import PRESETS
 
 EXACT = 1e-5
 SAME_GRADIENT = 1e-6
@@ -219,12 +223,12 @@ def in_two_processes(root: str, output: str) -> None:
 @contextlib.contextmanager
 def engine_of(root: Path, **values: Any) -> Any:
     """A run that is ready for its first step: engine, data, form of the rows, configuration, runtime."""
-    config = load_config(None, trajectories.settings(root, root / "unused", **values))
+    config = read_settings(None, trajectories.settings(root, root / "unused", **values))
     family, config, chat = prepare.choose(config)
     with start(config) as runtime:
         data = prepare.load_data(config, chat, runtime)
-        model, _ = prepare.build_model(config, family, chat, runtime)
-        engine = prepare.make_engine(model, config, runtime)
+        model, _ = base.build_model(config, family, chat, runtime.dtype, runtime.device)
+        engine = engine_module.make_engine(model, config, runtime)
         form = prepare.usable_form(config, engine, data, runtime, chat.pad_id)
         yield engine, data, form, config, runtime
         engine.destroy()
@@ -246,7 +250,7 @@ def step_gradients(root: Path) -> dict[str, dict[str, torch.Tensor]]:
                     gradients[name] = safe_get_full_grad(parameter).clone()
 
             engine.step = instead
-            nothing = Around(run.Profiler(None, print), contextlib.nullcontext)
+            nothing = Around(profiling.Profiler(None, print), contextlib.nullcontext)
             train_step(engine, step, config, runtime, nothing, stop=False)
             found[way] = gradients
     return found
@@ -255,19 +259,19 @@ def step_gradients(root: Path) -> dict[str, dict[str, torch.Tensor]]:
 def start_of(root: Path, stage: str) -> dict[str, Any]:
     """Head and embedding as a run with a new token starts with them, on this process; and heads of many seeds."""
     values = {**NEW_TOKEN, "distributed__deepspeed": stage}
-    config = load_config(None, trajectories.settings(root, root / "unused", **values))
+    config = read_settings(None, trajectories.settings(root, root / "unused", **values))
     family, config, chat = prepare.choose(config)
     with start(config) as runtime:
-        model, is_new = prepare.build_model(config, family, chat, runtime)
+        model, is_new = base.build_model(config, family, chat, runtime.dtype, runtime.device)
         assert is_new
         heads = []
         hf = model.base_model
         weights = hf.score.weight, hf.get_input_embeddings().weight
-        with basemodel.gathered(*weights):
+        with base.gathered(*weights):
             head, rows = (weight.detach().clone() for weight in weights)
         for seed in range(32):
-            basemodel.init_head(hf, family.init_head(hf.config.hidden_size), seed)
-            with basemodel.gathered(hf.score.weight):
+            base.init_head(hf, family.init_head(hf.config.hidden_size), seed)
+            with base.gathered(hf.score.weight):
                 heads.append(hf.score.weight.detach().clone())
-        old = basemodel.load_config(config.model).vocab_size
+        old = base.base_config(config.model).vocab_size
         return {"head": head, "rows": rows, "heads": torch.cat(heads), "old rows": old}

@@ -29,11 +29,11 @@ from tiny_models import (
     weights_for,
 )
 
-from btrm_core import attention, kernels
-from btrm_core.attention import PADDED, collate
-from btrm_core.model import RewardModel
-from btrm_core.packing import Batch, TokenGroup
-from btrm_core.planner import plan
+from btrm_core.model import attention, kernels
+from btrm_core.model.reward import RewardModel
+from btrm_core.packing.groups import Group
+from btrm_core.packing.rows import PADDED, Batch, collate
+from btrm_core.packing.steps import plan
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 DEFAULT = {name: "eager" if name in SOFTCAPPED else "varlen" for name in CONFIGS}
@@ -256,7 +256,7 @@ def test_the_scale_on_which_differences_are_measured(name: str) -> None:
 
 
 def test_groups_cover_what_they_should() -> None:
-    groups: list[TokenGroup] = awkward_groups()
+    groups: list[Group] = awkward_groups()
     tails = [tail for g in groups for tail in g.tails]
     assert 0 in tails
     assert 1 in tails

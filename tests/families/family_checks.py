@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.model.toy import tiny_tokenizer
 
 NAMES = {"s": "system", "u": "user", "a": "assistant"}
 

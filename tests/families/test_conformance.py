@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from btrm_core.testing import FamilyConformance
+from btrm_core.preflight.conformance.runner import FamilyConformance
 
 REAL = Path(os.environ.get("BTRM_REAL_TOKENIZERS", "."))
 
@@ -47,7 +47,7 @@ class TestGemmaWithItsTokenizer(FamilyConformance):
 
 
 def test_every_built_in_family_is_checked():
-    from btrm_core.families import discover
+    from btrm_core.families.discovery import discover
 
     built_in = {entry.name for entry in discover() if entry.distribution == "btrm"}
     checked = {cls.family for cls in FamilyConformance.__subclasses__() if cls.__module__ == __name__}

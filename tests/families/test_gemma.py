@@ -23,9 +23,9 @@ from family_checks import (
 from transformers import AutoTokenizer, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
 
 from btrm_core.errors import FamilyError
-from btrm_core.families import detect, load
-from btrm_core.hookspecs import TinyShape
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.families.discovery import detect, load
+from btrm_core.families.hookspecs import TinyShape
+from btrm_core.model.toy import tiny_tokenizer
 
 CONFIGS = {"gemma": GemmaConfig, "gemma2": Gemma2Config}
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from btrm_core import families
-from btrm_core.chat import ChatFormat, prepare_chat
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.chat.format import ChatFormat, prepare_chat
+from btrm_core.model.toy import tiny_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONVERSATIONS = json.loads((GOLDEN / "conversations.json").read_text(encoding="utf-8"))

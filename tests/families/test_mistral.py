@@ -19,9 +19,9 @@ from family_checks import (
 from transformers import AutoTokenizer, MistralConfig, MixtralConfig
 
 from btrm_core.errors import FamilyError
-from btrm_core.families import detect, load
-from btrm_core.hookspecs import TinyShape
-from btrm_core.tokenizers import tiny_tokenizer
+from btrm_core.families.discovery import detect, load
+from btrm_core.families.hookspecs import TinyShape
+from btrm_core.model.toy import tiny_tokenizer
 
 VERSIONS = ["mistral-v1", "mistral-v3"]
 

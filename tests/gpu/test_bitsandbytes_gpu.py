@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from trajectories import prepare, train, trajectory
 
-from btrm_core.scorer import Scorer
+from btrm_core.scoring.scorer import Scorer
 
 pytestmark = pytest.mark.gpu
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_models import WINDOW, awkward_groups, group, tiny_model
 
-from btrm_core import kernels
-from btrm_core.attention import collate
-from btrm_core.layout import Layout
-from btrm_core.model import RewardModel, self_check
-from btrm_core.packing import pack_row
+from btrm_core.model import kernels
+from btrm_core.model.reward import RewardModel
+from btrm_core.model.selfcheck import self_check
+from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.visibility import Visibility
 
 pytestmark = pytest.mark.gpu
 
@@ -38,14 +38,14 @@ def long_groups(seed: int = 0, scale: int = 10) -> list[Any]:
     return [group(*(scale * n for n in sizes), seed=seed) for sizes in lengths]
 
 
-def layout_of(groups: list[Any]) -> Layout:
+def layout_of(groups: list[Any]) -> Visibility:
     layout = pack_row(groups, multiple_of=128).batch().to("cuda").layout
     assert layout is not None
     return layout
 
 
 def evaluate(
-    kernel: Callable[..., Any], layout: Layout, dtype: torch.dtype, head_dim: int, kv_heads: int, **options: Any
+    kernel: Callable[..., Any], layout: Visibility, dtype: torch.dtype, head_dim: int, kv_heads: int, **options: Any
 ) -> list[torch.Tensor]:
     """Output and gradients of a kernel for inputs that are the same up to rounding."""
     generator = torch.Generator().manual_seed(0)

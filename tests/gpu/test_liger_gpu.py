@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import awkward_groups, tiny_model
 
-from btrm_core.attention import collate
-from btrm_core.basemodel import use_kernels
-from btrm_core.model import RewardModel
+from btrm_core.model.base import use_kernels
+from btrm_core.model.reward import RewardModel
+from btrm_core.packing.rows import collate
 
 pytestmark = pytest.mark.gpu
 

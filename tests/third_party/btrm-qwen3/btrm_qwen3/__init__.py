@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btrm_core import PadToken, Recipe, TinyShape, hookimpl
-from btrm_core.hookspecs import require_tokens
+from btrm_core import PadToken, Recipe, TinyShape, hookimpl, require_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -1,0 +1,23 @@
+"""Chat: what the ids of a conversation are.
+
+Template, tokenizer and maximum length together decide them; nothing else in btrm turns text into ids.
+"""
+
+from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, opens_turns, prepare_chat, settle, spare
+from btrm_core.chat.templates import one_line
+from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
+
+__all__ = [
+    "ChatFormat",
+    "Conversation",
+    "EncodedResponses",
+    "Encoder",
+    "fast_backend",
+    "install_pad",
+    "one_line",
+    "opens_turns",
+    "prepare_chat",
+    "self_contained",
+    "settle",
+    "spare",
+]

@@ -1,0 +1,311 @@
+"""Conversations to token ids: one template, one encode function, for training, evaluation, scoring and serving.
+
+Decides: what a conversation's ids are and how a group of responses to one prompt is kept within the maximum length. The
+template's text is the family's answer, whether it keeps its promises is checked in `templates`, what a tokenizer does
+with text is `tokenizers`'.
+
+Nothing here raises for a row of data in the batched path: a row that cannot be encoded carries its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from btrm_core.chat.shorten import Shorten, smallest, ways_to_shorten
+from btrm_core.chat.templates import inspect_template, one_line
+from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
+from btrm_core.errors import BtrmError, DataError
+from btrm_core.families import Family, PadToken
+
+Message = dict[str, str]
+
+
+Conversation = list[Message]
+
+
+@dataclass(frozen=True)
+class EncodedResponses:
+    """K responses to one prompt as ids, or the reason why not."""
+
+    sequences: list[list[int]]
+    """One finished conversation per response, in their order; empty if there is an error."""
+    dropped_turns: int = 0
+    """Messages dropped from the beginning of the shared prompt to keep to the maximum length."""
+    cut_characters: int = 0
+    """Characters then cut from the left of what was left of the prompt."""
+    error: str | None = None
+    """Why the group cannot be encoded, in a few words fit for counting."""
+
+
+@dataclass
+class ChatFormat:
+    """Everything needed to turn conversations into ids; made by `prepare_chat` or `chat_from_checkpoint`.
+
+    Can be pickled for worker processes.
+    """
+
+    tokenizer: Any
+    template: str
+    template_sha256: str
+    pad: PadToken
+    pad_id: int
+    bos_id: int | None
+    """The token that opens every conversation, exactly once; None if the template writes none."""
+    terminal_id: int
+    """The token that ends every conversation, where the reward is read."""
+    control_ids: frozenset[int]
+    """Ids that only the template may produce."""
+    num_new_tokens: int
+    """Tokens that the pad policy added to the vocabulary (0 or 1)."""
+    answers: dict[str, str]
+    """Hook name -> who gave the answer."""
+    encoder: Encoder = field(repr=False)
+    anchors: tuple[str, ...] = field(default=(), repr=False)
+    """Control tokens that the template writes and before which a text can be cut without changing any id."""
+    max_length: int | None = None
+    """Longest conversation a checkpoint was trained with; None when training starts from a base model."""
+
+    @property
+    def terminal_token(self) -> str:
+        """The terminal token's text."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.terminal_id))
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        """Return a conversation as the template writes it.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        try:
+            return self._render([conversation], add_generation_prompt)[0]
+        except Exception as error:  # a template is a program of its own and may fail in any way
+            raise DataError(f"the chat template refuses it: {one_line(error)}") from error
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """Return the ids of finished conversations (the last message is the assistant's).
+
+        Equal to `tokenizer.apply_chat_template` with this template, id for id, unless a message spells a control token:
+        those letters stay text.
+
+        Raises:
+            DataError: the template refuses a conversation, or does not end it in the terminal token.
+        """
+        encoded = [group[0] for group in self._encode([[c] for c in conversations])]
+        for index, ids in enumerate(encoded):
+            if isinstance(ids, str):
+                raise DataError(f"conversation {index + 1} of {len(encoded)} cannot be encoded: {ids}")
+        return [ids for ids in encoded if not isinstance(ids, str)]
+
+    def encode_group(
+        self, prompt: Conversation, responses: Sequence[str], max_length: int | None = None
+    ) -> EncodedResponses:
+        """Return the ids of K responses to one prompt; see `encode_groups`."""
+        return self.encode_groups([(prompt, responses)], max_length)[0]
+
+    def encode_groups(
+        self, groups: Sequence[tuple[Conversation, Sequence[str]]], max_length: int | None = None
+    ) -> list[EncodedResponses]:
+        """Return the ids of many groups, each a prompt and its K responses.
+
+        A group with a conversation over the maximum loses whole oldest exchanges of its prompt, then the left end of
+        the last user message, then of the system message, until its longest conversation fits. All K keep the same
+        prompt, and the template's head and the terminal token stay.
+
+        Args:
+            groups: the prompt is a list of messages and may be empty; the responses are the assistant's.
+            max_length: tokens; None means the checkpoint's own maximum, and no limit where there is none.
+
+        Returns:
+            One result per group, in order. Never raises for a group: see `EncodedGroup.error`.
+        """
+        limit = self.max_length if max_length is None else max_length
+        encoded = self._encode([_conversations(prompt, responses) for prompt, responses in groups])
+        results = []
+        for (prompt, responses), sequences in zip(groups, encoded, strict=True):
+            result = _group(sequences, limit)
+            results.append(result or self._fit(prompt, responses, limit or 0))
+        return results
+
+    def _render(self, conversations: Sequence[Conversation], add_generation_prompt: bool = False) -> list[str]:
+        """Render many conversations; raises whatever the template raises."""
+        if not conversations:
+            return []
+        rendered: list[str] = self.tokenizer.apply_chat_template(
+            list(conversations),
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return rendered
+
+    def _encode(self, groups: Sequence[list[Conversation]]) -> list[list[list[int] | str]]:
+        """Encode groups of conversations that share all but their last message; a string is the reason of a failure."""
+        spelled = self.encoder.spells_control
+        try:
+            plain = [
+                not any(spelled(text) for m in [*group[0], *(c[-1] for c in group[1:])] for text in m.values())
+                for group in groups
+            ]
+            encoded = iter(self._encode_plain([g for g, ok in zip(groups, plain, strict=True) if ok]))
+        except Exception:  # a row that the template refuses, or broken Unicode: halve until it stands alone
+            if len(groups) == 1:
+                return [[self._encode_alone(conversation) for conversation in groups[0]]]
+            middle = len(groups) // 2
+            return self._encode(groups[:middle]) + self._encode(groups[middle:])
+        return [
+            [self._checked(ids) for ids in next(encoded)] if ok else [self._encode_alone(c) for c in group]
+            for group, ok in zip(groups, plain, strict=True)
+        ]
+
+    def _encode_plain(self, groups: Sequence[list[Conversation]]) -> list[list[list[int]]]:
+        """Encode groups that spell no control token, what the texts of a group share only once."""
+        rendered = iter(self._render([conversation for group in groups for conversation in group]))
+        texts = [[next(rendered) for _ in group] for group in groups]
+        cuts = [self._shared_cut(group) for group in texts]
+        pieces = [
+            piece
+            for group, cut in zip(texts, cuts, strict=True)
+            for piece in ([group[0][:cut], *(text[cut:] for text in group)] if cut else group)
+        ]
+        ids = iter(self.encoder.encode(pieces))
+        encoded = []
+        for group, cut in zip(texts, cuts, strict=True):
+            head = next(ids) if cut else []
+            encoded.append([head + next(ids) for _ in group])
+        return encoded
+
+    def _shared_cut(self, texts: list[str]) -> int:
+        """Return where texts with a common beginning can be cut, the parts encoded apart, and no id changes."""
+        if len(texts) < 2:
+            return 0
+        first, last = min(texts), max(texts)  # what these two share, all share
+        low, high = 0, min(len(first), len(last))
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if first[:middle] == last[:middle] else (low, middle - 1)
+        return max((first.rfind(anchor, 0, low) for anchor in self.anchors), default=0)
+
+    def _encode_alone(self, conversation: Conversation) -> list[int] | str:
+        """Encode one conversation, which may spell control tokens; a string is the reason of a failure."""
+        texts = [text for message in conversation for text in message.values()]
+        if not all(isinstance(text, str) for text in texts):
+            return "a message is not text"
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            return "text is not valid Unicode (half of a surrogate pair)"
+        try:
+            hidden, marks = self.encoder.hide(conversation)
+            rendered = self._render([hidden])[0]
+            ids = self.encoder.encode_hidden(rendered, marks) if marks else self.encoder.encode([rendered])[0]
+        except BtrmError:
+            raise
+        except Exception as error:  # a template is a program of its own and may fail in any way
+            return f"the chat template refuses it: {one_line(error)}"
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int] | str:
+        if ids and ids[-1] == self.terminal_id:
+            return ids
+        return f"the chat template does not end it in {self.terminal_token!r}"
+
+    def _fit(self, prompt: Conversation, responses: Sequence[str], limit: int) -> EncodedResponses:
+        """Shorten the shared prompt until every conversation fits; each attempt renders and encodes anew."""
+        for most, shorten in ways_to_shorten(prompt):
+
+            def attempt(n: int, shorten: Shorten = shorten) -> EncodedResponses | None:
+                kept, dropped, cut = shorten(n)
+                result = _group(self._encode([_conversations(kept, responses)])[0], limit)
+                fits = result is not None and result.error is None
+                return replace(result, dropped_turns=dropped, cut_characters=cut) if result and fits else None
+
+            found = smallest(most, attempt)
+            if found is not None:
+                return found
+        return EncodedResponses([], error=f"answer longer than max_length {limit}")
+
+
+def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
+    """Ask a family how conversations become ids, put the answers in place and check that they keep their promises.
+
+    Args:
+        tokenizer: the base model's tokenizer. Use the returned format's from then on: it has the sides, pad token and
+            template in place, and may be another object.
+        config: the base model's transformers config, for the family to look at.
+        family: who answers, from `families.load` or `families.detect`.
+
+    Raises:
+        FamilyError: an answer breaks the contract of its hook, or there is none.
+    """
+    setup = family.ask("setup_tokenizer", tokenizer=tokenizer, config=config)
+    tokenizer = self_contained(tokenizer if setup.value is None else setup.value)
+    pad, template = family.pad_answer(tokenizer), family.template_answer(tokenizer)
+    num_new_tokens = install_pad(tokenizer, pad.value, pad.given_by)
+    answers = {"setup_tokenizer": setup.given_by, "pad_token": pad.given_by, "chat_template": template.given_by}
+    return settle(tokenizer, template.value, pad.value, num_new_tokens, answers)
+
+
+def settle(tokenizer: Any, template: str, pad: PadToken, num_new_tokens: int, answers: dict[str, str]) -> ChatFormat:
+    """Put the settled answers on the tokenizer and check them on probe conversations."""
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    tokenizer.chat_template = template
+    facts = inspect_template(tokenizer, template, answers["chat_template"])
+    unknown = None if tokenizer.unk_token == pad.token else tokenizer.unk_token_id
+    return ChatFormat(
+        tokenizer=tokenizer,
+        template=template,
+        template_sha256=hashlib.sha256(template.encode("utf-8")).hexdigest(),
+        pad=pad,
+        pad_id=tokenizer.pad_token_id,
+        bos_id=facts.bos_id,
+        terminal_id=facts.terminal_id,
+        control_ids=frozenset(facts.controls.values()) - {unknown},
+        num_new_tokens=num_new_tokens,
+        answers=answers,
+        encoder=Encoder(fast_backend(tokenizer), facts.controls),
+        anchors=facts.anchors,
+    )
+
+
+def _conversations(prompt: Conversation, responses: Sequence[str]) -> list[Conversation]:
+    return [[*prompt, {"role": "assistant", "content": response}] for response in responses]
+
+
+def _group(sequences: list[list[int] | str], limit: int | None) -> EncodedResponses | None:
+    """Return the finished group, or None if a conversation in it is over the limit."""
+    finished = [ids for ids in sequences if not isinstance(ids, str)]
+    if len(finished) < len(sequences):
+        return EncodedResponses([], error=next(ids for ids in sequences if isinstance(ids, str)))
+    if limit is not None and any(len(ids) > limit for ids in finished):
+        return None
+    return EncodedResponses(finished)
+
+
+def spare(
+    chat: ChatFormat, prompt: Conversation, responses: Sequence[str], max_length: int | None
+) -> tuple[EncodedResponses, tuple[str | None, ...]]:
+    """Encode the responses of a failed group that do not fail: a bad one must not cost the others.
+
+    Returns:
+        The ids of the good ones, in their order, and an error or None for every response.
+    """
+    errors = tuple(chat.encode_group(prompt, [response], max_length).error for response in responses)
+    good = [response for response, error in zip(responses, errors, strict=True) if error is None]
+    result = chat.encode_group(prompt, good or responses, max_length)
+    return result, tuple(error or result.error for error in errors)
+
+
+_EXCHANGE: Conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def opens_turns(chat: ChatFormat) -> bool:
+    """Whether the token named as BOS is one that opens every turn, as SmolLM2's does."""
+    bos = chat.bos_id
+    if bos is None:
+        return False
+    try:
+        one, two = (chat.encoder.encode([chat.render(_EXCHANGE * n)])[0].count(bos) for n in (1, 2))
+    except DataError:
+        return False
+    return two - one == len(_EXCHANGE)

@@ -1,0 +1,182 @@
+"""Does a chat template keep its promises with this tokenizer?
+
+Decides: what is read off a template by rendering probe conversations (BOS, terminal token, the control tokens it
+writes) and which templates are refused. Encoding real conversations is `chat`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btrm_core.chat.tokenizers import Encoder, fast_backend
+from btrm_core.errors import FamilyError
+
+OTHER_TEMPLATE = "give another one with --set tokenizer.chat_template=FILE"
+
+
+_SYSTEM = {"role": "system", "content": "Answer in few words."}
+
+
+_ONE = [{"role": "user", "content": "What is one plus two?"}, {"role": "assistant", "content": "It is three."}]
+
+
+_TWO = [*_ONE, {"role": "user", "content": "And twice that?"}, {"role": "assistant", "content": "Six, of course."}]
+
+
+_PROBES = {"single-turn": _ONE, "multi-turn": _TWO, "system": [_SYSTEM, *_TWO]}
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """What probe conversations show about a template and its tokenizer."""
+
+    bos_id: int | None
+    """Written exactly once, at the beginning; None if the template writes no BOS."""
+    terminal_id: int
+    """The last token of every finished conversation."""
+    controls: dict[str, int]
+    """Control tokens, text -> id: the tokenizer's special tokens, and others that the template writes around turns."""
+    anchors: tuple[str, ...]
+    """Control tokens the template writes before which a text can be cut without changing any id."""
+
+
+def inspect_template(tokenizer: Any, template: str, given_by: str) -> TemplateFacts:
+    """Render and encode probe conversations, and return what they show.
+
+    Args:
+        tokenizer: a fast tokenizer with its pad token set.
+        template: Jinja source.
+        given_by: who gave the template, for errors.
+
+    Raises:
+        FamilyError: the template does not compile, prints the date, loses or changes a message, writes BOS not exactly
+            once, does not always end in the same control token, or writes the pad token.
+    """
+    who = f"chat template ({given_by})"
+    if "strftime_now" in re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL):
+        raise FamilyError(
+            f"{who} prints today's date (strftime_now), so ids would change from day to day; {OTHER_TEMPLATE}"
+        )
+    texts = _render_probes(tokenizer, template, who)
+    encoder = Encoder(fast_backend(tokenizer), {})
+    ids = dict(zip(texts, encoder.encode(list(texts.values())), strict=True))
+    for name in texts:
+        own = tokenizer.apply_chat_template(_PROBES[name], chat_template=template, tokenize=True, return_dict=False)
+        if list(own) != ids[name]:
+            raise FamilyError(
+                f"tokenizer {type(tokenizer).__name__} does more than its fast backend, its ids cannot be reproduced; "
+                "return a plain fast tokenizer from the setup_tokenizer hook"
+            )
+    terminal_id = _terminal(tokenizer, ids, who)
+    bos_id = _bos(tokenizer, ids, who, terminal_id)
+    if tokenizer.pad_token_id is not None and any(tokenizer.pad_token_id in sequence for sequence in ids.values()):
+        raise FamilyError(
+            f"{who} writes the pad token {tokenizer.pad_token!r}, expected one that never occurs in data; "
+            "name another one with --set tokenizer.pad_token=TOKEN"
+        )
+    added = tokenizer.added_tokens_decoder
+    around = _around_a_question(tokenizer, template, encoder)
+    controls = {str(token): index for index, token in added.items() if token.special or index in {*around, terminal_id}}
+    written = {index for index in ids["multi-turn"] if index in added}
+    cuttable = [i for i in sorted(written) if not (added[i].normalized or added[i].lstrip or added[i].single_word)]
+    anchors = tuple(str(added[i]) for i in cuttable if str(added[i]) in controls)
+    if not _cuts_change_nothing(encoder, texts["multi-turn"], ids["multi-turn"], anchors):
+        anchors = ()
+    return TemplateFacts(bos_id, terminal_id, controls, anchors)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _render_probes(tokenizer: Any, template: str, who: str) -> dict[str, str]:
+    """Render the probes; the system one may be refused, as its rows then are, with a reason each."""
+    texts = {}
+    for name, conversation in _PROBES.items():
+        try:
+            texts[name] = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+        except Exception as error:  # a template is a program of its own and may fail in any way
+            if name == "system":
+                continue
+            line = getattr(error, "lineno", None)
+            place = "" if line is None else f", line {line}"
+            raise FamilyError(
+                f"{who} does not render a {name} conversation: {one_line(error)}{place}; {OTHER_TEMPLATE}"
+            ) from error
+        position = 0
+        for message in conversation:
+            start = 0 if message["role"] == "system" else position  # a system text may be folded into any message
+            found = texts[name].find(message["content"], start)
+            if found < 0:
+                raise FamilyError(
+                    f"{who} loses or changes a {message['role']} message of a {name} conversation, "
+                    f"expected {message['content']!r} in its place; {OTHER_TEMPLATE}"
+                )
+            position = position if message["role"] == "system" else found + len(message["content"])
+    return texts
+
+
+def _terminal(tokenizer: Any, ids: dict[str, list[int]], who: str) -> int:
+    """Return the id that ends every probe."""
+    added = tokenizer.added_tokens_decoder
+    last = {sequence[-1] for sequence in ids.values()}
+    named = ", ".join(repr(tokenizer.decode([index])) for index in sorted(last))
+    if len(last) > 1:
+        raise FamilyError(f"{who} ends conversations in different tokens ({named}), expected one; {OTHER_TEMPLATE}")
+    terminal_id = last.pop()
+    if terminal_id not in added or str(added[terminal_id]).isspace():
+        raise FamilyError(
+            f"{who} ends a conversation in {named}, expected a control token such as {tokenizer.eos_token!r} "
+            f"with nothing after it; {OTHER_TEMPLATE}"
+        )
+    if terminal_id == tokenizer.pad_token_id:
+        raise FamilyError(
+            f"pad token {named} is the terminal token of the {who}, expected a distinct one; "
+            "name another one with --set tokenizer.pad_token=TOKEN"
+        )
+    return int(terminal_id)
+
+
+def _bos(tokenizer: Any, ids: dict[str, list[int]], who: str, terminal_id: int) -> int | None:
+    """Return the id of the BOS that opens every probe once; None where the template writes none.
+
+    Some tokenizers name as BOS a token that opens every turn (SmolLM2: `<|im_start|>`) or ends them: no BOS then.
+    """
+    bos = tokenizer.bos_token_id
+    one, two = ids["single-turn"], ids["multi-turn"]
+    counts = [sequence.count(bos) for sequence in ids.values()]
+    if bos is None or bos == terminal_id or not any(counts):
+        return None
+    first = all(sequence[0] == bos for sequence in ids.values())
+    if first and set(counts) == {1}:
+        return int(bos)
+    followers = {two[i + 1] for i, index in enumerate(two[:-1]) if index == bos}
+    opens_turns = two.count(bos) - one.count(bos) == len(_TWO) - len(_ONE)
+    if first and opens_turns and not followers & set(tokenizer.added_tokens_decoder):
+        return None
+    raise FamilyError(
+        f"{who} writes the BOS token {tokenizer.bos_token!r} {one.count(bos)} times in a conversation of one exchange "
+        f"and {two.count(bos)} times in one of two, expected exactly once, at the beginning; {OTHER_TEMPLATE}"
+    )
+
+
+def _around_a_question(tokenizer: Any, template: str, encoder: Encoder) -> set[int]:
+    """Return the added tokens, flagged special or not, that the template writes around a user message."""
+    try:
+        text = tokenizer.apply_chat_template(_ONE[:1], chat_template=template, tokenize=False)
+    except Exception:  # it refuses unanswered questions: nothing to learn here
+        return set()
+    added = tokenizer.added_tokens_decoder
+    return {index for index in encoder.encode([text])[0] if index in added and not str(added[index]).isspace()}
+
+
+def _cuts_change_nothing(encoder: Encoder, text: str, ids: Sequence[int], anchors: Sequence[str]) -> bool:
+    """Try every cut before an anchor in a probe."""
+    places = [match.start() for anchor in anchors for match in re.finditer(re.escape(anchor), text)]
+    halves = [encoder.encode([text[:place], text[place:]]) for place in places]
+    return all(head + tail == ids for head, tail in halves)

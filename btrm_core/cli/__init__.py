@@ -1,0 +1,98 @@
+"""The `btrm` command: one function per subcommand, each a translation of flags into a call.
+
+Decides: names of flags, exit codes, what goes to standard output (results) and standard error (all else). torch,
+transformers and deepspeed are imported inside the commands that need them, so that `btrm families` and `--help` answer
+at once.
+
+Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 143 where another
+process of the run was told to stop; 1 for a failed check or a bug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from importlib import import_module
+from typing import Any
+
+import click
+
+from btrm_core.errors import BtrmError
+
+SPEAK_LATER_SECONDS = 3.0
+COMMANDS = {
+    "data": "data:data",
+    "doctor": "preflight:doctor",
+    "eval": "score:evaluate",
+    "families": "families:families",
+    "new-family": "families:new_family_command",
+    "plan": "preflight:plan_command",
+    "score": "score:score",
+    "train": "train:train",
+}
+"""Subcommand -> module of this package and function; a module is imported when its command is called."""
+
+
+class Commands(click.Group):
+    """Prints errors of the user on one line, and keeps tracebacks for bugs and `--debug`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the subcommands."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a subcommand; None if there is no such one."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(f"btrm_core.cli.{module}"), function)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a subcommand and turn its errors into exit codes."""
+        try:
+            return super().invoke(ctx)
+        except BtrmError as error:
+            if not _speaks():
+                raise SystemExit(error.exit_code) from None
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            click.echo(f"{_own_line()}btrm: {' '.join(str(error).split())}", err=True)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt:
+            click.echo("btrm: interrupted", err=True)
+            raise SystemExit(130) from None
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception:
+            if not _speaks():
+                raise SystemExit(1) from None
+            traceback.print_exc()
+            click.echo("btrm: this is a bug; please report it with the lines above", err=True)
+            raise SystemExit(1) from None
+
+
+def _own_line() -> str:
+    """A line break where the main process is showing its progress bar meanwhile."""
+    return "\n" if os.environ.get("RANK", "0") != "0" else ""
+
+
+def _speaks() -> bool:
+    """Of several processes that fail, one says why: the first, once they know each other; until then, the main one."""
+    failure = sys.modules.get("btrm_core.training.processes.failure")
+    if failure is not None and failure.speaks is not None:
+        return bool(failure.speaks)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SPEAK_LATER_SECONDS)  # the launcher ends this process meanwhile, if all fail alike
+    return True
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="btrm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)  # from deepspeed's launcher
+def main(debug: bool) -> None:
+    """Train, check and use Bradley-Terry reward models."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,137 @@
+"""`btrm doctor` and `btrm plan`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from typing import Any, TextIO
+
+import click
+
+from btrm_core import config as config_module
+from btrm_core.console import dumps
+from btrm_core.errors import ConfigError
+from btrm_core.settings import RunConfig
+
+FLAGS: dict[str, str] = {
+    "family": "family",
+    "model": "model.name",
+    "revision": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "data": "data.train",
+    "eval_data": "data.eval",
+    "max_length": "data.max_length",
+    "dtype": "model.dtype",
+    "attention": "model.attention",
+}
+"""Flag of `btrm doctor` -> setting."""
+
+
+@click.command()
+@click.argument("subject", metavar="[MODEL]", required=False)
+@click.option("--family", metavar="NAME", help="Model family; `btrm families` lists them. Default: ask them all.")
+@click.option("--model", metavar="ID|DIR", help="Base model, or a finished model. Default: a tiny model of the family.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the checkpoint.")
+@click.option("--data", metavar="SRC", multiple=True, help="Training pairs; repeat to mix. Default: the sample.")
+@click.option("--eval-data", metavar="SRC", multiple=True, help="Evaluation pairs.")
+@click.option("--max-length", type=int, help="Longest conversation in tokens.")
+@click.option("--dtype", help="auto, bf16 or fp32.")
+@click.option("--attention", help="auto, flash, varlen, flex, sdpa or eager.")
+@click.option("--config", "config_file", metavar="RUN.toml", help="Settings file; flags win over it.")
+@click.option("--set", "assignments", metavar="SECTION.KEY=VALUE", multiple=True, help="Any other setting.")
+@click.option("--pairs", type=click.IntRange(min=0), default=3, show_default=True, help="Pairs to show.")
+@click.option("--no-model", is_flag=True, help="Look at tokenizer and data alone; load no weights.")
+@click.option("--full", is_flag=True, help="Also what takes long for a model of more than a billion parameters.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(
+    subject: str | None,
+    config_file: str | None,
+    assignments: tuple[str, ...],
+    pairs: int,
+    no_model: bool,
+    full: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Show how a few pairs are encoded, and check everything a run depends on before it starts.
+
+    Takes the flags of `btrm train`; MODEL may also be a finished model's directory. Exit code 1 if a check fails.
+    """
+    if subject is not None and flags["model"] not in (None, subject):
+        raise ConfigError(f"two models are named, {subject} and --model {flags['model']}; give one")
+    flags["model"] = subject or flags["model"]
+    overrides: dict[str, Any] = {FLAGS[k]: v for k, v in flags.items() if v is not None and v != ()}
+    overrides.update(config_module.parse_assignments(assignments))
+    config = config_module.read_settings(config_file, overrides)
+
+    results = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print what they like
+        failed = _diagnose(config, pairs, with_model=not no_model, full=full, as_json=as_json, to=results)
+    if failed:
+        raise SystemExit(1)
+
+
+def _diagnose(config: RunConfig, pairs: int, *, with_model: bool, full: bool, as_json: bool, to: TextIO) -> bool:
+    """Write everything to `to`, each verdict when it is there; returns whether a check failed."""
+    import torch
+    from transformers.utils import logging
+
+    from btrm_core.preflight.doctor import as_json as case_as_json
+    from btrm_core.preflight.doctor import checks, closing, examine, opening, verdict_line, worst
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which would look for one aloud
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is wrong is said in a verdict
+    width = shutil.get_terminal_size().columns if to.isatty() else None
+    case = examine(config, pairs)
+    found = []
+    if not as_json:
+        _echo(opening(case, width or 100), to)
+    for check in checks(case, with_model=with_model, full=full):
+        found.append(check)
+        if not as_json:
+            _echo(verdict_line(check, width), to)
+    if as_json:
+        _echo(json.dumps(case_as_json(case, found), indent=2, ensure_ascii=False), to)
+    else:
+        _echo(closing(found), to)
+    return worst(found) == "fail"
+
+
+def _echo(text: str, to: TextIO) -> None:
+    """Print at once; colours only on a terminal, and never under NO_COLOR (no-color.org)."""
+    click.echo(text, file=to, color=False if os.environ.get("NO_COLOR") else None)
+    to.flush()
+
+
+@click.command("plan")
+@click.option("--model", metavar="ID|DIR", required=True, help="Model; its config.json is enough, no weights are read.")
+@click.option("--gpus", type=int, default=1, show_default=True, help="Number of GPUs.")
+@click.option("--gpu", metavar="NAME", help="GPU by name (h100, h200, a100, ...), for memory and speed.")
+@click.option("--gpu-memory", type=float, metavar="GB", help="Memory of one GPU.")
+@click.option("--deepspeed", metavar="PRESET|FILE", help="Only this one. Default: all presets.")
+@click.option("--max-length", type=int)
+@click.option("--tokens-per-batch", type=int)
+@click.option("--pairs-per-step", type=int)
+@click.option("--pairs", type=int, help="Pairs of the training data, for the hours.")
+@click.option("--tokens-per-pair", type=float, help="Mean tokens of a pair, its common prefix counted once.")
+@click.option("--epochs", type=float, default=1.0, show_default=True)
+@click.option("--lora-rank", type=int)
+@click.option("--quantize", metavar="BITS", default="none", help="4bit: frozen weights in 4 bits under the adapters.")
+@click.option("--optimizer", metavar="NAME", default="adamw", help="adamw, adamw-8bit or adamw-8bit-paged.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan_command(
+    model: str, gpus: int, gpu: str | None, gpu_memory: float | None, as_json: bool, **options: Any
+) -> None:
+    """Memory per GPU, communication and time of a run, for every ZeRO preset; recommends a command."""
+    from btrm_core.preflight.plan import estimate, format_estimate, read_hardware, to_dict
+
+    given = {name: value for name, value in options.items() if value is not None}
+    made = estimate(model, model=model, hardware=read_hardware(gpus, gpu, gpu_memory), **given)
+    click.echo(dumps(to_dict(made)) if as_json else format_estimate(made))

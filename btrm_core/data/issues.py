@@ -1,0 +1,153 @@
+"""What was wrong with the rows of the data, and how it is told.
+
+Nothing is dropped in silence: every row that gives no pair is counted under a short `kind`, and the first
+few of each kind are kept word for word with their file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+EXAMPLES_KEPT = 5
+
+
+PROMPT_IN_EVALUATION = "prompt also in the evaluation data"
+
+
+@dataclass(frozen=True)
+class RowIssue:
+    """One row (or one file) that gives no pair.
+
+    Attributes:
+        source: the file, folder or hub id as the user gave it.
+        line: line of a text file or row of a table, counted from 1; 0 when the whole file is meant.
+        reason: what is wrong, with the value, and what was expected.
+        kind: the short class it is counted under, for example "missing key".
+        bad: True when the row breaks the format; False when it is sound but holds no preference (a tie).
+    """
+
+    source: str
+    line: int
+    reason: str
+    kind: str = ""
+    bad: bool = True
+
+    def __str__(self) -> str:
+        place = f"{self.source}:{self.line}" if self.line else self.source
+        return f"{place}: {self.reason}"
+
+
+@dataclass
+class IssueReport:
+    """What was read, what was kept, and every reason for the difference.
+
+    Attributes:
+        rows: rows read from all sources (single-response rows of one prompt count each).
+        pairs: pairs made from them.
+        counts: rows that break the format, by kind.
+        skipped: sound rows without a preference and pairs left out on purpose, by kind.
+        examples: the first `EXAMPLES_KEPT` issues of each kind, in reading order.
+        notes: what else the user should know, such as files of a folder that were left out.
+    """
+
+    rows: int = 0
+    pairs: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[RowIssue]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bad(self) -> int:
+        """Number of rows that break the format."""
+        return sum(self.counts.values())
+
+    @property
+    def noteworthy(self) -> bool:
+        """True if the user should see the report: something was left out, or chosen on their behalf."""
+        return bool(self.counts or self.skipped or self.notes)
+
+    @property
+    def first_bad(self) -> RowIssue | None:
+        """The first bad row of the first kind met; None when every row is sound."""
+        return next((self.examples[kind][0] for kind in self.counts), None)
+
+    def add(self, issue: RowIssue) -> None:
+        """Count one issue and keep it as an example if it is among the first of its kind."""
+        tally = self.counts if issue.bad else self.skipped
+        tally[issue.kind] = tally.get(issue.kind, 0) + 1
+        examples = self.examples.setdefault(issue.kind, [])
+        if len(examples) < EXAMPLES_KEPT:
+            examples.append(issue)
+
+    def skip(self, kind: str, number: int, examples: Iterable[RowIssue] = ()) -> IssueReport:
+        """Return a copy in which `number` pairs were left out on purpose."""
+        if not number:
+            return self
+        kept = {**self.examples, kind: [*self.examples.get(kind, []), *examples][:EXAMPLES_KEPT]}
+        skipped = {**self.skipped, kind: self.skipped.get(kind, 0) + number}
+        return IssueReport(self.rows, self.pairs - number, dict(self.counts), skipped, kept, list(self.notes))
+
+    def format(self) -> str:
+        """Return the report for the screen: one summary line, then each kind with its examples.
+
+        >>> report = IssueReport(rows=2, pairs=1)
+        >>> report.add(RowIssue("a.jsonl", 2, "missing key 'rejected'", "missing key"))
+        >>> print(report.format())
+        2 rows read: 1 pair, 1 bad row
+          bad: missing key (1)
+            a.jsonl:2: missing key 'rejected'
+        """
+        parts = [_count(self.pairs, "pair")]
+        if self.bad:
+            parts.append(_count(self.bad, "bad row"))
+        if self.skipped:
+            parts.append(f"{sum(self.skipped.values()):,} left out")
+        lines = [f"{_count(self.rows, 'row')} read: {', '.join(parts)}", *(f"  {note}" for note in self.notes)]
+        for label, tally in (("bad", self.counts), ("left out", self.skipped)):
+            for kind, number in sorted(tally.items(), key=lambda item: -item[1]):
+                lines.append(f"  {label}: {kind} ({number:,})")
+                shown = self.examples.get(kind, [])
+                lines += [f"    {issue}" for issue in shown]
+                if number > len(shown) > 0:
+                    lines.append(f"    and {number - len(shown):,} more")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain JSON values, for `btrm.json` and the cache; `from_dict` reads them back."""
+        return {
+            "rows": self.rows,
+            "pairs": self.pairs,
+            "bad": dict(self.counts),
+            "left_out": dict(self.skipped),
+            "examples": {
+                kind: [[issue.source, issue.line, issue.reason, issue.bad] for issue in issues]
+                for kind, issues in self.examples.items()
+            },
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> IssueReport:
+        """Rebuild a report from `to_dict`'s values."""
+        stored: dict[str, list[list[object]]] = values["examples"]  # type: ignore[assignment]
+        examples = {
+            kind: [
+                RowIssue(str(source), int(str(line)), str(reason), kind, bool(bad))
+                for source, line, reason, bad in issues
+            ]
+            for kind, issues in stored.items()
+        }
+        return cls(
+            rows=values["rows"],  # type: ignore[arg-type]
+            pairs=values["pairs"],  # type: ignore[arg-type]
+            counts=values["bad"],  # type: ignore[arg-type]
+            skipped=values["left_out"],  # type: ignore[arg-type]
+            examples=examples,
+            notes=values["notes"],  # type: ignore[arg-type]
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,326 @@
+"""Preference pairs: loaded from any mix of sources, checked row by row, and split by prompt.
+
+Rows are streamed into an Arrow file in the cache and memory-mapped from there, so memory does not grow with
+the data and a second run starts at once with the same pairs and the same report of issues. No token is made
+here; `encoded.py` does that.
+
+Shapes: P pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from btrm_core import files
+from btrm_core.data import cache
+from btrm_core.data.convert import Message, Pair, convert_row
+from btrm_core.data.formats import RowError, Ties, WhichPairs, group_single_responses
+from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, RowIssue
+from btrm_core.data.readers import BATCH_ROWS, read_rows
+from btrm_core.data.sources import Resolved, Source, resolve
+from btrm_core.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+FORMAT_VERSION = 2
+"""Part of every fingerprint: raised when equal files give other pairs than before."""
+
+
+_CODE = ("data",)
+"""Packages whose code decides what is stored."""
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Checked pairs, memory-mapped.
+
+    Attributes:
+        dataset: columns id, subset, prompt (list of role and content), chosen, rejected, margin (null where the
+            row gives none), weight, probability, group; as in `convert.Pair`.
+        issues: what was read and why rows are missing; empty for the held-out part of a split.
+        fingerprint: SHA-256 of what the pairs are made from; equal on every machine for equal file contents.
+        prompt_hash_P: the first 8 bytes of each pair's prompt hash, uint64.
+    """
+
+    dataset: datasets.Dataset
+    issues: IssueReport
+    fingerprint: str
+    prompt_hash_P: np.ndarray = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(**self.dataset[index])
+
+    def __iter__(self) -> Iterator[Pair]:
+        for rows in self.batches(BATCH_ROWS):
+            for row in rows:
+                yield Pair(**row)
+
+    def batches(self, size: int) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows in order, `size` at a time (the last batch may be smaller)."""
+        for table in self.dataset.with_format("arrow").iter(batch_size=size):
+            yield table.to_pylist()
+
+    def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """Return the rows from `start` up to `stop` (exclusive)."""
+        taken: list[dict[str, Any]] = self.dataset.with_format("arrow")[start:stop].to_pylist()
+        return taken
+
+    def group_P(self) -> np.ndarray:
+        """The group of every pair, int64."""
+        return np.asarray(self.dataset.with_format("numpy", columns=["group"])[:]["group"], dtype=np.int64)
+
+    def select(self, indices_P: np.ndarray, label: str, issues: IssueReport) -> PairData:
+        """Return the pairs at `indices_P`; `label` says how they were chosen and goes into the fingerprint."""
+        return PairData(
+            dataset=self.dataset.select(indices_P),
+            issues=issues,
+            fingerprint=files.digest(self.fingerprint, label),
+            prompt_hash_P=self.prompt_hash_P[indices_P],
+        )
+
+
+def load_pairs(
+    sources: Sequence[str],
+    *,
+    strict: bool = False,
+    cache_dir: str | None = None,
+    scored: WhichPairs = "best-vs-worst",
+    ties: Ties = "skip",
+) -> PairData:
+    """Read, convert and check all rows of all sources, in order.
+
+    Args:
+        sources: files, folders and Hub ids (one alone may be a plain string); `sources.py` says which.
+        strict: raise at the first bad row instead of going on without it. Ties and other sound rows that hold
+            no preference are not bad.
+        cache_dir: where the pairs are kept; default `cache.cache_root()`.
+        scored: which pairs scored responses give; `convert.py` says what they mean.
+        ties: whether ties are skipped or become pairs with probability 0.5.
+
+    Raises:
+        DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
+    """
+    root = cache.cache_root(cache_dir)
+    resolved = resolve([sources] if isinstance(sources, str) else sources, root)
+    contents = [[source.name, source.content] for source in resolved.sources]
+    fingerprint = files.digest("pairs", FORMAT_VERSION, contents, scored, ties)
+    # Reports name the sources as the user spelled them, so the spelling is part of the entry, not of the data.
+    key = files.digest(
+        fingerprint, [source.where for source in resolved.sources], resolved.notes, cache.code_digest(*_CODE)
+    )
+    entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, scored, ties))
+    report = IssueReport.from_dict(json.loads((entry / "report.json").read_text()))
+    if strict and report.first_bad:
+        raise _strict_error(report.first_bad)
+    if not report.pairs:
+        raise _nothing_left(report)
+    return _opened(entry, report, fingerprint)
+
+
+def pairs_from_rows(
+    rows: Iterable[Mapping[str, Any]], *, name: str = "rows", scored: WhichPairs = "best-vs-worst"
+) -> PairData:
+    """Return pairs of rows that are already in memory, converted and checked like those of a file.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    import datasets
+    import pyarrow
+
+    report = IssueReport()
+    source = Source(name, name, "table", "")
+    numbered = ((line, dict(row)) for line, row in enumerate(rows, start=1))
+    pairs = list(_converted(source, numbered, report, strict=False, scored=scored))
+    if not pairs:
+        raise _nothing_left(report)
+    table = pyarrow.Table.from_batches([_record_batch(pairs)])
+    hashes = np.array([prompt_hash(pair.prompt) for pair in pairs], dtype=np.uint64)
+    content = files.digest("rows", [_values(pair) for pair in pairs])
+    return PairData(datasets.Dataset(table), report, content, hashes)
+
+
+def prompt_hash(prompt: Sequence[Message]) -> int:
+    """Return the first 8 bytes of the SHA-256 of a prompt, as a number.
+
+    The canonical form is the JSON of its roles and contents; space around a content does not count, because
+    chat templates drop it.
+    """
+    canonical = json.dumps(
+        [[m["role"], m["content"].strip()] for m in prompt], ensure_ascii=False, separators=(",", ":")
+    )
+    return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
+
+
+def split_held_out(data: PairData, fraction: float) -> tuple[PairData, PairData]:
+    """Split into (train, held out) so that no prompt is on both sides.
+
+    The prompts with the smallest hashes are held out, until they hold about `fraction` of the pairs. The choice
+    depends on the prompts alone: not on the order of the rows, not on a seed. Of at least two prompts, each side
+    gets at least one; a single prompt stays in train.
+
+    Args:
+        data: the pairs to split.
+        fraction: wanted share of the held-out pairs, at least 0 (nothing is held out) and below 1.
+
+    Raises:
+        DataError: the fraction is out of range.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"the held-out fraction is {fraction}, expected at least 0 and below 1.")
+    prompts_G, group_P, pairs_G = np.unique(data.prompt_hash_P, return_inverse=True, return_counts=True)
+    number = 0  # of prompts held out: np.unique has sorted them by hash
+    if fraction > 0 and len(prompts_G) > 1:
+        held_G = np.cumsum(pairs_G)
+        number = int(np.argmin(np.abs(held_G - fraction * len(data)))) + 1
+        number = min(max(number, 1), len(prompts_G) - 1)
+    is_held_P = group_P < number
+    train = data.select(np.flatnonzero(~is_held_P), f"train without {number} prompts", data.issues)
+    held = data.select(np.flatnonzero(is_held_P), f"held out {number} prompts", IssueReport())
+    return train, replace(held, issues=IssueReport(rows=len(held), pairs=len(held)))
+
+
+def drop_overlap(train: PairData, evaluation: PairData) -> tuple[PairData, int]:
+    """Return `train` without the pairs whose prompt is also in `evaluation`, and how many those are.
+
+    They are counted in the report of the pairs returned.
+
+    Raises:
+        DataError: every training prompt is in the evaluation data.
+    """
+    shared_P = np.isin(train.prompt_hash_P, evaluation.prompt_hash_P)
+    number = int(shared_P.sum())
+    if not number:
+        return train, 0
+    if number == len(train):
+        raise DataError(
+            f"all {number:,} training pairs have a prompt that is also in the evaluation data. "
+            "Give other evaluation data, or none to hold out a part of the training data."
+        )
+    ids = [str(train.dataset[int(i)]["id"]) for i in np.flatnonzero(shared_P)[:5]]
+    examples = [RowIssue(name, 0, PROMPT_IN_EVALUATION, PROMPT_IN_EVALUATION, bad=False) for name in ids]
+    issues = train.issues.skip(PROMPT_IN_EVALUATION, number, examples)
+    return train.select(np.flatnonzero(~shared_P), f"without the prompts of {evaluation.fingerprint}", issues), number
+
+
+def _build(folder: Path, resolved: Resolved, strict: bool, scored: WhichPairs, ties: Ties) -> None:
+    """Write pairs.arrow, prompt_hash.npy and report.json of all sources."""
+    import pyarrow
+
+    report = IssueReport(notes=list(resolved.notes))
+    hashes: list[np.ndarray] = []
+    with (
+        pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as file,
+        pyarrow.ipc.new_stream(file, _schema()) as writer,
+    ):
+        for source in resolved.sources:
+            held: list[Pair] = []
+            for pair in _converted(source, read_rows(source), report, strict=strict, scored=scored, ties=ties):
+                held.append(pair)
+                if len(held) == BATCH_ROWS:
+                    _write(writer, held, hashes)
+            _write(writer, held, hashes)
+    np.save(folder / "prompt_hash.npy", np.concatenate(hashes) if hashes else np.empty(0, np.uint64))
+    (folder / "report.json").write_text(json.dumps(report.to_dict()))
+
+
+def _write(writer: Any, held: list[Pair], hashes: list[np.ndarray]) -> None:
+    if held:
+        writer.write_batch(_record_batch(held))
+        hashes.append(np.array([prompt_hash(pair.prompt) for pair in held], dtype=np.uint64))
+        held.clear()
+
+
+def _converted(
+    source: Source,
+    rows: Iterable[tuple[int, dict[str, Any] | RowIssue]],
+    report: IssueReport,
+    *,
+    strict: bool,
+    scored: WhichPairs,
+    ties: Ties = "skip",
+) -> Iterator[Pair]:
+    """Yield the pairs of a source and keep the report."""
+    subset = source.subset
+    for line, number, row in group_single_responses(rows):
+        issue = row if isinstance(row, RowIssue) else None
+        report.rows += number if line else 0
+        if not isinstance(row, RowIssue):
+            try:
+                options: dict[str, Any] = {"scored": scored, "ties": ties, "group": report.rows}  # rows only grow
+                pairs = convert_row(row, name=source.name, line=line, subset=subset, **options)
+            except RowError as error:
+                issue = RowIssue(source.where, line, str(error), error.kind, error.bad)
+            else:
+                report.pairs += len(pairs)
+                yield from pairs
+        if issue:
+            if strict and issue.bad:
+                raise _strict_error(issue)
+            report.add(issue)
+
+
+def _schema() -> pyarrow.Schema:
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("subset", pa.string()),
+            ("prompt", pa.list_(message)),
+            ("chosen", pa.string()),
+            ("rejected", pa.string()),
+            ("margin", pa.float64()),
+            ("weight", pa.float64()),
+            ("probability", pa.float64()),
+            ("group", pa.int64()),
+        ]
+    )
+
+
+def _record_batch(pairs: Sequence[Pair]) -> pyarrow.RecordBatch:
+    import pyarrow
+
+    return pyarrow.RecordBatch.from_pylist([_values(pair) for pair in pairs], schema=_schema())
+
+
+def _values(pair: Pair) -> dict[str, Any]:
+    return {name: getattr(pair, name) for name in Pair.__dataclass_fields__}
+
+
+def _opened(entry: Path, report: IssueReport, fingerprint: str) -> PairData:
+    import datasets
+
+    dataset = datasets.Dataset.from_file(str(entry / "pairs.arrow"))
+    return PairData(dataset, report, fingerprint, np.load(entry / "prompt_hash.npy"))
+
+
+def _strict_error(issue: RowIssue) -> DataError:
+    return DataError(f"{issue}. Mend the row, or train on the others without --strict.")
+
+
+def _nothing_left(report: IssueReport) -> DataError:
+    counts = {**report.counts, **report.skipped}
+    if not counts:
+        return DataError("no pairs: the data holds no rows.")
+    kind = max(counts, key=lambda name: counts[name])
+    number = sum(counts.values())
+    if number == 1:
+        return DataError(f"no pairs are left: {report.examples[kind][0]}.")
+    return DataError(
+        f"no pairs are left of {report.rows:,} rows: most are left out for '{kind}' ({counts[kind]:,}), "
+        f"such as {report.examples[kind][0]}."
+    )

@@ -1,0 +1,152 @@
+"""What the texts of a data set already tell before any training: duplicates, contradictions, length bias.
+
+Each function reads the pairs once, in batches, and keeps a few numbers per pair, so the size of the data does
+not matter.
+
+Shapes: P pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from btrm_core.data.pairs import PairData
+from btrm_core.evaluation import standard_error
+
+_EXAMPLES_KEPT = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How many pairs something is true of, and the ids of the first few."""
+
+    count: int
+    pairs: int
+    examples: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Their share of all pairs, 0 for no data."""
+        return self.count / self.pairs if self.pairs else 0.0
+
+
+def duplicate_prompts(data: PairData) -> Finding:
+    """Pairs whose prompt an earlier pair has too (with other answers, or the same).
+
+    Not wrong in itself: several pairs may compare answers to one prompt. But they weigh more together, and
+    their losses are not independent.
+    """
+    return _finding(data, _repeats(data.prompt_hash_P))
+
+
+def duplicate_pairs(data: PairData) -> Finding:
+    """Pairs that repeat an earlier one: equal prompt, chosen and rejected."""
+    return _finding(data, _repeats(_pair_hashes(data)[0]))
+
+
+def contradictory_pairs(data: PairData) -> Finding:
+    """Pairs for which another pair says the opposite: equal prompt, chosen and rejected swapped.
+
+    Both pairs of a contradiction are counted.
+    """
+    forward_P, backward_P = _pair_hashes(data)
+    return _finding(data, np.isin(forward_P, backward_P))
+
+
+def longer_wins_characters(data: PairData) -> float:
+    """Accuracy of preferring the longer answer by characters; equal lengths count half. NaN for no data.
+
+    A reward model that does not beat it may have learnt nothing but length.
+    """
+    import pyarrow.compute as pc
+
+    wins = 0.0
+    for table in data.dataset.with_format("arrow").iter(batch_size=10_000):
+        chosen, rejected = (pc.utf8_length(table[name]).to_numpy() for name in ("chosen", "rejected"))
+        wins += float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
+    return wins / len(data) if len(data) else float("nan")
+
+
+def _pair_hashes(data: PairData) -> tuple[np.ndarray, np.ndarray]:
+    """64-bit hashes of (prompt, chosen, rejected) and of (prompt, rejected, chosen), each uint64 (P)."""
+    forward_P, backward_P = (np.empty(len(data), np.uint64) for _ in range(2))
+    for index, pair in enumerate(data):
+        prompt = int(data.prompt_hash_P[index]).to_bytes(8, "big")
+        chosen, rejected = (hashlib.sha256(text.encode()).digest() for text in (pair.chosen, pair.rejected))
+        forward_P[index] = _eight_bytes((prompt, chosen, rejected))
+        backward_P[index] = _eight_bytes((prompt, rejected, chosen))
+    return forward_P, backward_P
+
+
+def _eight_bytes(parts: Sequence[bytes]) -> int:
+    return int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:8], "big")
+
+
+def _repeats(hash_P: np.ndarray) -> np.ndarray:
+    """True for every pair whose hash an earlier pair has."""
+    repeats_P = np.ones(len(hash_P), dtype=bool)
+    repeats_P[np.unique(hash_P, return_index=True)[1]] = False
+    return repeats_P
+
+
+def _finding(data: PairData, is_found_P: np.ndarray) -> Finding:
+    indices = np.flatnonzero(is_found_P)
+    examples = tuple(str(data.dataset[int(index)]["id"]) for index in indices[:_EXAMPLES_KEPT])
+    return Finding(len(indices), len(data), examples)
+
+
+def inspect_pairs(data: PairData) -> dict[str, Any]:
+    """Counts, lengths, repeats, contradictions and the length baseline, as a value that can be written as JSON."""
+    columns = data.dataset.with_format("arrow")[:]
+    turns = np.array([len(prompt) for prompt in columns["prompt"]])
+    characters = {side: pc.utf8_length(columns[side]).to_numpy() for side in ("chosen", "rejected")}
+    baseline = longer_wins_characters(data)
+    findings = {
+        "prompts seen before": duplicate_prompts(data),
+        "pairs seen before": duplicate_pairs(data),
+        "contradictory pairs": contradictory_pairs(data),
+    }
+    return {
+        "rows": data.issues.to_dict(),
+        "report": data.issues.format(),
+        "fingerprint": data.fingerprint,
+        "pairs": len(data),
+        "multi_turn": int((turns > 1).sum()),
+        "characters": {side: _quantiles(values) for side, values in characters.items()},
+        "longer_wins_characters": baseline,
+        "longer_wins_characters_standard_error": standard_error(baseline, len(data)),
+        "findings": {name: {"count": f.count, "examples": list(f.examples)} for name, f in findings.items()},
+        "subsets": dict(Counter(columns["subset"].to_pylist()).most_common()),
+    }
+
+
+def format_inspection(found: dict[str, Any]) -> str:
+    """The inspection for the screen."""
+    lines = [found["report"], ""]
+    lines.append(f"pairs {found['pairs']:,}, of which {found['multi_turn']:,} have more than one message in the prompt")
+    for side, quantiles in found["characters"].items():
+        shown = ", ".join(f"{name} {value:,}" for name, value in quantiles.items())
+        lines.append(f"{side + ' answer':<16} characters: {shown}")
+    baseline = found["longer_wins_characters"]
+    lines.append(
+        f"longer wins      {baseline:.3f} ± {found['longer_wins_characters_standard_error']:.3f} "
+        "(what preferring the answer with more characters gets)"
+    )
+    for name, finding in found["findings"].items():
+        examples = f", such as {', '.join(finding['examples'][:3])}" if finding["examples"] else ""
+        lines.append(f"{name:<20} {finding['count']:,}{examples}")
+    if len(found["subsets"]) > 1:
+        lines += ["subsets", *(f"  {name or '(none)'}: {count:,}" for name, count in found["subsets"].items())]
+    return "\n".join(lines)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, int]:
+    median, p90, largest = (int(np.quantile(values, q)) for q in (0.5, 0.9, 1.0))
+    return {"median": median, "90 %": p90, "longest": largest}

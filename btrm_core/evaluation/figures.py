@@ -1,0 +1,126 @@
+"""Rewards of pairs turned into an evaluation: accuracy with its error, the length baseline beside it, each subset.
+
+Arrays in, figures out: nothing here knows a model.
+
+Shapes: P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from btrm_core.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What the data says of P pairs, as far as an evaluation looks at it.
+
+    Attributes:
+        longer_by_P: by how many tokens the chosen conversation is longer, int64.
+        probability_P: that the chosen one is better; 0.5 is a tie.
+        subset_P: the subset of every pair, empty for none.
+    """
+
+    longer_by_P: NDArray[np.int64]
+    probability_P: NDArray[np.floating[Any]]
+    subset_P: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.probability_P)
+
+    @staticmethod
+    def joined(parts: Sequence[Judged]) -> Judged:
+        """Pairs of several sources one after another."""
+        return Judged(
+            np.concatenate([part.longer_by_P for part in parts]),
+            np.concatenate([part.probability_P for part in parts]),
+            [name for part in parts for name in part.subset_P],
+        )
+
+
+def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
+    """Evaluate the rewards of pairs; plain Bradley-Terry loss, equal rewards counted half and reported.
+
+    `longer_wins_tokens` is the accuracy of always preferring the conversation with more tokens, on the same pairs.
+    Pairs whose answers the data calls equally good decide nothing: they are left out and counted as `undecided`.
+
+    Args:
+        judged: what the data says of the pairs.
+        rewards_P2: their rewards, chosen and rejected.
+
+    Raises:
+        DataError: all pairs are ties.
+    """
+    decided_P = np.asarray(judged.probability_P) > 0.5
+    if not decided_P.any():
+        raise DataError(
+            "every evaluation pair is a tie (probability 0.5); expected pairs of which one answer is better"
+        )
+    out = _reward_figures(np.asarray(rewards_P2, dtype=np.float64)[decided_P])
+    out["accuracy_standard_error"] = standard_error(out["accuracy"], out["pairs"])
+    longer = judged.longer_by_P[decided_P]
+    out["longer_wins_tokens"] = float(((longer > 0) + 0.5 * (longer == 0)).mean())
+    if not decided_P.all():
+        out["undecided"] = int((~decided_P).sum())
+    names = [judged.subset_P[int(i)] for i in np.flatnonzero(decided_P)]
+    if len(set(names)) > 1:
+        margin_P = (rewards_P2[:, 0] - rewards_P2[:, 1])[decided_P]
+        out["subsets"] = [vars(row) for row in by_subset(names, margin_P)]
+    return out
+
+
+def _reward_figures(rewards_P2: FloatArray) -> dict[str, Any]:
+    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    ties = int((margin_P == 0).sum())
+    mean, std = rewards_P2.mean(axis=0), rewards_P2.std(axis=0)
+    return {
+        "loss": float(np.logaddexp(0.0, -margin_P).mean()),
+        "accuracy": float(((margin_P > 0).sum() + 0.5 * ties) / len(margin_P)),
+        "ties": ties,
+        "reward_margin": float(margin_P.mean()),
+        "reward_margin_std": float(margin_P.std()),
+        "chosen_mean": float(mean[0]),
+        "chosen_std": float(std[0]),
+        "rejected_mean": float(mean[1]),
+        "rejected_std": float(std[1]),
+        "pairs": len(margin_P),
+    }
+
+
+def standard_error(accuracy: float, pairs: int) -> float:
+    """Standard error of a share of `pairs` independent pairs, sqrt(p (1 - p) / n)."""
+    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / pairs) if pairs else math.nan
+
+
+@dataclass(frozen=True)
+class SubsetResult:
+    """Accuracy of one named part of the evaluation pairs."""
+
+    name: str
+    pairs: int
+    accuracy: float
+    ties: int
+    reward_margin: float
+
+
+def by_subset(names: list[str], margin_P: np.ndarray) -> list[SubsetResult]:
+    """Accuracy per subset name from the reward margins of the pairs in the same order; ties count half."""
+    out = []
+    labels = np.array(names, dtype=object)
+    for name in sorted(set(names)):
+        margin = margin_P[labels == name]
+        ties = int((margin == 0).sum())
+        accuracy = float(((margin > 0).sum() + 0.5 * ties) / len(margin))
+        out.append(SubsetResult(name, len(margin), accuracy, ties, float(margin.mean())))
+    return out

@@ -1,0 +1,69 @@
+"""Families: who answers the six questions of a model family, and what an answer must be.
+
+Importing this package loads pluggy and nothing heavier: whatever is more than the hooks themselves is loaded when it is
+asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from btrm_core.families import hookspecs
+from btrm_core.families.hookspecs import ENTRY_POINT_GROUP, HOOKS, PROJECT, PadToken, TinyShape
+
+if TYPE_CHECKING:
+    from btrm_core.families.defaults import RECIPE
+    from btrm_core.families.discovery import FamilyEntry, detect, discover, list_families, load, require_claim, summary
+    from btrm_core.families.family import Answer, Family
+    from btrm_core.families.new_family import write_family
+    from btrm_core.families.view import describe, format_description, format_families, tracebacks
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "HOOKS",
+    "PROJECT",
+    "RECIPE",
+    "Answer",
+    "Family",
+    "FamilyEntry",
+    "PadToken",
+    "TinyShape",
+    "describe",
+    "detect",
+    "discover",
+    "format_description",
+    "format_families",
+    "hookspecs",
+    "list_families",
+    "load",
+    "require_claim",
+    "summary",
+    "tracebacks",
+    "write_family",
+]
+
+_HOMES = {
+    "Answer": "family",
+    "Family": "family",
+    "FamilyEntry": "discovery",
+    "RECIPE": "defaults",
+    "describe": "view",
+    "detect": "discovery",
+    "discover": "discovery",
+    "format_description": "view",
+    "format_families": "view",
+    "list_families": "discovery",
+    "load": "discovery",
+    "write_family": "new_family",
+    "require_claim": "discovery",
+    "summary": "discovery",
+    "tracebacks": "view",
+}
+"""Name -> the module of this package that holds it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"btrm_core.families.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'btrm_core.families' has no attribute {name!r}")

@@ -1,0 +1,207 @@
+"""One loaded family and how it is asked.
+
+Decides the order of the chain (run settings, family, defaults), what a plugin may look like, and what an answer must
+be. Each family gets a plugin manager of its own, so that no other installed family can answer for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from btrm_core.errors import BtrmError, ConfigError, FamilyError, did_you_mean, one_line
+from btrm_core.families import defaults, hookspecs
+from btrm_core.families.hookspecs import HOOKS, PROJECT, PadToken, Recipe
+from btrm_core.families.overrides import Overrides
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT = "btrm default"
+
+
+RUN_SETTINGS = "run settings"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a hook answered and who gave it: "run settings", "family llama3" or "btrm default"."""
+
+    value: Any
+    given_by: str
+
+
+# What each answer must be: said in words, and as a test.
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "claims": ("True, False or None", lambda value: isinstance(value, bool)),
+    "setup_tokenizer": ("a tokenizer", lambda value: callable(getattr(value, "get_vocab", None))),
+    "pad_token": ("a PadToken", lambda value: isinstance(value, PadToken)),
+    "chat_template": ("a template that is not empty", lambda value: isinstance(value, str) and bool(value.strip())),
+    "init_head": ("a function of one tensor", callable),
+    "recipe": ("a Recipe", lambda value: isinstance(value, Recipe)),
+}
+
+
+class Family:
+    """A loaded family: asks the run's settings, then the plugin, then btrm's defaults.
+
+    Attributes:
+        name: the entry point's name.
+        origin: distribution and version that provide it.
+        plugin: the module or instance itself.
+        hooks: the hooks that the plugin implements.
+    """
+
+    def __init__(self, name: str, origin: str, plugin: object, settings: object | None = None) -> None:
+        self.name = name
+        self.origin = origin
+        self.plugin = plugin
+        self._given_by = f"family {name}"
+        self._manager = assemble(plugin, self._given_by, settings)
+        self.hooks = tuple(
+            hook
+            for hook in HOOKS
+            if any(impl.plugin_name == self._given_by for impl in getattr(self._manager.hook, hook).get_hookimpls())
+        )
+
+    def ask(self, hook: str, **arguments: Any) -> Answer:
+        """Put one question; the first answer that is not None wins.
+
+        pluggy's own call would give the answer without saying whose it is, so its list of implementations is walked
+        here, most recently registered first as pluggy does.
+
+        Raises:
+            FamilyError: the implementation raises, or answers with the wrong type; family, origin and hook are named.
+        """
+        if hook not in HOOKS:
+            raise FamilyError(f"unknown hook '{hook}'.{did_you_mean(hook, HOOKS)} Hooks: {', '.join(HOOKS)}")
+        for impl in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            wanted = {name: arguments[name] for name in (*impl.argnames, *impl.kwargnames) if name in arguments}
+            try:
+                value = impl.function(**wanted)
+            except Exception as error:
+                if impl.plugin_name != self._given_by:
+                    raise
+                raise FamilyError(f"{self._where(hook)} failed: {one_line(error)}") from error
+            if value is None:
+                continue
+            expected, fits = _EXPECTED[hook]
+            if not fits(value):
+                kind = type(value).__name__
+                raise FamilyError(f"{self._where(hook)} answered with {value!r:.80} ({kind}); expected {expected}")
+            return Answer(value, impl.plugin_name)
+        return Answer(None, DEFAULT)
+
+    def claims(self, config: Any) -> bool:
+        """Whether the family says that a checkpoint with this config is its own."""
+        return self.ask("claims", config=config).value is True
+
+    def setup_tokenizer(self, tokenizer: Any, config: Any) -> Any:
+        """The tokenizer to encode with."""
+        return self.ask("setup_tokenizer", tokenizer=tokenizer, config=config).value
+
+    def pad_token(self, tokenizer: Any) -> PadToken:
+        """The pad policy, checked against the tokenizer; see `pad_answer`."""
+        return self.pad_answer(tokenizer).value  # type: ignore[no-any-return]
+
+    def pad_answer(self, tokenizer: Any) -> Answer:
+        """The pad policy and who gave it.
+
+        Raises:
+            FamilyError: a family's token is EOS or BOS, or `new` contradicts the vocabulary.
+            ConfigError: the same for `tokenizer.pad_token`.
+        """
+        answer = self.ask("pad_token", tokenizer=tokenizer)
+        pad: PadToken = answer.value
+        kind: type[BtrmError]
+        if answer.given_by == RUN_SETTINGS:
+            who, kind = f"tokenizer.pad_token {pad.token!r}", ConfigError
+        else:
+            who, kind = f"{self._where('pad_token')} answered with {pad.token!r}, which", FamilyError
+        for role, token in (("end-of-sequence", tokenizer.eos_token), ("beginning-of-sequence", tokenizer.bos_token)):
+            if pad.token == token:
+                raise kind(
+                    f"{who} is the tokenizer's {role} token; padding with it would move the position at which the "
+                    "reward is read. Name a token that data never holds, or leave tokenizer.pad_token unset"
+                )
+        if pad.new == (pad.token in tokenizer.get_vocab()):
+            state = (
+                "is in the vocabulary already: drop new=True" if pad.new else "is not in the vocabulary: set new=True"
+            )
+            raise kind(f"{who} {state}")
+        return answer
+
+    def chat_template(self, tokenizer: Any) -> str:
+        """The Jinja source of the chat template; see `template_answer`."""
+        return self.template_answer(tokenizer).value  # type: ignore[no-any-return]
+
+    def template_answer(self, tokenizer: Any) -> Answer:
+        """The Jinja source of the chat template and who gave it.
+
+        Raises:
+            FamilyError: neither the family nor the checkpoint has one.
+        """
+        answer = self.ask("chat_template", tokenizer=tokenizer)
+        if answer.value is None:
+            raise FamilyError(
+                f"there is no chat template: family '{self.name}' ({self.origin}) gives none and neither does the "
+                "checkpoint's tokenizer. Set tokenizer.chat_template to a Jinja file"
+            )
+        return answer
+
+    def init_head(self, hidden_size: int) -> Callable[[torch.Tensor], None]:
+        """The function that fills the (1, hidden_size) head in place; what it raises names the family too."""
+        answer = self.ask("init_head", hidden_size=hidden_size)
+
+        def fill(weight_1H: torch.Tensor) -> None:
+            try:
+                answer.value(weight_1H)
+            except Exception as error:
+                raise FamilyError(
+                    f"{self._where('init_head')} gave a function that failed: {one_line(error)}"
+                ) from error
+
+        return fill
+
+    def recipe(self) -> Recipe:
+        """The family's recommendations; what it leaves open is filled from btrm's defaults."""
+        answer: Recipe = self.ask("recipe").value
+        given = {f.name: getattr(answer, f.name) for f in dataclasses.fields(Recipe)}
+        return dataclasses.replace(
+            defaults.RECIPE, **{name: value for name, value in given.items() if value is not None}
+        )
+
+    def _where(self, hook: str) -> str:
+        return f"family '{self.name}' ({self.origin}): hook {hook}"
+
+
+def assemble(plugin: object, name: str, settings: object | None = None) -> pluggy.PluginManager:
+    """A fresh manager with defaults, family and run settings in this order (the last one is asked first)."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(defaults, DEFAULT)
+    try:
+        manager.register(plugin, name)
+    except pluggy.PluginValidationError as error:
+        raise FamilyError(" ".join(str(error).splitlines())) from error
+    for hook, caller in vars(manager.hook).items():
+        for impl in caller.get_hookimpls() if isinstance(caller, pluggy.HookCaller) else ():
+            if not caller.has_spec() and not impl.optionalhook:
+                raise FamilyError(f"it implements '{hook}', which is no hook.{did_you_mean(hook, HOOKS)}")
+            if impl.tryfirst or impl.trylast or impl.wrapper or impl.hookwrapper:
+                raise FamilyError(
+                    f"its hook {hook} asks for a place in the order or wraps others; a family only answers"
+                )
+    manager.check_pending()
+    for hook in HOOKS:
+        if hasattr(plugin, hook) and manager.parse_hookimpl_opts(plugin, hook) is None:
+            raise FamilyError(f"'{hook}' has the name of a hook but no @hookimpl, so it would never be asked")
+    if not any(impl.plugin is plugin for hook in HOOKS for impl in getattr(manager.hook, hook).get_hookimpls()):
+        raise FamilyError("it implements no hook: mark its functions with @hookimpl")
+    if settings is not None:
+        manager.register(Overrides(settings), RUN_SETTINGS)
+    return manager

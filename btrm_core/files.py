@@ -1,0 +1,159 @@
+"""Whole or not at all: how directories come to their place, how files are fingerprinted, who holds a directory.
+
+Decides: the one way a directory is put in its place (written beside it, flushed, renamed), the one lock, and what a
+full disk is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from btrm_core.errors import CheckpointError, DataError
+
+# A file written within this time of being hashed may change again without its time stamp showing it.
+_SETTLED_SECONDS = 2.0
+
+
+def digest(*values: object) -> str:
+    """Return the SHA-256 of JSON values, as hex; equal values give equal digests in every process."""
+    text = json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_sha256(path: Path, root: Path) -> str:
+    """Return the SHA-256 of a file's content.
+
+    The content is read again only when size, inode, modification or change time differ from the last time;
+    the change time cannot be set back by a program, so a changed file is always noticed.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    known = root / "hashes" / f"{digest(str(path.resolve()))}.json"
+    try:
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            remembered = json.loads(known.read_text())
+            if remembered["state"] == state:
+                return str(remembered["sha256"])
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read '{path}': {error.strerror or error}.") from error
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
+        with contextlib.suppress(OSError):  # only a short cut: without it the file is hashed again
+            known.parent.mkdir(parents=True, exist_ok=True)
+            part = known.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps({"state": state, "sha256": found}))
+            part.replace(known)
+    return found
+
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's fcntl.h: paths as the process sees them, and both change places."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+FULL_TEXTS = (*(f"(os error {number})" for number in FULL), "No space left", "enforce fail at inline_container.cc")
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Flush a finished directory to disk and rename it to its place, in exchange for what is there if that can be."""
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
+            _fsync(path)
+    _fsync(staging)
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+        if exchange(staging, target):
+            staging.rename(aside / target.name)
+        else:
+            target.rename(aside / target.name)
+            staging.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        staging.rename(target)
+    _fsync(target.parent)
+
+
+def exchange(left: Path, right: Path) -> bool:
+    """Let two directories change places in one step, so that neither is ever missing; False where that cannot be done.
+
+    Python has no function for it, Linux has `renameat2`; some file systems (NFS) do not.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    here = AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right)
+    return int(renameat2(*here, RENAME_EXCHANGE)) == 0
+
+
+def explained(error: Exception, directory: Path) -> Exception:
+    """Disk errors as one line; anything else as it is."""
+    if disk_is_full(error):
+        return CheckpointError(f"the disk is full while saving {directory}; nothing was left behind. Free some space")
+    if isinstance(error, OSError) or "os error" in str(error):
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+        return CheckpointError(f"cannot write {directory}: {reason}; nothing was left behind")
+    return error
+
+
+def disk_is_full(error: Exception) -> bool:
+    """True if there is no more room, or no more is allowed; safetensors and torch say so in words of their own."""
+    return getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXTS)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def output_lock(directory: Path, is_main: bool) -> Iterator[None]:
+    """Hold a run's output directory for this run alone; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: another run holds it, or the directory cannot be written.
+    """
+    if not is_main:
+        yield
+        return
+    path = directory / ".lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write to the output directory {directory}: {error.strerror}") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            raise CheckpointError(
+                f"another run (process {owner}) is writing to {directory}; choose another --output, or wait for it"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield

@@ -1,0 +1,73 @@
+"""Model: the reward model (backbone, head, attention) and the directory it is kept in."""
+
+from btrm_core.model.adapters import as_merged, merged_weights, plain_model
+from btrm_core.model.attention import KERNELS, choose_kernel, uses_softcap
+from btrm_core.model.base import base_config, build_model, gathered, load_tokenizer, parameter_groups
+from btrm_core.model.card import model_card, run_manifest
+from btrm_core.model.directory import is_finished, read_manifest, refuse_overwrite, write_model
+from btrm_core.model.load import (
+    chat_from_checkpoint,
+    check_head,
+    find_model,
+    identity,
+    is_adapters,
+    load_chat,
+    load_weights,
+    saved_config,
+    template_difference,
+    tolerance,
+)
+from btrm_core.model.quantized import OPTIMIZERS, check, optimizer, require
+from btrm_core.model.reward import RewardModel, choose_for
+from btrm_core.model.selfcheck import check_first_loss, expected_first_loss, self_check
+from btrm_core.model.shape import GPUS, Parameters, Shape, device_name, flops_per_token, mfu_per_token_rate, read_shape
+from btrm_core.model.toy import build_toy, tiny_tokenizer, toy_model
+
+__all__ = [
+    "GPUS",
+    "KERNELS",
+    "OPTIMIZERS",
+    "Parameters",
+    "RewardModel",
+    "Shape",
+    "as_merged",
+    "base_config",
+    "build_model",
+    "build_toy",
+    "chat_from_checkpoint",
+    "check",
+    "check_first_loss",
+    "check_head",
+    "choose_for",
+    "choose_kernel",
+    "device_name",
+    "expected_first_loss",
+    "find_model",
+    "flops_per_token",
+    "gathered",
+    "identity",
+    "is_adapters",
+    "is_finished",
+    "load_chat",
+    "load_tokenizer",
+    "load_weights",
+    "merged_weights",
+    "mfu_per_token_rate",
+    "model_card",
+    "optimizer",
+    "parameter_groups",
+    "plain_model",
+    "read_manifest",
+    "read_shape",
+    "refuse_overwrite",
+    "require",
+    "run_manifest",
+    "saved_config",
+    "self_check",
+    "template_difference",
+    "tiny_tokenizer",
+    "tolerance",
+    "toy_model",
+    "uses_softcap",
+    "write_model",
+]

@@ -1,0 +1,296 @@
+"""From a base model's directory or hub id to a model with a reward head, ready to be trained.
+
+Decides: which weights are taken, which are new (the head, the row of a new token) and how they start, and what is
+trained. Under ZeRO-3 the weights are spread over processes from the first moment, so new values are written on one
+process and handed to all.
+
+Shapes: H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btrm_core.chat import ChatFormat
+from btrm_core.errors import CheckpointError, ConfigError
+from btrm_core.families import Family
+from btrm_core.model import adapters
+from btrm_core.model.quantized import loading_options, settle
+from btrm_core.model.reward import RewardModel, choose_for
+from btrm_core.settings import ModelConfig, RunConfig
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A transformers sequence-classification model with one output, and whether its head is new."""
+
+    hf: Any
+    head_is_new: bool
+
+
+def base_config(model: ModelConfig) -> Any:
+    """The transformers configuration of the base model, without weights.
+
+    Raises:
+        CheckpointError: there is no such directory or hub id, or it holds no configuration.
+    """
+    from transformers import AutoConfig
+
+    name = _checked_name(model)
+    try:
+        return AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the configuration of the base model {name}: {_first(error)}") from error
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The base model's tokenizer as it comes, before any family has set it up."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:
+        raise CheckpointError(f"cannot load the tokenizer of {model.name}: {_first(error)}") from error
+
+
+def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
+    """Load the weights under a one-output head, packed if the settings say so.
+
+    Raises:
+        ConfigError: no base model is named, or packed weights need a bitsandbytes that is not there.
+        CheckpointError: the directory has no (safetensors) weights, weights of the backbone are missing, or the
+            architecture has no sequence-classification model with a linear head called `score`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    name = _checked_name(model)
+    _check_weights(Path(name))
+    packed = loading_options(model.quantize, dtype)
+    try:
+        with _silence("transformers"):
+            hf, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                num_labels=1,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **packed,
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load the base model {name}: {_first(error)}") from error
+    settle(hf)
+    missing = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
+    if not isinstance(getattr(hf, "score", None), nn.Linear):
+        raise CheckpointError(f"{name}: {type(hf).__name__} has no linear head called `score`; btrm cannot train it")
+    if missing - {"score.weight"}:
+        some = ", ".join(sorted(missing - {"score.weight"})[:3])
+        raise CheckpointError(f"the weights of {name} are incomplete: {some} missing; expected a whole base model")
+    return BaseModel(hf=hf, head_is_new="score.weight" in missing)
+
+
+def set_reward_config(hf: Any, pad_id: int) -> None:
+    """Write into the configuration what makes every reader return the raw reward: labels, problem type, pad."""
+    hf.config.id2label, hf.config.label2id = {0: "reward"}, {"reward": 0}
+    hf.config.problem_type = "regression"
+    hf.config.get_text_config().pad_token_id = pad_id
+    hf.config.use_cache = False
+
+
+def add_embedding_row(hf: Any, num_tokens: int, new_ids: list[int]) -> None:
+    """Give new tokens a row: the mean of the old ones, so that their norm is like any token's.
+
+    Resizes only if the vocabulary does not reach so far. The backbone's input embedding is the only one a reward model
+    has, so tied embeddings need nothing more.
+    """
+    old = hf.get_input_embeddings().weight
+    rows = getattr(old, "ds_shape", old.shape)[0]
+    if num_tokens > rows:
+        hf.resize_token_embeddings(num_tokens, mean_resizing=False)
+    weight = hf.get_input_embeddings().weight
+    with gathered(weight), torch.no_grad():
+        if _writes_here(weight):
+            known = [i for i in range(min(rows, num_tokens)) if i not in set(new_ids)]
+            weight[new_ids] = weight[known].float().mean(0).to(weight.dtype)
+
+
+def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
+    """Fill the head with the hook's initialiser, the same values on every process for the same seed.
+
+    Raises:
+        ConfigError: the initialiser left values that are not finite.
+    """
+    weight = hf.score.weight
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    value_1H = torch.full(shape, math.nan, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            initialise(value_1H)
+    if not torch.isfinite(value_1H).all():
+        raise ConfigError(
+            "the head initialiser left values that are not finite; init_head must fill the whole (1, hidden) tensor"
+        )
+    with gathered(weight), torch.no_grad():
+        if _writes_here(weight):
+            weight.copy_(value_1H.to(weight))
+
+
+def freeze(hf: Any, model: ModelConfig) -> None:
+    """Freeze what the settings say: embeddings, or all but the last layers; final norm and head always train."""
+    backbone = getattr(hf, hf.base_model_prefix)
+    if model.freeze_embeddings or model.train_last_layers is not None:
+        hf.get_input_embeddings().requires_grad_(False)
+    if model.train_last_layers is None:
+        return
+    layers = backbone.layers
+    if model.train_last_layers > len(layers):
+        raise ConfigError(f"model.train_last_layers = {model.train_last_layers}: the model has {len(layers)} layers")
+    for layer in layers[: len(layers) - model.train_last_layers]:
+        layer.requires_grad_(False)
+
+
+def recompute_activations(hf: Any) -> None:
+    """Keep only the input of each layer, and compute the rest again in the backward pass (arXiv:1604.06174)."""
+    options = {"use_reentrant": False}
+    if hasattr(hf, "activation_checkpointing_enable"):  # what newer versions of transformers call it
+        hf.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def use_kernels(hf: Any, kernels: str) -> None:
+    """Replace norms, rotary embedding and MLP by Liger's fused kernels, if asked for (arXiv:2410.10989).
+
+    `auto` keeps torch's: no gain has been measured yet.
+
+    Raises:
+        ConfigError: liger is asked for and not installed, or there is no GPU.
+    """
+    if kernels != "liger":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError("--kernels liger needs a GPU, and torch sees none; use --kernels torch")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ConfigError("--kernels liger needs liger-kernel; pip install 'btrm[liger]'") from error
+    _apply_liger_kernel_to_instance(model=hf)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: decayed matrices, and norms, biases and the head without decay."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        is_plain = dimensions < 2 or "score." in name or "norm" in name.lower()
+        (plain if is_plain else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@contextlib.contextmanager
+def gathered(*weights: Tensor) -> Iterator[None]:
+    """Whole tensors inside the block, also under ZeRO-3; what rank 0 writes reaches every process."""
+    if not any(hasattr(w, "ds_id") for w in weights):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0):
+        yield
+
+
+def _writes_here(weight: Tensor) -> bool:
+    return not hasattr(weight, "ds_id") or torch.distributed.get_rank() == 0
+
+
+def _checked_name(model: ModelConfig) -> str:
+    name = model.name
+    if name is None:
+        raise ConfigError("no base model is named: give --model ID|DIR")
+    path = Path(name)
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not path.is_dir():
+        raise CheckpointError(f"the base model {name} is neither a directory nor a hub id of the form owner/name")
+    if looks_local and not (path / "config.json").exists():
+        raise CheckpointError(f"the base model directory {name} has no config.json")
+    return name
+
+
+def _check_weights(path: Path) -> None:
+    if not path.is_dir() or any((path / file).exists() for file in WEIGHT_FILES):
+        return
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} holds adapters, which are no base model; expected whole weights: train on from a model that was "
+            "saved with --merge, or from the base model that its adapter_config.json names"
+        )
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    found = f"only {', '.join(others)}, which may run code or lose precision" if others else "none"
+    raise CheckpointError(
+        f"the base model directory {path} has no weights in safetensors form (found {found}); expected "
+        "model.safetensors or model.safetensors.index.json"
+    )
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _silence(logger: str) -> Iterator[None]:
+    """Hide the report that the head is new: btrm checks it and says so itself."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def build_model(
+    config: RunConfig, family: Family, chat: ChatFormat, dtype: torch.dtype, device: torch.device
+) -> tuple[RewardModel, bool]:
+    """Load the base model, give it its head and settings; returns the reward model and whether its head is new."""
+    base = load_base(config.model, dtype)
+    hf = base.hf
+    set_reward_config(hf, chat.pad_id)
+    if chat.num_new_tokens:
+        add_embedding_row(hf, len(chat.tokenizer), [chat.pad_id])
+    if base.head_is_new:
+        init_head(hf, family.init_head(hf.config.get_text_config().hidden_size), config.train.seed)
+    use_kernels(hf, config.model.kernels)
+    freeze(hf, config.model)
+    if config.model.gradient_checkpointing:
+        recompute_activations(hf)
+    allowed = family.recipe().attention
+    kernel = choose_for(hf, config.model.attention, device.type, allowed)
+    if config.lora.rank is not None:
+        hf = adapters.add_adapters(hf, config.lora, config.train.seed)
+        if config.model.gradient_checkpointing:
+            hf.enable_input_require_grads()
+    return RewardModel(hf, kernel), base.head_is_new

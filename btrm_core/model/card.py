@@ -1,0 +1,144 @@
+"""What a finished model says about itself: `btrm.json` and the model card."""
+
+from __future__ import annotations
+
+import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from btrm_core.chat import ChatFormat
+from btrm_core.config import flat
+from btrm_core.families import Family
+from btrm_core.settings import RunConfig
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+base_model: {base}
+tags: [reward-model, bradley-terry, btrm]
+---
+
+# Reward model of the {family} family
+
+Trained with btrm {version} on pairs of a chosen and a rejected conversation, with the Bradley-Terry loss
+`-log sigmoid(r_chosen - r_rejected)`. It reads a conversation and returns one number, the reward, at the terminal token
+`{terminal}`.
+
+| held-out evaluation | |
+|---|---|
+{figures}
+
+```python
+{code}
+```
+
+Base model: `{base}`. Longest conversation: {max_length} tokens. All settings, the data's fingerprint and self-test
+vectors are in `btrm.json`.
+"""
+
+
+CHAT = """chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
+text = tokenizer.apply_chat_template(chat, tokenize=False)
+"""
+
+
+PIPELINE = (
+    """from transformers import AutoTokenizer, pipeline
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+reward = pipeline("text-classification", model="{name}", tokenizer=tokenizer)
+"""
+    + CHAT
+    + """print(reward([text], top_k=None, function_to_apply="none", add_special_tokens=False)[0][0]["score"])"""
+)
+
+
+ADAPTERS = (
+    """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+# adapters: the base model is loaded from where adapter_config.json says
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoPeftModelForSequenceClassification.from_pretrained("{name}", num_labels=1{options}).eval()
+"""
+    + CHAT
+    + """print(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.item())"""
+)
+
+
+FOUR_BITS = """, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}",
+    llm_int8_skip_modules=["score"],
+)"""
+
+
+def run_manifest(
+    *,
+    config: RunConfig,
+    family: Family,
+    chat: ChatFormat,
+    data: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    training: dict[str, Any],
+    self_test: list[dict[str, Any]],
+    dtype: str,
+) -> dict[str, Any]:
+    """The content of `btrm.json`: enough to score, to check, and to train again."""
+    return {
+        "btrm_version": metadata.version("btrm"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "family": family.name,
+        "origin": family.origin,
+        "base_model": config.model.name,
+        "base_revision": config.model.revision,
+        "template_sha256": chat.template_sha256,
+        "terminal_token": chat.terminal_token,
+        "terminal_token_id": chat.terminal_id,
+        "pad_token": chat.pad.token,
+        "pad_token_id": chat.pad_id,
+        "answers": chat.answers,
+        "max_length": config.data.max_length,
+        "dtype": dtype,
+        "loss": "bradley-terry",
+        "data": data,
+        "evaluation": evaluation,
+        "training": training,
+        "config": {key: list(v) if isinstance(v, tuple) else v for key, v in flat(config).items()},
+        "self_test": self_test,
+    }
+
+
+def model_card(made: dict[str, Any], directory: Path) -> str:
+    """The model card (`README.md`) for a manifest."""
+    evaluation = made["evaluation"] or {}
+    rows = [f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in evaluation.items() if _is_number(value)]
+    base = str(made["base_model"])
+    return CARD.format(
+        code=_code(made, directory.name),
+        base=Path(base).name if Path(base).exists() else base,
+        family=made["family"],
+        version=made["btrm_version"],
+        terminal=made["terminal_token"],
+        figures="\n".join(rows) or "| none | |",
+        max_length=made["max_length"],
+    )
+
+
+def _code(made: dict[str, Any], name: str) -> str:
+    """How a program without btrm gets a reward."""
+    if (made.get("adapters") or {"merged": True})["merged"]:
+        return PIPELINE.replace("{name}", name)
+    code, options = ADAPTERS.replace("{name}", name), ""
+    if made["config"]["model.quantize"] != "none":
+        options = FOUR_BITS.replace("{dtype}", made["dtype"])
+        code = code.replace("import AutoTokenizer", "import AutoTokenizer, BitsAndBytesConfig")
+    return code.replace("{options}", options)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,123 @@
+"""The finished model's directory: written whole or not at all, and complete without btrm.
+
+Decides: which files there are, what `btrm.json` says, and that no reader ever sees half a model. A directory is written
+beside its place, flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from btrm_core.chat import ChatFormat
+from btrm_core.errors import CheckpointError
+from btrm_core.files import explained, publish
+from btrm_core.model.adapters import save_adapters
+
+MANIFEST = "btrm.json"
+
+
+SHARD_SIZE = "5GB"
+
+
+def is_finished(directory: Path) -> bool:
+    """True if `directory` holds a finished model (`btrm.json` is the last file that is written)."""
+    return (directory / MANIFEST).exists()
+
+
+def refuse_overwrite(directory: Path, overwrite: bool) -> None:
+    """Raise unless `directory` is free, or may be replaced.
+
+    Raises:
+        CheckpointError: a finished model, or something that btrm did not write, is there.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not is_finished(directory):
+        raise CheckpointError(f"{directory} exists and is no btrm model; choose another --output or remove it")
+    if not overwrite:
+        raise CheckpointError(
+            f"{directory} already holds a finished model; choose another --output, or replace it with --overwrite"
+        )
+
+
+def write_model(
+    directory: Path, hf: Any, state_dict: Mapping[str, Any], chat: ChatFormat, manifest: Mapping[str, Any], card: str
+) -> None:
+    """Write a model directory atomically: weights, configuration, tokenizer, template, model card, `btrm.json`.
+
+    Args:
+        directory: Its final place; an older finished model there is replaced at the end.
+        hf: The transformers model whose configuration and class are saved; of a peft model, the adapters.
+        state_dict: Whole weights by the names transformers gives them.
+        chat: Tokenizer and template.
+        manifest: Content of `btrm.json`.
+        card: Content of `README.md`.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; nothing half-written is left.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        staging.chmod(0o755)
+        if hasattr(hf, "get_base_model"):
+            save_adapters(hf, staging, state_dict, whole_embedding=chat.num_new_tokens > 0)
+        else:
+            hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
+        _save_tokenizer(chat, manifest.get("max_length"), staging)
+        (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        publish(staging, directory)
+    except Exception as error:
+        raise explained(error, directory) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_tokenizer(chat: ChatFormat, max_length: int | None, directory: Path) -> None:
+    """Save the tokenizer with the sides it is used with, which `save_pretrained` alone forgets."""
+    tokenizer = chat.tokenizer
+    sides = {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}
+    tokenizer.init_kwargs.update(sides)
+    if max_length:
+        tokenizer.model_max_length = max_length
+        tokenizer.init_kwargs["model_max_length"] = max_length
+    tokenizer.save_pretrained(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The content of `btrm.json`, or an empty mapping if the directory has none (another trainer's model).
+
+    Raises:
+        CheckpointError: the file is not valid JSON.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the model directory is damaged") from error
+    return dict(value)
+
+
+def model_directory(path: str) -> Path:
+    """The model directory a user means: the path itself, or `model/` in a run's output directory.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    base = Path(path)
+    for candidate in (base, base / "model"):
+        if (candidate / "config.json").exists():
+            return candidate
+    if base.is_dir():
+        raise CheckpointError(f"{path} holds no model: neither {path}/config.json nor {path}/model/config.json exists")
+    raise CheckpointError(f"there is no model directory {path}")

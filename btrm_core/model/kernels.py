@@ -1,0 +1,311 @@
+"""The attention kernels, each a plain function of queries, keys, values and a `Layout`.
+
+All take `query` [1, heads, T, D], `key` and `value` [1, kv_heads, T, D] of one packed row, as
+transformers hands them over, and return [1, T, heads, D]. All compute the same numbers; they differ
+in where they are fast. Which one is used is decided in `attention`.
+
+* `run_loop` (CPU; and float32 on a GPU): PyTorch's own fused attention, run by run.
+* `varlen`: torch's variable-length flash attention, one asymmetric call for the row.
+* `flash`: the same call through the flash-attn package, which also knows soft-capping.
+* `flex`: FlexAttention with a block mask built on the host; soft-capping as a score function.
+* `dense`: PyTorch's attention with the T x T mask; the plainest reference.
+* `eager`: explicit softmax, run by run, with soft-capping.
+
+Two traps this module avoids. Merging separate attention calls by their log-sum-exp is not
+differentiable through torch's kernels (the backward ignores it, silently); one call over repeated
+prefix keys needs no merging. And slicing queries, keys and values per run makes autograd add up one
+full-size gradient per slice, twice the time of the attention itself; `split` does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from btrm_core.packing import Visibility
+
+Tensor = torch.Tensor
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class _RepeatPrefixes(torch.autograd.Function):
+    """Gathers keys or values [T, kv_heads, D] to [K, kv_heads, D], prefixes repeated per tail.
+
+    The gradient is gathered back rather than scattered: every sum has a fixed order, and no atomic
+    additions in half precision are needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, layout: Visibility) -> Tensor:
+        assert layout.key_index_K is not None
+        ctx.layout = layout
+        return rows.index_select(0, layout.key_index_K)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        layout: Visibility = ctx.layout
+        assert layout.own_index_T is not None
+        total = gradient.index_select(0, layout.own_index_T)
+        for row_offsets, key_offsets in layout.repeats:
+            repeated = gradient.index_select(0, key_offsets)
+            total.index_copy_(0, row_offsets, total.index_select(0, row_offsets) + repeated)
+        return total, None
+
+
+def _rows(states: Tensor) -> Tensor:
+    """[1, heads, T, D] to [T, heads, D], the order in which projections write memory."""
+    return states[0].transpose(0, 1)
+
+
+def _keys(states: Tensor, layout: Visibility) -> Tensor:
+    """Keys or values of all runs, [K, kv_heads, D]."""
+    rows = _rows(states)
+    if layout.key_index_K is None:
+        return rows
+    repeated: Tensor = _RepeatPrefixes.apply(rows, layout)  # type: ignore[no-untyped-call]
+    return repeated
+
+
+def run_loop(
+    query: Tensor, key: Tensor, value: Tensor, layout: Visibility, *, window: int | None, scaling: float | None
+) -> Tensor:
+    """PyTorch's fused attention, one call per run.
+
+    Plain causal runs need no mask. A tail's run has more keys than queries, where PyTorch aligns
+    `is_causal` to the top left, so it gets a small mask, built once and used by all layers.
+    """
+    query_lengths = [run.queries for run in layout.runs]
+    key_lengths = [run.keys for run in layout.runs]
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    parts = zip(
+        layout.runs,
+        torch.split(_rows(query), query_lengths),
+        torch.split(_keys(key, layout), key_lengths),
+        torch.split(_keys(value, layout), key_lengths),
+        strict=True,
+    )
+    for run, queries, keys, values in parts:
+        plain = layout.is_plain(run, window)
+        mask = None if plain else layout.run_mask(run, window, query.dtype)
+        output = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=plain,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, layout: Visibility, *, window: int | None, scaling: float | None
+) -> Tensor:
+    """PyTorch's attention with the whole T x T mask."""
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=layout.visible(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Visibility,
+    *,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention written out run by run: scores, soft-cap, softmax in at least float32, sum."""
+    query_lengths = [run.queries for run in layout.runs]
+    key_lengths = [run.keys for run in layout.runs]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kv_heads = key.shape[1]
+    group = query.shape[1] // kv_heads
+    # Softmax in float32 is what transformers does; a float64 model stays in float64.
+    precise = torch.float32 if query.dtype in HALF else None
+    outputs = []
+    parts = zip(
+        layout.runs,
+        torch.split(_rows(query), query_lengths),
+        torch.split(_keys(key, layout), key_lengths),
+        torch.split(_keys(value, layout), key_lengths),
+        strict=True,
+    )
+    for run, queries, keys, values in parts:
+        # All query heads of a key head in one matrix: no copies of keys and values are needed.
+        lines = queries.view(-1, kv_heads, group, queries.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
+        scores = torch.matmul(lines, keys.permute(1, 2, 0)) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        hidden = layout.run_mask(run, window, torch.bool).logical_not()
+        scores = scores.view(kv_heads, group, *hidden.shape).masked_fill(hidden, -torch.inf)
+        weights = scores.softmax(-1, dtype=precise).to(query.dtype).flatten(1, 2)
+        output = torch.matmul(weights, values.transpose(0, 1)).view(kv_heads, group, run.queries, -1)
+        outputs.append(output.permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(outputs)[None]
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Visibility, *, window: int | None, scaling: float | None
+) -> Tensor:
+    """Torch's variable-length flash attention on half-precision CUDA tensors, else the run loop."""
+    if not query.is_cuda or query.dtype not in HALF:
+        return run_loop(query, key, value, layout, window=window, scaling=scaling)
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, values = _keys(key, layout), _keys(value, layout)
+    options, native_groups = varlen_options(frozenset(inspect.signature(varlen_attn).parameters), window)
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and native_groups:
+        options["enable_gqa"] = True
+    elif group > 1:
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    output: Any = varlen_attn(
+        _rows(query),
+        keys,
+        values,
+        layout.query_starts,
+        layout.key_starts,
+        layout.max_queries,
+        layout.max_keys,
+        scale=scaling,
+        **options,
+    )
+    return cast("Tensor", output)[None]
+
+
+def varlen_options(parameters: frozenset[str], window: int | None) -> tuple[dict[str, Any], bool]:
+    """How to ask this torch's `varlen_attn` for causal attention with a window.
+
+    Its interface moved: `is_causal` first, then `window_size`, then `enable_gqa`.
+
+    Args:
+        parameters: the names of its parameters.
+        window: the sliding window as transformers counts it (the token itself included), or None.
+
+    Returns:
+        The keyword arguments, and whether it takes fewer key heads than query heads.
+
+    Raises:
+        NotImplementedError: this torch's version has no sliding window.
+    """
+    if "window_size" in parameters:
+        options: dict[str, Any] = {"window_size": (-1, 0) if window is None else (window - 1, 0)}
+    elif window is None:
+        options = {"is_causal": True}
+    else:
+        raise NotImplementedError("this version of torch has no variable-length attention with a sliding window")
+    return options, "enable_gqa" in parameters
+
+
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Visibility,
+    *,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The flash-attn package's variable-length call; half precision on CUDA only."""
+    from flash_attn import flash_attn_varlen_func
+
+    extra = {} if softcap is None else {"softcap": softcap}
+    output: Tensor = flash_attn_varlen_func(
+        _rows(query),
+        _keys(key, layout),
+        _keys(value, layout),
+        layout.query_starts,
+        layout.key_starts,
+        layout.max_queries,
+        layout.max_keys,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        **extra,
+    )
+    return output[None]
+
+
+def flash_version() -> tuple[int, ...] | None:
+    """The installed flash-attn package's version, or None when it cannot be imported."""
+    try:
+        import flash_attn  # noqa: F401
+
+        version = importlib.metadata.version("flash-attn")
+    except (ImportError, OSError):  # OSError: a wheel built for another torch fails to load
+        return None
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled.
+
+    Compiled even where it could run without: un-compiled, a non-linear score function under
+    gradient checkpointing gives wrong gradients, silently. The second row length makes the graph
+    dynamic, so a run compiles two graphs for training and at most two for evaluation. Asking for
+    dynamic shapes at once would save one, but turns the soft-cap into a symbol, which fails.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # The CPU has no kernel with gradients; ahead-of-time tracing alone follows the same path there.
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, backend=backend)
+    return compiled
+
+
+@functools.cache
+def _softcap_score(softcap: float) -> Callable[..., Tensor]:
+    """The soft-cap as a score function; one object per value, so graphs are reused."""
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+def flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Visibility,
+    *,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """FlexAttention over the row's block mask; T must be a multiple of 128."""
+    output = _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _softcap_score(softcap),
+        block_mask=layout.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous()

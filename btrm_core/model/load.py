@@ -1,0 +1,370 @@
+"""Opens a finished reward model, from a directory or the hub, with transformers alone.
+
+Decides what may be scored with: a checkpoint with a trained head of one output, whole safetensors weights, and a pad
+token of its own; or adapters with such a head, whose base model is where they say. Code that comes with a checkpoint is
+never run. No family is needed; an installed one is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from btrm_core import config, families
+from btrm_core import config as config_module
+from btrm_core.chat import ChatFormat, install_pad, one_line, settle
+from btrm_core.errors import CheckpointError, ConfigError, FamilyError
+from btrm_core.families import PadToken
+from btrm_core.files import digest
+from btrm_core.model import adapters
+from btrm_core.model import base as base_module
+from btrm_core.model.directory import MANIFEST, model_directory, read_manifest
+from btrm_core.settings import ModelConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+HEAD = "score.weight"
+
+
+TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+_NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other forms
+
+
+def find_model(name: str) -> Path:
+    """Return the model directory that a user means: a path, a run's output directory, or a hub id (downloaded).
+
+    Raises:
+        CheckpointError: there is no such directory, and no such model on the hub or in its cache.
+    """
+    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        return model_directory(name)
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES)
+        return model_directory(found)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client raises types of several libraries
+        raise CheckpointError(
+            f"there is no model directory {name}, and it cannot be had from the Hugging Face hub: {_first(error)}"
+        ) from error
+
+
+def load_chat(directory: Path) -> ChatFormat:
+    """Read the tokenizer and the template, after looking at the pad token.
+
+    Raises:
+        CheckpointError: something is missing, the pad token is the end-of-sequence token, or the configuration names
+            another one than the tokenizer.
+    """
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        named = _json(file)
+        pad, eos = (_token(named.get(key)) for key in ("pad_token", "eos_token"))
+        if pad is not None and pad == eos:
+            raise CheckpointError(
+                f"{directory}: the pad token {pad!r} is the end-of-sequence token, so other programs would read the "
+                "reward in another place; expected a pad token of its own in tokenizer_config.json and config.json"
+            )
+    chat = chat_from_checkpoint(directory)
+    configured = saved_config(directory).get_text_config().pad_token_id
+    if configured != chat.pad_id:
+        raise CheckpointError(
+            f"{directory}: pad_token_id in config.json is {configured}, but the tokenizer pads with {chat.pad_id}; "
+            "expected the same number, or other programs read rewards that depend on the batch"
+        )
+    return chat
+
+
+def saved_config(directory: Path) -> Any:
+    """The transformers configuration.
+
+    Raises:
+        CheckpointError: transformers cannot read it without running code of the checkpoint's.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError: depends on what is wrong with the file
+        raise CheckpointError(f"{directory}: the configuration cannot be read: {_first(error)}") from error
+
+
+def check_head(directory: Path) -> None:
+    """Refuse a directory whose weights hold no reward head of one output, before any weight is read.
+
+    Raises:
+        CheckpointError: says what is missing.
+    """
+    if (adapters.PREFIX if is_adapters(directory) else "") + HEAD not in weight_names(directory):
+        raise CheckpointError(
+            f"{directory} holds no reward head ({HEAD} is missing from its weights); expected a model trained by "
+            f"`btrm train`, such as one made with --model {directory}"
+        )
+    labels = saved_config(directory).num_labels
+    if labels != 1:
+        raise CheckpointError(f"{directory} is a classifier of {labels} labels; expected a reward model, with one")
+
+
+def is_adapters(directory: Path) -> bool:
+    """True if a model directory holds adapters and a head, without the base model's weights."""
+    return (directory / config.SETTINGS).is_file()
+
+
+def weight_names(directory: Path) -> set[str]:
+    """The names of all tensors in the safetensors files.
+
+    Raises:
+        CheckpointError: there are none, or they are damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if (directory / INDEX).is_file():
+        return set(_json(directory / INDEX).get("weight_map", {}))
+    path = directory / (adapters.WEIGHTS if is_adapters(directory) else WEIGHTS)
+    if not path.is_file():
+        expected = path.name if is_adapters(directory) else f"{WEIGHTS} or {INDEX}"
+        raise CheckpointError(f"{directory} has no weights in safetensors form; expected {expected}")
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first(error)}") from error
+
+
+def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """Load the sequence-classification model onto a device, in evaluation mode; no weight may be missing.
+
+    Adapters stay beside the weights of their base model, as they were trained.
+
+    Args:
+        directory: a model directory that `check_head` lets through.
+        dtype: a torch type, or "auto" for the one the weights are saved in.
+        device: where it computes.
+
+    Raises:
+        CheckpointError: transformers has no such model, or weights are missing, damaged or of another shape; or the
+            base model of adapters is not where they say.
+        ConfigError: the device has not enough memory, or a library is missing.
+    """
+    hf = _with_adapters(directory, dtype) if is_adapters(directory) else _whole(directory, dtype)
+    try:
+        return hf.requires_grad_(False).eval().to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(f"{directory} does not fit into the memory of {device}; try --dtype bf16") from error
+
+
+def _whole(directory: Path, dtype: torch.dtype | str) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with _silent():
+            hf, info = AutoModelForSequenceClassification.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # transformers and safetensors raise many types
+        raise CheckpointError(f"{directory} cannot be loaded: {_first(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CheckpointError(f"the weights of {directory} are incomplete: {some} missing; copy the directory anew")
+    if not isinstance(getattr(hf, "score", None), nn.Linear):
+        raise CheckpointError(f"{directory}: {type(hf).__name__} has no linear head called `score`, which btrm reads")
+    return hf
+
+
+def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
+    """The base model, set up and packed as it was for training, wrapped with adapters and head."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ConfigError(f"{directory} holds adapters, which need peft; {adapters.INSTALL}") from error
+    described, made, config = (
+        _json(directory / config_module.SETTINGS),
+        read_manifest(directory),
+        saved_config(directory),
+    )
+    type_ = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    base = ModelConfig(
+        name=described.get("base_model_name_or_path"),
+        revision=described.get("revision"),
+        quantize=made.get("config", {}).get("model.quantize", "none"),
+    )
+    with _silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            hf = base_module.load_base(base, type_).hf
+        except (CheckpointError, ConfigError) as error:
+            raise type(error)(
+                f"{directory} holds adapters, and their base model cannot be loaded: {error}. "
+                f"{config_module.SETTINGS} says where it is (base_model_name_or_path, revision)"
+            ) from error
+        text = config.get_text_config()
+        base_module.set_reward_config(hf, text.pad_token_id)
+        if text.vocab_size > hf.get_input_embeddings().num_embeddings:
+            hf.resize_token_embeddings(text.vocab_size, mean_resizing=False)
+        try:
+            wrapped = PeftModel.from_pretrained(hf, directory, torch_device="cpu")
+        except Exception as error:  # peft and safetensors raise many types
+            raise CheckpointError(f"the adapters in {directory} do not fit {base.name}: {_first(error)}") from error
+    if missing := sorted(
+        set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) - weight_names(directory)
+    ):
+        raise CheckpointError(
+            f"the weights of {directory} are incomplete: {missing[0]} missing; copy the directory anew"
+        )
+    for parameter in wrapped.parameters():
+        if parameter.is_floating_point():  # peft keeps adapters in fp32, training does not
+            parameter.data = parameter.data.to(type_)
+    return wrapped
+
+
+def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> str:
+    """A SHA-256 that changes when the rewards may: configuration, template, training run, head, compute type."""
+    names = ("config.json", MANIFEST, "tokenizer.json", config.SETTINGS, adapters.WEIGHTS)
+    files = [directory / name for name in names]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
+    head = hf.score.weight.detach().float().cpu().numpy().tobytes()
+    return digest(contents, chat.template_sha256, chat.max_length, hashlib.sha256(head).hexdigest(), str(dtype))
+
+
+def tolerance(manifest: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """The largest difference of a self-test reward that rounding explains, for a model that computes in `dtype`.
+
+    It is larger where the reward was or is computed in half precision, and relative where rewards exceed 1.
+    """
+    half = manifest.get("dtype") == "bfloat16" or dtype.itemsize == 2
+    rewards = [abs(float(vector["reward"])) for vector in manifest.get("self_test", ())]
+    return max(1.0, *rewards, 0.0) * (HALF_TOLERANCE if half else TOLERANCE)
+
+
+def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | None:
+    """Say so if the family that trained a model is installed and now writes its conversations differently.
+
+    None as well if the family is not installed or broken, or if the run brought its own template.
+    """
+    name = manifest.get("family")
+    if name is None or manifest.get("answers", {}).get("chat_template") == "run settings":
+        return None
+    try:
+        family = families.load(str(name))
+        template = family.chat_template(chat.tokenizer)
+    except FamilyError:
+        return None
+    if hashlib.sha256(template.encode("utf-8")).hexdigest() == chat.template_sha256:
+        return None
+    return (
+        f"the installed family '{name}' ({family.origin}) has another chat template than the one this model was "
+        f"trained with ({manifest.get('origin', 'unknown origin')}); the model's own is used"
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {_first(error)}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _token(value: Any) -> str | None:
+    """A token as `tokenizer_config.json` writes it: text, or an object with the text in it."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers' report and progress bar off the screen: what is wrong is said in one line."""
+    from transformers.utils import logging as transformers_logging
+
+    log = logging.getLogger("transformers")
+    level, bar = log.level, transformers_logging.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
+    """Read from a trained model's directory how its conversations become ids; needs no family.
+
+    Args:
+        directory: holds the tokenizer's files, `chat_template.jinja` and, if btrm wrote it, `btrm.json`, whose
+            `template_sha256`, `terminal_token` and `max_length` are honoured.
+
+    Raises:
+        CheckpointError: something is missing, or is not what the model was trained with.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(directory)
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise CheckpointError(f"{directory} holds no tokenizer, expected a model directory written by `btrm train`")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # OSError, ValueError, ImportError, and whatever the parsers raise
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({one_line(error)})") from error
+    file = directory / "chat_template.jinja"
+    template = file.read_bytes().decode("utf-8") if file.is_file() else tokenizer.chat_template
+    if not isinstance(template, str):
+        raise CheckpointError(f"{directory} has no chat template, expected the text in {file.name}; put it there")
+    if tokenizer.pad_token is None:
+        raise CheckpointError(
+            f"{directory}: the tokenizer names no pad token, expected pad_token in tokenizer_config.json"
+        )
+    pad = PadToken(tokenizer.pad_token, reason="the checkpoint's own")
+    try:
+        install_pad(tokenizer, pad, "checkpoint")
+        answers = dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), "checkpoint")
+        chat = settle(tokenizer, template, pad, 0, answers)
+    except FamilyError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    return _honour_manifest(chat, directory / "btrm.json")
+
+
+def _honour_manifest(chat: ChatFormat, file: Path) -> ChatFormat:
+    """Compare a format with what `btrm.json` says about the training, and take over the maximum length."""
+    if not file.is_file():
+        return chat
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({one_line(error)}); expected the file btrm wrote") from error
+    trained = {"template_sha256": chat.template_sha256, "terminal_token": chat.terminal_token}
+    for key, found in trained.items():
+        if manifest.get(key, found) != found:
+            raise CheckpointError(
+                f"{file.parent}: {key} is {found!r}, but the model was trained with {manifest[key]!r} ({file.name}); "
+                "put the original tokenizer and chat template back"
+            )
+    return replace(chat, max_length=manifest.get("max_length"))

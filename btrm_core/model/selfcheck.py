@@ -1,0 +1,173 @@
+"""The two checks before a model is trusted: packed rows equal separate passes, and a new head starts near ln 2."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from btrm_core.errors import TrainingError
+from btrm_core.packing import PADDED, Group, collate, pad_rows, row_multiple
+
+if TYPE_CHECKING:
+    from btrm_core.model.reward import RewardModel
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """The outcome of `self_check`.
+
+    Attributes:
+        ok: whether packed rows may be trusted.
+        difference: largest difference between a packed and a separate reward, relative to the
+            largest reward where that exceeds 1; infinite if packing raised.
+        tolerance: the largest difference accepted.
+        reason: one line for the user.
+    """
+
+    ok: bool
+    difference: float
+    tolerance: float
+    reason: str
+
+
+def self_check(model: RewardModel, groups: Sequence[Group], tolerance: float | None = None) -> SelfCheck:
+    """Compare packed, prefix-shared rewards with separate forward passes on up to three real groups.
+
+    The separate passes take one unpadded sequence each through transformers' own eager attention. Only as many layers
+    run as it takes to have each kind of attention, and in float32 wherever the kernel can: in a deep half-precision
+    model the rounding of any two arrangements would hide a wrong mask. Give the longest groups at hand: a sliding
+    window longer than every sequence is not tested. Under ZeRO-3, whose weights are spread out, the whole model runs
+    as it is; call it on all ranks with equally many sequences. If the answer is no, go on with
+    `model.use_kernel("padded")` and padded lines.
+
+    Args:
+        model: the reward model, set to the kernel to check; all of it is left as it was.
+        groups: real groups; the first three are used.
+        tolerance: accepted difference; None takes 1e-3 where float32 was used, 5e-2 for a few half-precision layers
+            and 1e-1 for all of them.
+    """
+    chosen = list(groups[:3])
+    if model.kernel == PADDED:
+        return SelfCheck(False, math.inf, tolerance or 0.0, "the model's own attention is in use, which cannot pack")
+    config = model.base_model.config.get_text_config()
+    if getattr(config, "attention_dropout", 0.0):  # off in the passes below, on in training
+        reason = f"the model cannot be packed: its config asks for attention dropout ({config.attention_dropout})"
+        return SelfCheck(False, math.inf, tolerance or 0.0, reason)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _small_and_exact(model) as default_tolerance:
+            tolerance = default_tolerance if tolerance is None else tolerance
+            row = collate(chosen, kernel=model.kernel, multiple_of=row_multiple(model.kernel, model.device.type))
+            packed_S = model(row.to(model.device))
+            separate_S = _separate_rewards(model, chosen)
+    except NotImplementedError as error:
+        return SelfCheck(False, math.inf, tolerance or 0.0, f"the model cannot be packed: {error}")
+    finally:
+        model.train(training)
+    scale = max(1.0, float(separate_S.abs().max()))
+    difference = float((packed_S - separate_S).abs().max()) / scale
+    ok = difference <= tolerance  # False for NaN
+    verdict = "equal" if ok else "differ from"
+    return SelfCheck(
+        ok,
+        difference,
+        tolerance,
+        f"packed rewards of {len(chosen)} groups {verdict} separate ones "
+        f"(difference {difference:.1e}, accepted {tolerance:.0e})",
+    )
+
+
+@contextlib.contextmanager
+def _small_and_exact(model: RewardModel) -> Iterator[float]:
+    """While active: few layers, float32 weights where the kernel takes them; yields the tolerance that fits."""
+    parameters = list(model.parameters())
+    half = parameters[0].dtype in (torch.float16, torch.bfloat16)
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield 1e-1 if half else 1e-3
+        return
+    backbone = getattr(model.base_model, model.base_model.base_model_prefix)
+    layers = getattr(backbone, "layers", None)
+    kinds = getattr(model.base_model.config.get_text_config(), "layer_types", None) or ["full"]
+    enough = max(2, *(1 + kinds.index(kind) for kind in set(kinds)))
+    packed = any(not parameter.is_floating_point() for parameter in parameters)  # 4-bit weights
+    half_only = half and (packed or (model.device.type == "cuda" and model.kernel in ("flash", "varlen")))
+    before = {parameter: parameter.data for parameter in parameters}
+    try:
+        if isinstance(layers, nn.ModuleList):
+            backbone.layers = layers[:enough]
+        if half and not half_only:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.float()
+        yield 5e-2 if half_only else 1e-3
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+        if isinstance(layers, nn.ModuleList):
+            backbone.layers = layers
+
+
+def _separate_rewards(model: RewardModel, groups: Sequence[Group]) -> torch.Tensor:
+    """Rewards of every sequence by itself, unpadded, through transformers' eager attention."""
+    rewards = []
+    with model.own_attention():
+        for group in groups:
+            for alone in group.unshared():
+                rewards.append(model(pad_rows([alone]).to(model.device)))
+    return torch.cat(rewards)
+
+
+LN2 = math.log(2.0)
+
+
+def expected_first_loss(margin_P: np.ndarray) -> tuple[float, float]:
+    """The loss a random head should start with, and how far off it may be.
+
+    A head that knows nothing orders pairs at random, so the mean loss is ln 2 plus the curvature of -log sigmoid at 0
+    times the variance of the reward margin: ln 2 + var / 8. The margins of one head share its direction, hence their
+    mean may be off by about their spread; more than that is not explained.
+
+    >>> import numpy as np
+    >>> expected, slack = expected_first_loss(np.array([-0.4, 0.4, -0.4, 0.4]))
+    >>> round(expected - 0.6931, 3)
+    0.02
+    """
+    variance = float(np.var(margin_P))
+    return LN2 + variance / 8, 0.05 + 0.75 * math.sqrt(variance) + variance / 4
+
+
+def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> float:
+    """Return the step-0 loss of a fresh head, or stop if its distance from ln 2 is not explained.
+
+    Raises:
+        TrainingError: a reward is not finite, all margins are zero, or the loss is too far from ln 2.
+    """
+    bad = ~np.isfinite(rewards_P2).all(axis=1)
+    if bad.any():
+        some = ", ".join(ids[i] for i in np.flatnonzero(bad)[:3])
+        raise TrainingError(
+            f"{int(bad.sum())} of {len(bad)} pairs have a reward that is not finite before training (first: {some}); "
+            "the base model's weights or the attention kernel are broken; try --attention eager"
+        )
+    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    if len(margin_P) > 1 and not margin_P.any():
+        raise TrainingError(
+            "chosen and rejected get the same reward in every pair before training, so there is nothing to learn from; "
+            "the reward is read where both sides are still equal (is the chat template cut off?)"
+        )
+    loss = float(np.logaddexp(0.0, -margin_P).mean())
+    expected, slack = expected_first_loss(margin_P)
+    if abs(loss - expected) > slack:
+        raise TrainingError(
+            f"the first loss is {loss:.3f}, but an untrained head on these pairs must give {expected:.3f} ± "
+            f"{slack:.3f} (ln 2 + variance of the reward margin / 8); reward margin {margin_P.mean():+.3f} ± "
+            f"{margin_P.std():.3f}: one side's tokens leak into the other, or the sides are told apart by position"
+        )
+    return loss

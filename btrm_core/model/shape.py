@@ -1,0 +1,239 @@
+"""What an architecture is made of, read from its configuration: parameters, FLOPs, and the peak of a GPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from btrm_core.errors import BtrmError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Exact parameter counts of a reward model; `norm` is not part of `layers`, and `adapters` not of the others."""
+
+    embedding: int
+    layers: int
+    """Linear weights and biases of all decoder layers."""
+    norm: int
+    """All norm weights, the final norm included."""
+    head: int
+    per_layer: int
+    """One decoder layer with its norms."""
+    largest: int
+    """The largest single tensor, in most models the token embedding."""
+    small: int
+    """Sum over the tensors of at most 100,000 elements (`stage3_param_persistence_threshold`)."""
+    tied: bool
+    """Whether the causal model shares its embedding with the vocabulary projection (a reward model has none)."""
+    adapters: int = 0
+    """Weights that LoRA adds; 0 trains everything."""
+    packed: int = 0
+    """How many of `layers` are kept in 4 bits."""
+
+    @property
+    def total(self) -> int:
+        """All parameters, adapters included."""
+        return self.embedding + self.layers + self.norm + self.head + self.adapters
+
+    @property
+    def trainable(self) -> int:
+        """What the optimizer holds: everything, or adapters and head under LoRA."""
+        return self.adapters + self.head if self.adapters else self.total
+
+    @property
+    def matmul(self) -> int:
+        """Parameters that take part in a matrix product for every token (no embedding look-up, no norm)."""
+        return self.layers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The widths of a decoder that its activations depend on."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    gated: bool
+    """Gate and up projection (SwiGLU, GeGLU) instead of one projection with an activation."""
+    norm_widths: tuple[int, ...]
+    """Elements per token that each norm of one layer sees (hidden, or heads x head_dim for query and key norms)."""
+    norm: str
+    """"rms" (Llama: computed in fp32, scaled after rounding), "rms-fp32" (Gemma: scaled in fp32) or "layer"."""
+    windows: tuple[int | None, ...]
+    """Attention window of each layer in tokens; None sees everything. Its length is the number of layers."""
+    linears: int
+    """Linear modules per layer."""
+
+
+def flops_per_token(parameters: Parameters, shape: Shape, sequence: float) -> float:
+    """Minimal floating-point operations per trained token: forward and backward once, nothing recomputed.
+
+    6 per matrix parameter (Kaplan et al., arXiv:2001.08361, section 2.1; embeddings are looked up, not multiplied), 4
+    when it is frozen (no weight gradient), plus causal attention: per layer 6 x heads x head_dim x sequence, the 6
+    being 12 halved because a token sees half the sequence on average.
+
+    Args:
+        parameters: the counts.
+        shape: the widths.
+        sequence: tokens of a typical conversation.
+    """
+    per_parameter = 4 if parameters.adapters else 6
+    seen = sum(min(sequence, window or sequence) for window in shape.windows)
+    attention = 6.0 * shape.heads * shape.head_dim * seen
+    return per_parameter * parameters.matmul + 6 * parameters.adapters + attention
+
+
+# Dense bf16 TFLOP/s from the vendor's data sheets (without sparsity) and the memory in GiB that PyTorch sees.
+GPUS: dict[str, tuple[float, float]] = {
+    "h100": (989, 79.1),
+    "h200": (989, 139.7),
+    "a100": (312, 79.1),
+    "a100-40gb": (312, 39.4),
+    "l40s": (362, 44.4),
+    "4090": (165, 23.6),
+}
+
+
+def read_shape(config: Any, lora_rank: int | None = None, four_bits: bool = False) -> tuple[Parameters, Shape]:
+    """Build the reward model on the meta device (no memory, no weights) and read off its counts and widths.
+
+    Args:
+        config: a transformers configuration.
+        lora_rank: rank of adapters on every linear layer.
+        four_bits: the weights of linear layers are kept in 4 bits.
+
+    Raises:
+        BtrmError: transformers has no sequence-classification model for it, or its layers are not attention and MLP.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoModelForSequenceClassification
+
+    kind = getattr(config, "model_type", type(config).__name__)
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            hf = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    except (ValueError, LookupError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+        raise BtrmError(
+            f"cannot plan for model type {kind!r}: transformers builds no sequence-classification model from its "
+            f"configuration ({str(error).splitlines()[0][:120]}); expected a decoder with the usual names"
+        ) from error
+    if not isinstance(getattr(hf, "score", None), nn.Linear):
+        raise _unknown(kind, f"{type(hf).__name__} has no linear head called `score`")
+    layers = getattr(hf.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        raise _unknown(kind, "it has no list `layers` of decoder layers")
+    layer = layers[0]
+    norms = [m for m in hf.modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
+    norm = sum(p.numel() for m in norms for p in m.parameters(recurse=False))
+    embedding = sum(p.numel() for m in hf.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+    head = sum(p.numel() for p in hf.score.parameters())
+    numels = [p.numel() for p in hf.parameters()]
+    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    adapters = (lora_rank or 0) * len(layers) * sum(m.in_features + m.out_features for m in linears)
+    sizes = {sum(p.numel() for p in each.parameters()) for each in layers}
+    if len(sizes) > 1:
+        raise _unknown(kind, "its layers differ in size")
+    parameters = Parameters(
+        embedding=embedding,
+        layers=sum(numels) - embedding - norm - head,
+        norm=norm,
+        head=head,
+        per_layer=sizes.pop(),
+        largest=max(numels),
+        small=sum(n for n in numels if n <= 100_000),
+        tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+        adapters=adapters,
+        packed=len(layers) * sum(m.weight.numel() for m in linears) if four_bits else 0,
+    )
+    return parameters, _shape(kind, config.get_text_config(), layer, len(layers), len(linears))
+
+
+def _shape(kind: str, config: Any, layer: Any, layers: int, linears: int) -> Shape:
+    names = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+    attention = "o_proj" in names and ("qkv_proj" in names or {"q_proj", "k_proj", "v_proj"} <= set(names))
+    mlp = [name for name in ("down_proj", "fc2", "c_proj") if name in names]
+    if not attention or not mlp or any(p.ndim > 2 for p in layer.parameters()) or "experts" in names:
+        raise _unknown(kind, "its layers are not one attention and one dense MLP")
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    special = {"q_norm": heads * head_dim, "k_norm": kv_heads * head_dim}
+    norms = {name: m for name, m in names.items() if "Norm" in type(m).__name__ and hasattr(m, "weight")}
+    if any("LayerNorm" in type(m).__name__ for m in norms.values()):
+        norm = "layer"
+    else:
+        norm = "rms-fp32" if any(map(_scales_in_fp32, norms.values())) else "rms"
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    return Shape(
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=names[mlp[0]].in_features,
+        gated="gate_proj" in names or "gate_up_proj" in names,
+        norm_widths=tuple(special.get(name, m.weight.numel()) for name, m in norms.items()),
+        norm=norm,
+        windows=tuple(window if t == "sliding_attention" else None for t in types),
+        linears=linears,
+    )
+
+
+def _scales_in_fp32(norm: Any) -> bool:
+    """Whether a root-mean-square norm multiplies by its weight before it goes back to the type of its input.
+
+    Asked of the norm itself: with an fp32 weight, one that goes back first gives fp32 for a bf16 input.
+    """
+    import torch
+
+    asked = copy.deepcopy(norm).to(device="meta", dtype=torch.float32)
+    given = torch.empty(1, asked.weight.numel(), dtype=torch.bfloat16, device="meta")
+    return bool(asked(given).dtype == torch.bfloat16)
+
+
+def _unknown(kind: str, why: str) -> BtrmError:
+    return BtrmError(f"cannot plan for model type {kind!r}: {why}; expected a dense decoder with the usual names")
+
+
+def mfu_per_token_rate(
+    config: Any, device_name: str, world: int, tokens_per_conversation: float, lora_rank: int | None = None
+) -> float | None:
+    """MFU in percent for one computed token a second over all processes; None where it cannot be said.
+
+    Counts the minimal operations of forward and backward (nothing recomputed, no padding left out) against the dense
+    bf16 peak of the GPU (Chowdhery et al., arXiv:2204.02311, appendix B).
+
+    Args:
+        config: the model's transformers configuration.
+        device_name: as CUDA names it, e.g. "NVIDIA H100 80GB HBM3".
+        world: number of GPUs.
+        tokens_per_conversation: mean length, for the attention's part.
+        lora_rank: rank of adapters, whose frozen base needs no weight gradients.
+    """
+    words = device_name.lower().replace("-", " ").split()
+    name = next((gpu for gpu in sorted(GPUS, key=len, reverse=True) if gpu in words), None)
+    if name is None:
+        return None
+    try:
+        parameters, shape = read_shape(config, lora_rank)
+    except BtrmError:
+        return None
+    peak = GPUS[name][0] * 1e12 * world
+    return 100.0 * flops_per_token(parameters, shape, tokens_per_conversation) / peak
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person names it."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"

@@ -1,0 +1,124 @@
+"""The embedded default: a tiny model shaped like a family, and the sample of preference pairs that ships with btrm.
+
+Decides: how large the toy is and how its tokenizer is made. The family says only what makes its models its own
+(`Recipe.tiny`); nothing here knows a family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btrm_core.data import sample_path
+from btrm_core.errors import FamilyError
+from btrm_core.families import Family
+
+if TYPE_CHECKING:
+    from btrm_core.families import TinyShape
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+
+
+VOCABULARY = 2048
+"""What the demo trains with, found by trying: see the README's figures."""
+
+
+def toy_model(family: Family, cache_dir: Path) -> Path:
+    """Directory of a tiny causal language model in the family's shape, with random weights; made once, then reused.
+
+    Raises:
+        FamilyError: the family's recipe gives no `tiny` shape.
+    """
+    tiny = family.recipe().tiny
+    if tiny is None:
+        raise FamilyError(
+            f"family '{family.name}' ({family.origin}) gives no tiny model in its recipe, so there is nothing to train "
+            "without --model; give --model ID|DIR and --data SRC"
+        )
+    description = json.dumps([SHAPE, VOCABULARY, dataclasses.asdict(tiny)], sort_keys=True, default=str)
+    digest = hashlib.sha256((description + Path(sample_path("train")).read_text("utf-8")).encode()).hexdigest()[:12]
+    target = cache_dir / "toy" / f"{family.name}-{digest}"
+    if not (target / "config.json").exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".toy-"))
+        build_toy(tiny, staging)
+        try:
+            staging.rename(target)
+        except OSError:  # another process was faster
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def build_toy(tiny: Any, directory: Path, **overrides: Any) -> None:
+    """Write a tiny random causal language model and its tokenizer, trained on the sample, to `directory`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    pass
+
+    tokenizer = tiny_tokenizer(tiny, _sample_texts(), vocab_size=VOCABULARY)
+    shape = {**SHAPE, **dict(tiny.config), **overrides}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    config = AutoConfig.for_model(tiny.model_type, vocab_size=len(tokenizer), **ids, **shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _sample_texts() -> list[str]:
+    texts = []
+    for line in Path(sample_path("train")).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        texts += [message["content"] for side in ("chosen", "rejected") for message in row[side]]
+    return texts
+
+
+def tiny_tokenizer(shape: TinyShape, texts: Iterable[str], vocab_size: int = 1024) -> Any:
+    """Train a byte-level BPE tokenizer in memory, with the control tokens of a family.
+
+    Deterministic: the same shape, texts and size give the same tokenizer, in any process.
+
+    Args:
+        shape: names the special tokens (bos, eos, unk, pad) and further control tokens; ids follow this order.
+        texts: what to learn merges from; may be empty (then every byte is a token).
+        vocab_size: upper bound of the vocabulary, control tokens included; at least 256 bytes plus control tokens.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`. It has a pad token only if the shape names one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    control = list(dict.fromkeys([*shape.special_tokens.values(), *shape.control_tokens]))
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size, len(control) + 256),
+        special_tokens=control,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    extra = [token for token in shape.control_tokens if token not in shape.special_tokens.values()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=extra,
+        **shape.special_tokens,
+    )

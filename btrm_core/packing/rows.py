@@ -1,0 +1,355 @@
+"""Lays preference pairs out as token rows: nothing padded, every shared token once.
+
+This module decides where each token of a row lies, which tokens it may look at, and where the
+rewards are read. It does not decide which pairs share a row (`planner`) or how attention is
+computed (`kernels`, `attention`); it needs torch only to turn finished rows into tensors.
+
+A group of K responses to one prompt is stored `[shared | tail_1 | ... | tail_K]`: the tokens that
+all K finished sequences begin with, then what is left of each. A row is groups one after another.
+Positions restart after the shared part for every tail, and every token carries `end`, one past the
+last row offset that may look at it. One rule is then the whole mask, `window` being the layer's
+sliding window or infinity:
+
+    visible(q, kv) = kv <= q and q < end[kv] and position[q] - position[kv] < window
+
+Where a reward is read follows from lengths alone; no token id is ever compared with the pad id.
+
+Shape letters, here and in the modules to the right of this one: P pairs, S sequences (rewards),
+T tokens of a row, R attention runs, K key rows of all runs, H hidden, B lines of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from btrm_core.packing.groups import BLOCK, Group
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from btrm_core.packing.visibility import Visibility
+
+    IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One packed row of T tokens, as NumPy arrays, ready for a loader worker to hand over.
+
+    Attributes:
+        input_ids_T: token ids, int64.
+        position_ids_T: each token's position in its own sequence, int64.
+        end_T: one past the last row offset that may look at the token, int64.
+        reward_index_S: offset of every sequence's last token, groups in order, K each, int64.
+        group_sizes: K of every group.
+        runs_R4: attention runs, int64 columns query start, query end, prefix start, prefix end. The
+            queries of a run look at its prefix and, causally, at themselves; the prefix is empty
+            but for the second and later tails of a group. Runs cover the row in order.
+        useful: tokens of all sequences, each counted by itself: what a separate pass for every
+            sequence would compute, and so the same for any arrangement.
+        shared: tokens of `useful` that the row does not compute again.
+    """
+
+    input_ids_T: IntArray
+    position_ids_T: IntArray
+    end_T: IntArray
+    reward_index_S: IntArray
+    group_sizes: tuple[int, ...]
+    runs_R4: IntArray
+    useful: int
+    shared: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model computes: T, with the padding at the end."""
+        return len(self.input_ids_T)
+
+    @property
+    def padding(self) -> int:
+        """Tokens that belong to no sequence."""
+        return self.computed + self.shared - self.useful
+
+    def batch(self) -> Batch:
+        """The row as tensors on the host, with its attention layout."""
+        import torch
+
+        from btrm_core.packing.visibility import Visibility
+
+        return Batch(
+            input_ids=torch.from_numpy(self.input_ids_T)[None],
+            position_ids=torch.from_numpy(self.position_ids_T)[None],
+            attention_mask=None,
+            layout=Visibility.from_runs(self.runs_R4, self.end_T, self.position_ids_T),
+            reward_index=torch.from_numpy(self.reward_index_S),
+            group_sizes=self.group_sizes,
+            computed=self.computed,
+            useful=self.useful,
+            shared=self.shared,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The row as tensors on `device`."""
+        return self.batch().to(device)
+
+
+@dataclass
+class _RowParts:
+    """What `pack_row` collects, in row order."""
+
+    ids: list[NDArray[np.int32]] = field(default_factory=list)
+    positions: list[IntArray] = field(default_factory=list)
+    ends: list[IntArray] = field(default_factory=list)
+    rewards: list[int] = field(default_factory=list)
+    runs: list[tuple[int, int, int, int]] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, group: Group) -> None:
+        """Append a group `[shared | tail_1 | ...]` with its positions, ends, rewards and runs."""
+        start, shared = self.length, group.shared
+        stop = start + len(group.tokens)
+        self.ids.append(group.tokens)
+        self.positions.append(np.arange(shared))
+        self.ends.append(np.full(shared, stop))
+        offset = start + shared
+        for number, tail in enumerate(group.tails):
+            self.positions.append(np.arange(shared, shared + tail))
+            self.ends.append(np.full(tail, offset + tail))
+            self.rewards.append(offset + tail - 1 if tail else start + shared - 1)
+            if number == 0:
+                self.runs.append((start, offset + tail, start, start))
+            elif tail:
+                self.runs.append((offset, offset + tail, start, start + shared))
+            offset += tail
+        self.length = stop
+
+    def pad(self, count: int, pad_id: int) -> None:
+        """Append `count` pad tokens as one sequence of their own, which nothing else looks at."""
+        self.ids.append(np.full(count, pad_id, dtype=np.int32))
+        self.positions.append(np.arange(count))
+        self.ends.append(np.full(count, self.length + count))
+        self.runs.append((self.length, self.length + count, self.length, self.length))
+        self.length += count
+
+
+def pack_row(groups: Sequence[Group], *, share_prefix: bool = True, multiple_of: int = 1, pad_id: int = 0) -> Row:
+    """Lay groups one after another in one row.
+
+    >>> row = pack_row([share([[1, 2, 3, 4], [1, 2, 5]])])
+    >>> row.position_ids_T.tolist(), row.end_T.tolist(), row.reward_index_S.tolist()
+    ([0, 1, 2, 3, 2], [5, 5, 4, 4, 5], [3, 4])
+
+    Args:
+        groups: the groups, in order. None gives a row of padding without rewards, which lets a
+            rank without pairs take part in a step.
+        share_prefix: False computes every sequence whole, through the same code.
+        multiple_of: round T up to this with pad tokens.
+        pad_id: id of the tokens that fill the row up; any id of the vocabulary will do.
+    """
+    parts = _RowParts()
+    for group in groups:
+        for part in [group] if share_prefix else group.unshared():
+            parts.add(part)
+    missing = -parts.length % multiple_of or (0 if groups else multiple_of)
+    useful = sum(group.shared * len(group.tails) + sum(group.tails) for group in groups)
+    saved = useful - parts.length
+    if missing:
+        parts.pad(missing, pad_id)
+    return Row(
+        input_ids_T=np.concatenate(parts.ids).astype(np.int64),
+        position_ids_T=np.concatenate(parts.positions).astype(np.int64, copy=False),
+        end_T=np.concatenate(parts.ends).astype(np.int64, copy=False),
+        reward_index_S=np.array(parts.rewards, dtype=np.int64),
+        group_sizes=tuple(len(group.tails) for group in groups),
+        runs_R4=np.array(parts.runs, dtype=np.int64).reshape(-1, 4),
+        useful=useful,
+        shared=saved,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedRows:
+    """Sequences one per line, padded on the right: the reference, and the fallback.
+
+    Attributes:
+        input_ids_BT: token ids, int64; a batch without groups is one line of padding.
+        position_ids_BT: 0, 1, 2, ... on every line, int64.
+        attention_mask_BT: 1 for tokens of a sequence, 0 for padding, int64.
+        reward_index_S: offset of every sequence's last token in the flattened lines, int64.
+        group_sizes: K of every group.
+        useful: tokens of all sequences.
+        shared: always 0: padded lines share nothing.
+    """
+
+    input_ids_BT: IntArray
+    position_ids_BT: IntArray
+    attention_mask_BT: IntArray
+    reward_index_S: IntArray
+    group_sizes: tuple[int, ...]
+    useful: int
+    shared: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model computes, padding included."""
+        return int(self.input_ids_BT.size)
+
+    @property
+    def padding(self) -> int:
+        """Tokens that belong to no sequence."""
+        return self.computed - self.useful
+
+    def batch(self) -> Batch:
+        """The lines as tensors on the host."""
+        import torch
+
+        return Batch(
+            input_ids=torch.from_numpy(self.input_ids_BT),
+            position_ids=torch.from_numpy(self.position_ids_BT),
+            attention_mask=torch.from_numpy(self.attention_mask_BT),
+            layout=None,
+            reward_index=torch.from_numpy(self.reward_index_S),
+            group_sizes=self.group_sizes,
+            computed=self.computed,
+            useful=self.useful,
+            shared=self.shared,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The lines as tensors on `device`."""
+        return self.batch().to(device)
+
+
+def pad_rows(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> PaddedRows:
+    """Lay every sequence on a line of its own, padded on the right to the longest.
+
+    >>> rows = pad_rows([share([[1, 2, 3, 4], [1, 2, 5]])], pad_id=9)
+    >>> rows.input_ids_BT.tolist(), rows.reward_index_S.tolist()
+    ([[1, 2, 3, 4], [1, 2, 5, 9]], [3, 6])
+
+    Args:
+        groups: the groups, in order; sequences keep the order of `pack_row`.
+        pad_id: id of the tokens that fill lines up; masked out, so any id of the vocabulary will do.
+        multiple_of: round the length of the lines up to this.
+    """
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    lengths_S = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    lines, longest = max(len(sequences), 1), max(int(lengths_S.max(initial=1)), 1)
+    longest += -longest % multiple_of
+    ids_BT = np.full((lines, longest), pad_id, dtype=np.int64)
+    for line, sequence in enumerate(sequences):
+        ids_BT[line, : len(sequence)] = sequence
+    position_T = np.arange(longest)
+    # A line without a token of its own would leave the softmax nothing to sum over.
+    seen_B = lengths_S if sequences else np.ones(1, dtype=np.int64)
+    return PaddedRows(
+        input_ids_BT=ids_BT,
+        position_ids_BT=np.tile(position_T, (lines, 1)),
+        attention_mask_BT=(position_T[None, :] < seen_B[:, None]).astype(np.int64),
+        reward_index_S=np.arange(len(sequences)) * longest + lengths_S - 1,
+        group_sizes=tuple(len(group.tails) for group in groups),
+        useful=int(lengths_S.sum()),
+    )
+
+
+@dataclass
+class Batch:
+    """What the reward model is called with: one packed row, or padded lines, as tensors.
+
+    Attributes:
+        input_ids: [B, T] int64; B is 1 for a packed row.
+        position_ids: [B, T] int64.
+        attention_mask: [B, T] int64 for padded lines, None for a packed row.
+        layout: who sees whom in a packed row (`layout.Layout`), None for padded lines.
+        reward_index: [S] int64, offsets into the flattened B*T tokens, groups in order.
+        group_sizes: K of every group; they sum to S.
+        computed: tokens computed, padding included.
+        useful: tokens of all sequences, each counted by itself.
+        shared: tokens of `useful` that are not computed again.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    layout: Visibility | None
+    reward_index: torch.Tensor
+    group_sizes: tuple[int, ...]
+    computed: int
+    useful: int
+    shared: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch on `device`; without waiting if `non_blocking` and the memory is pinned."""
+        return self._moved(lambda data: data.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (a `DataLoader` with `pin_memory` calls this)."""
+        return self._moved(lambda data: data.pin_memory())
+
+    def _moved(self, move: Callable[[Any], Any]) -> Batch:
+        return Batch(
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            layout=None if self.layout is None else move(self.layout),
+            reward_index=move(self.reward_index),
+            group_sizes=self.group_sizes,
+            computed=self.computed,
+            useful=self.useful,
+            shared=self.shared,
+        )
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """How the pairs of a micro-batch are laid out: shared or packed rows for a kernel, or padded lines."""
+
+    layout: str
+    kernel: str
+    multiple_of: int
+    pad_id: int
+
+
+def row_form(layout: str, kernel: str, device_type: str, pad_id: int) -> RowForm:
+    """The form of a layout ("shared", "packed", "padded") for a model's kernel on a device."""
+    kernel = PADDED if layout == "padded" else kernel
+    return RowForm(layout, kernel, row_multiple(kernel, device_type), pad_id)
+
+
+PADDED = "padded"
+"""The kernel name of padded batches through the model's own attention: the fallback."""
+
+
+def row_multiple(kernel: str, device_type: str) -> int:
+    """What row lengths are rounded up to: 128 where kernels or allocators profit, else 1.
+
+    FlexAttention must have multiples of 128 (other lengths gave NaN gradients with both a block mask
+    and a score function); on a GPU few distinct lengths keep memory from fragmenting.
+    """
+    return BLOCK if kernel == "flex" or (device_type == "cuda" and kernel != PADDED) else 1
+
+
+def collate(
+    groups: Sequence[Group],
+    *,
+    kernel: str,
+    share_prefix: bool = True,
+    multiple_of: int = 1,
+    pad_id: int = 0,
+) -> Batch:
+    """Build one micro-batch for a kernel; pure, for loader workers.
+
+    Args:
+        groups: the micro-batch's groups, possibly none.
+        kernel: one of `KERNELS` for a packed row, `PADDED` for padded lines.
+        share_prefix: compute shared beginnings once (packed rows only).
+        multiple_of: round lengths up to this (see `row_multiple`).
+        pad_id: id of the tokens that fill up.
+    """
+    if kernel == PADDED:
+        return pad_rows(groups, pad_id=pad_id, multiple_of=multiple_of).batch()
+    return pack_row(groups, share_prefix=share_prefix, multiple_of=multiple_of, pad_id=pad_id).batch()

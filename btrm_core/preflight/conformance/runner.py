@@ -1,0 +1,161 @@
+"""What the author of a family tests it with: one class of about two dozen checks.
+
+    from btrm_core.testing import FamilyConformance
+
+
+    class TestFoo(FamilyConformance):
+        family = "foo"
+
+Run by pytest, each check is a test; its docstring says what it proves, and its failure says what is wrong, why that
+matters and what to do. Everything is made in memory from the tiny shape in the family's recipe: no download, a few
+seconds. The same checks run as `pytest --btrm-family=foo` and as `btrm families foo --check [--model M]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, cast
+
+from btrm_core.preflight.conformance.contract import ContractChecks
+from btrm_core.preflight.conformance.model import ModelChecks
+from btrm_core.preflight.conformance.subject import Subject
+from btrm_core.preflight.conformance.text import TextChecks
+from btrm_core.preflight.conformance.verdict import Missing, NotConforming, first_line
+
+
+class FamilyConformance(ModelChecks, TextChecks, ContractChecks):
+    """The contract of a family as tests. Subclass it with a name that pytest collects, and name the family.
+
+    What is given besides the name replaces what the recipe's tiny shape says: give it where the recipe has no tiny
+    shape, or to check the family with a real tokenizer or the values of a real config.
+    """
+
+    family: ClassVar[str] = ""
+    """The family's name, as its entry point gives it."""
+    special_tokens: ClassVar[Mapping[str, str] | None] = None
+    """bos_token, eos_token, unk_token, pad_token of a tokenizer made in memory."""
+    control_tokens: ClassVar[tuple[str, ...] | None] = None
+    """Further control tokens of a tokenizer made in memory."""
+    tokenizer: ClassVar[str | Path | None] = None
+    """Directory of a tokenizer to use instead."""
+    model: ClassVar[Mapping[str, object] | str | Path | None] = None
+    """Config values of a tiny model, `model_type` among them; or a checkpoint of which a small copy is made."""
+
+    @property
+    def subject(self) -> Subject:  # type: ignore[override]
+        """What the checks look at: made once for a class, so that its tests share tokenizer and model."""
+        cls = type(self)
+        if "_subject" not in vars(cls):
+            cls._subject = Subject(  # type: ignore[attr-defined]
+                cls.family,
+                special_tokens=cls.special_tokens,
+                control_tokens=cls.control_tokens,
+                tokenizer=cls.tokenizer,
+                model=cls.model,
+            )
+        return cast(Subject, cls._subject)  # type: ignore[attr-defined]
+
+    @classmethod
+    def teardown_class(cls) -> None:
+        """Remove what the checks wrote; pytest calls it after the last test of the class."""
+        if "_subject" in vars(cls):
+            cls._subject.close()  # type: ignore[attr-defined]
+            del cls._subject  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """How one check ended.
+
+    Attributes:
+        name: the check in words, e.g. "pad token is safe".
+        status: "pass", "fail" or "skip".
+        proves: what passing proves, in one sentence.
+        what: what is wrong, or why the check was skipped; empty for a pass.
+        why: why that matters; empty unless it failed.
+        what_to_do: what to change; empty unless it failed.
+    """
+
+    name: str
+    status: str
+    proves: str
+    what: str = ""
+    why: str = ""
+    what_to_do: str = ""
+
+
+def run_checks(name: str, model: str | None = None) -> list[CheckResult]:
+    """Run every check on an installed family, without a test framework.
+
+    Args:
+        name: the family's name.
+        model: hub id or directory of a checkpoint whose config and tokenizer are used; its weights are not.
+
+    Returns:
+        One result per check, in the order in which they build on each other. Never raises for a family.
+    """
+
+    class Checked(FamilyConformance):
+        pass
+
+    Checked.family, Checked.model = name, model
+    try:
+        with _quiet():
+            return [_run(Checked(), check) for check in _checks()]
+    finally:
+        Checked.teardown_class()
+
+
+def format_checks(results: Sequence[CheckResult]) -> str:
+    """The results as a report for the terminal: one line per check, and the reasons under what did not pass."""
+    lines = []
+    for result in results:
+        lines.append(f"{result.status.upper():<4}  {result.name}" + (f": {result.what}" if result.what else ""))
+        if result.status == "fail":
+            lines += [f"      why it matters: {result.why}", f"      what to do: {result.what_to_do}"]
+    counts = [f"{sum(r.status == status for r in results)} {word}" for status, word in _WORDS.items()]
+    return "\n".join([*lines, "", ", ".join(counts)])
+
+
+_WORDS = {"pass": "passed", "fail": "failed", "skip": "skipped"}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars off the screen, and what libraries and plugins print out of the results."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _checks() -> list[str]:
+    """The names of the checks, those of the base classes in the order in which pytest runs them."""
+    return [name for base in reversed(FamilyConformance.__mro__) for name in vars(base) if name.startswith("test_")]
+
+
+def _run(checks: FamilyConformance, name: str) -> CheckResult:
+    check = getattr(checks, name)
+    title = name.removeprefix("test_").replace("_", " ")
+    proves = " ".join((inspect.getdoc(check) or "").split())
+    try:
+        check()
+    except NotConforming as error:
+        return CheckResult(title, "fail", proves, error.what, error.why, error.what_to_do)
+    except Missing as reason:
+        return CheckResult(title, "skip", proves, str(reason))
+    except Exception as error:  # an error nobody foresaw is a failure of the family until it is understood
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return CheckResult(title, "fail", proves, what, "a run would meet it too", "look at the family's hooks first")
+    return CheckResult(title, "pass", proves)

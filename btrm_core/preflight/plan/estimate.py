@@ -1,0 +1,348 @@
+"""`btrm plan`: what a run needs and how long it takes, from a transformers configuration alone.
+
+Decides: what is assumed where nothing was measured, what counts as fitting, and which preset is recommended. The
+formulas are in `memory`, the model's counts come from `architecture`, the GPUs from `hardware`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btrm_core.config import apply
+from btrm_core.errors import ConfigError
+from btrm_core.families import RECIPE
+from btrm_core.model import Parameters, Shape, flops_per_token, read_shape
+from btrm_core.preflight.plan import memory
+from btrm_core.preflight.plan.hardware import GIB, Hardware, read_hardware, read_mfu
+from btrm_core.preflight.plan.memory import Memory, Zero
+from btrm_core.settings import ModelConfig, RunConfig, TrainConfig
+
+# Not in the peak of tensors: CUDA context, cuBLAS workspaces and NCCL buffers (GiB), and the unused parts of the blocks
+# that come and go (the states are a few flat tensors and do not fragment). Assumed, not measured.
+CONTEXT = 1.5
+
+
+FRAGMENTATION = 0.10
+
+
+ASSUMED_TOKENS_PER_PAIR = 750.0
+
+
+# Shared rows gather keys and values once per conversation; on HH 392 tokens of conversations are 243 tokens of rows.
+KV_COPIES = 1.6
+
+
+PRESETS = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+"""In the order in which they are preferred: least traffic first, the CPU's memory last."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained and how it is cut into steps."""
+
+    model: str
+    pairs_per_step: int
+    tokens_per_batch: int
+    max_length: int
+    tokens_per_pair: float
+    pairs: int | None
+    epochs: float
+    lora_rank: int | None
+    bf16: bool
+    mfu: float
+    mfu_source: str
+    quantize: str = "none"
+    optimizer: str = "adamw"
+
+    @property
+    def row_tokens(self) -> int:
+        """Longest row in tokens: the budget, or one pair of two full-length conversations where that is more."""
+        return 128 * math.ceil(max(self.tokens_per_batch, 2 * self.max_length) / 128)
+
+    def micro_batches(self, gpus: int) -> int:
+        """Micro-batches per step on each GPU."""
+        return max(1, math.ceil(self.pairs_per_step * self.tokens_per_pair / (gpus * self.tokens_per_batch)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One DeepSpeed preset for one model, workload and set of GPUs."""
+
+    preset: str
+    checkpointing: bool
+    memory: Memory
+    fits: bool
+    communication: int
+    """Bytes each GPU sends per optimizer step."""
+    pairs_per_second: float | None
+    hours: float | None
+    """Hours for all pairs and epochs; None without `pairs` or a known peak."""
+    command: str
+    recommended: bool
+    parameters: Parameters
+    shape: Shape
+    hardware: Hardware
+    workload: Workload
+
+
+def estimate(
+    config: Any,
+    *,
+    model: str = "MODEL",
+    hardware: Hardware | None = None,
+    deepspeed: str | None = None,
+    max_length: int | None = None,
+    tokens_per_batch: int = TrainConfig.tokens_per_batch,
+    pairs_per_step: int | None = None,
+    pairs: int | None = None,
+    tokens_per_pair: float | None = None,
+    epochs: float = 1.0,
+    lora_rank: int | None = None,
+    quantize: str = ModelConfig.quantize,
+    optimizer: str = TrainConfig.optimizer,
+    gradient_checkpointing: bool | None = None,
+    bf16: bool = True,
+    mfu: tuple[float, str] | None = None,
+) -> list[Estimate]:
+    """Estimate every preset (or one preset or DeepSpeed file); at most one estimate is the recommended one.
+
+    Args:
+        config: a transformers configuration, or the directory or hub id of a model that has one.
+        model: the name that the recommended command gives to `--model`.
+        hardware: the GPUs; None assumes one H100.
+        deepspeed: one preset or a DeepSpeed JSON file; None estimates all presets.
+        max_length: longest conversation in tokens.
+        tokens_per_batch: token budget of a row.
+        pairs_per_step: pairs per optimizer step, over all GPUs.
+        pairs: pairs of the training data, for the hours.
+        tokens_per_pair: mean tokens of a pair with its common prefix counted once.
+        epochs: passes over the pairs.
+        lora_rank: train adapters of this rank on every linear layer instead of all weights.
+        quantize: none, or 4bit for frozen weights in 4 bits under the adapters.
+        optimizer: adamw, adamw-8bit or adamw-8bit-paged.
+        gradient_checkpointing: None recomputes activations only where the preset needs it to fit.
+        bf16: compute type bf16; False is fp32.
+        mfu: model FLOPs utilisation and its source; None reads the benchmark results.
+
+    Raises:
+        BtrmError: the configuration cannot be read, its architecture is unknown, or settings contradict each other.
+    """
+    from btrm_core.config import check_adapters
+
+    check_adapters(_settings("zero1", bf16, lora_rank, quantize, optimizer))
+    if isinstance(config, str):
+        from btrm_core.model import base_config
+
+        model, config = config, base_config(ModelConfig(name=config))
+    hardware = hardware or read_hardware()
+    parameters, shape = read_shape(config, lora_rank, quantize != "none")
+    max_length = max_length or RECIPE.max_length or 2048
+    value, source = mfu or read_mfu(hardware.name)
+    workload = Workload(
+        model=model,
+        pairs_per_step=pairs_per_step or RECIPE.pairs_per_step or 64,
+        tokens_per_batch=tokens_per_batch,
+        max_length=max_length,
+        tokens_per_pair=tokens_per_pair or min(ASSUMED_TOKENS_PER_PAIR, 2.0 * max_length),
+        pairs=pairs,
+        epochs=epochs,
+        lora_rank=lora_rank,
+        bf16=bf16,
+        mfu=value,
+        mfu_source=source,
+        quantize=quantize,
+        optimizer=optimizer,
+    )
+    found = [
+        _estimate(preset, gradient_checkpointing, parameters, shape, hardware, workload)
+        for preset in ([deepspeed] if deepspeed else [p for p in PRESETS if _possible(p, workload)])
+    ]
+    fitting = [e for e in found if e.fits]
+    best = min(fitting, key=_preference, default=None)
+    return [dataclasses.replace(e, recommended=e is best) for e in found]
+
+
+def _possible(preset: str, work: Workload) -> bool:
+    """Whether a preset goes with 4-bit weights and 8-bit optimizers."""
+    try:
+        _zero(preset, work, 1)
+    except ConfigError:
+        return False
+    return True
+
+
+def _preference(e: Estimate) -> tuple[bool, bool, int]:
+    """Smaller is better: no CPU offload, then no recomputation (a third more operations), then little traffic.
+
+    With offload the traffic to the CPU decides, so recomputing is better than fetching the weights from there.
+    """
+    offloaded = e.memory.host > 0
+    return offloaded, e.checkpointing and not offloaded, PRESETS.index(e.preset) if e.preset in PRESETS else 0
+
+
+def _estimate(
+    preset: str, checkpointing: bool | None, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
+) -> Estimate:
+    gpus = hardware.gpus
+    zero = _zero(preset, work, gpus)
+    # a packed weight is unpacked for its product, one at a time
+    unpacked = (2 if work.bf16 else 4) * shape.hidden * shape.intermediate if parameters.packed else 0
+    for recompute in (False, True) if checkpointing is None else (checkpointing,):
+        kept = memory.activations(
+            shape,
+            work.row_tokens,
+            checkpointing=recompute,
+            bf16=work.bf16,
+            kv_copies=KV_COPIES,
+            lora_rank=work.lora_rank,
+        )
+        needed = memory.memory(parameters, zero, gpus, kept + unpacked)
+        margin = FRAGMENTATION * (needed.activations + needed.buffers) + CONTEXT * GIB
+        fits = needed.total + margin <= hardware.memory
+        if fits:
+            break
+    speed = None
+    if hardware.tflops and work.bf16:
+        flops = work.tokens_per_pair * flops_per_token(parameters, shape, work.tokens_per_pair)
+        # MFU counts minimal operations: recomputing the forward pass makes 8 of every 6 (arXiv:2205.05198, section 5)
+        speed = gpus * hardware.tflops * 1e12 * work.mfu / flops * (0.75 if recompute else 1.0)
+    return Estimate(
+        preset=preset,
+        checkpointing=recompute,
+        memory=needed,
+        fits=fits,
+        communication=memory.communication(parameters, zero, gpus, work.micro_batches(gpus)),
+        pairs_per_second=speed,
+        hours=work.pairs * work.epochs / speed / 3600 if speed and work.pairs else None,
+        command=_command(preset, recompute, gpus, work),
+        recommended=False,
+        parameters=parameters,
+        shape=shape,
+        hardware=hardware,
+        workload=work,
+    )
+
+
+def _zero(preset: str, work: Workload, world: int) -> Zero:
+    return read_zero(preset, work.bf16, world, quantize=work.quantize, optimizer=work.optimizer)
+
+
+def read_zero(preset: str, bf16: bool, world: int, quantize: str = "none", optimizer: str = "adamw") -> Zero:
+    """The ZeRO settings that btrm hands to DeepSpeed for a preset or a user's JSON file, and a number of processes.
+
+    Raises:
+        ConfigError: the preset is unknown, or 4-bit weights or an 8-bit optimizer do not go with it.
+    """
+    from btrm_core.training.processes import deepspeed_config
+
+    config = _settings(preset, bf16, None, quantize, optimizer)
+    zero = Zero.from_config(deepspeed_config(config, world))
+    return zero if optimizer == "adamw" else dataclasses.replace(zero, moment_bytes=memory.EIGHT_BIT_MOMENT)
+
+
+def _settings(preset: str, bf16: bool, lora_rank: int | None, quantize: str, optimizer: str) -> RunConfig:
+    values = {
+        "distributed.deepspeed": preset,
+        "model.dtype": "bf16" if bf16 else "fp32",
+        "model.quantize": quantize,
+        "lora.rank": lora_rank,
+        "train.optimizer": optimizer,
+    }
+    return apply(RunConfig(), values)
+
+
+def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str:
+    words = ["btrm", "train", "--model", work.model, "--data", "DATA"]
+    words += ["--gpus", str(gpus)] if gpus > 1 else []
+    words += ["--deepspeed", preset, "--max-length", str(work.max_length)]
+    words += ["--tokens-per-batch", str(work.tokens_per_batch), "--pairs-per-step", str(work.pairs_per_step)]
+    words += ["--lora-rank", str(work.lora_rank)] if work.lora_rank else []
+    words += ["--quantize", work.quantize] if work.quantize != "none" else []
+    words += ["--optimizer", work.optimizer] if work.optimizer != "adamw" else []
+    words += ["--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"]
+    words += [] if work.epochs == 1 else ["--epochs", f"{work.epochs:g}"]
+    return shlex.join(words)
+
+
+def format_estimate(estimates: Sequence[Estimate]) -> str:
+    """The table that `btrm plan` prints, with the recommended command and what to expect from it."""
+    first = estimates[0]
+    work, gpus = first.workload, first.hardware.gpus
+    lines = [_header(first), ""]
+    columns: tuple[str, ...] = ("GiB per GPU", "weights", "gradients", "optimizer", "activations", "buffers", "total")
+    columns += ("fits", "recompute", "CPU GiB (all)", "sent GiB/step")
+    rows = [columns]
+    for e in estimates:
+        m = e.memory
+        sizes = (m.weights, m.gradients, m.optimizer, m.activations, m.buffers, m.total)
+        row: tuple[str, ...] = (e.preset, *(f"{size / GIB:.1f}" for size in sizes), "yes" if e.fits else "no")
+        row += ("yes" if e.checkpointing else "no", f"{m.host * gpus / GIB:.1f}", f"{e.communication / GIB:.1f}")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
+    lines += [
+        f"fits: total, {FRAGMENTATION:.0%} of activations and buffers, and {CONTEXT} GiB for CUDA and NCCL (assumed) "
+        f"are at most {first.hardware.memory / GIB:.1f} GiB",
+        "",
+    ]
+    best = next((e for e in estimates if e.recommended), None)
+    if best is None:
+        return "\n".join([*lines, _advice(first)])
+    lines += [f"Recommended: {best.preset}", f"  {best.command}"]
+    if best.pairs_per_second:
+        hours = f", {best.hours:.1f} hours for {work.pairs:,} pairs x {work.epochs:g}" if best.hours else ""
+        slower = "; the optimizer on the CPU makes it slower" if best.memory.host else ""
+        lines.append(f"Expected: {best.pairs_per_second:.1f} pairs/s{hours} at {work.mfu_source}{slower}")
+    else:
+        lines.append("Expected: unknown without the GPU's speed in bf16; name one with --gpu")
+    return "\n".join(lines)
+
+
+def _header(e: Estimate) -> str:
+    p, w, h = e.parameters, e.workload, e.hardware
+    peak = f", {h.tflops:g} TFLOP/s" if h.tflops else ""
+    lora = f"; LoRA rank {w.lora_rank} trains {p.trainable:,}" if w.lora_rank else ""
+    lora += f", {p.packed:,} are kept in 4 bits" if p.packed else ""
+    return (
+        f"{w.model}: {p.total:,} parameters = embedding {p.embedding:,} + {len(e.shape.windows)} layers {p.layers:,} "
+        f"+ norms {p.norm:,} + head {p.head:,}{lora}\n"
+        f"{h.gpus} x {h.name} ({h.memory / GIB:.1f} GiB{peak}); rows of up to {w.row_tokens:,} tokens; "
+        f"{w.pairs_per_step} pairs per step of about {w.tokens_per_pair:,.0f} tokens: "
+        f"{w.micro_batches(h.gpus)} micro-batches per GPU"
+    )
+
+
+def _advice(e: Estimate) -> str:
+    """What would fit when nothing does: shorter rows, more GPUs, adapters."""
+    ideas = []
+    if e.workload.tokens_per_batch > 2 * e.workload.max_length:
+        ideas.append(f"--tokens-per-batch {2 * e.workload.max_length}")
+    for gpus in (2**i for i in range(1, 11)) if _possible("zero3", e.workload) else ():
+        hardware = dataclasses.replace(e.hardware, gpus=gpus)
+        if gpus > e.hardware.gpus and _estimate("zero3", True, e.parameters, e.shape, hardware, e.workload).fits:
+            ideas.append(f"--deepspeed zero3 --gradient-checkpointing on {gpus} such GPUs")
+            break
+    ideas += [] if e.workload.lora_rank else ["--lora-rank 16"]
+    ideas.append("--max-length " + str(e.workload.max_length // 2))
+    return "Nothing fits. Try btrm plan with: " + "; or ".join(ideas)
+
+
+def to_dict(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """The estimates as plain values for `--json`; bytes, not GiB."""
+    first = estimates[0]
+    shared = ("parameters", "shape", "hardware", "workload")
+    out: dict[str, Any] = {name: dataclasses.asdict(getattr(first, name)) for name in shared}
+    out["parameters"].update(total=first.parameters.total, trainable=first.parameters.trainable)
+    out["presets"] = []
+    for e in estimates:
+        own = {k: v for k, v in dataclasses.asdict(e).items() if k not in shared}
+        own["memory"]["total"] = e.memory.total
+        out["presets"].append(own)
+    return out

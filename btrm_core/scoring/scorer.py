@@ -1,0 +1,361 @@
+"""Rewards of conversations from a finished model: what `btrm score`, `btrm eval` and a user's own program call.
+
+Decides how conversations become rows when there is no training step: prompts that several responses share are computed
+once, rows are filled up to a token budget, results come back in the order of the input. The numbers are those of
+scoring every conversation alone. Opening the model is `loading`'s, arranging rows `rows`'.
+
+Shapes: S conversations, P pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from btrm_core.chat import Conversation, EncodedResponses, spare
+from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from btrm_core.model import (
+    RewardModel,
+    check_head,
+    choose_kernel,
+    find_model,
+    identity,
+    is_adapters,
+    load_chat,
+    load_weights,
+    read_manifest,
+    self_check,
+    template_difference,
+    uses_softcap,
+)
+from btrm_core.model import tolerance as model_tolerance
+from btrm_core.packing import PADDED, Bundle, Group, bundles, collate, packed_rows, padded_rows, row_multiple, share
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+WINDOW = 1024
+"""Groups that are encoded and arranged together: enough to fill rows, few enough to keep in memory."""
+
+
+_log = logging.getLogger("btrm")
+
+
+_PROBE = [{"role": "user", "content": "Name the largest planet."}]
+
+
+_ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
+
+
+Responses = tuple[Conversation, Sequence[str]]
+"""A prompt (a list of messages) and the assistant's responses to it."""
+
+
+Encoded = tuple[EncodedResponses, tuple[str | None, ...]]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What became of one prompt and its responses.
+
+    Attributes:
+        rewards: one per response, None where `errors` says why there is none.
+        errors: one per response, None where there is a reward.
+        truncated: whether the prompt was cut to keep the conversations within the maximum length.
+    """
+
+    rewards: tuple[float | None, ...]
+    errors: tuple[str | None, ...]
+    truncated: bool
+
+
+@dataclass
+class Tokens:
+    """Running counts of what was scored.
+
+    Attributes:
+        computed: tokens that went through the model.
+        useful: tokens of all conversations, each counted by itself.
+    """
+
+    computed: int = 0
+    useful: int = 0
+
+
+class Scorer:
+    """A finished reward model, ready to score.
+
+    Args:
+        model: a model directory (whole, or adapters beside their base model), a run's output directory, or a hub id.
+        dtype: auto (as saved on a GPU, fp32 on a CPU), bf16 or fp32. Head and rewards are fp32 in any case.
+        attention: auto, or the kernel of packed rows: flash, varlen, flex, sdpa, eager.
+        tokens_per_batch: tokens of a row; bounds the memory, never changes a reward beyond rounding.
+        device: None takes the GPU if there is one.
+
+    Raises:
+        CheckpointError: there is no such model, or it is not a whole reward model.
+        ConfigError: a setting is unknown, or the kernel does not fit model and device.
+
+    Attributes:
+        directory: where the model was found.
+        chat: how its conversations become ids.
+        manifest: the content of `btrm.json`; empty for a model of another trainer.
+        max_length: longest conversation in tokens; longer ones lose the beginning of their prompt, as in training.
+        model: the reward model.
+        tokens: what was computed so far.
+        identity: changes when the rewards may, for programs that keep them.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        attention: str = "auto",
+        tokens_per_batch: int = 8192,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if dtype not in ("auto", *DTYPES):
+            raise ConfigError(f"dtype '{dtype}' is unknown; expected auto, bf16 or fp32.{did_you_mean(dtype, DTYPES)}")
+        if tokens_per_batch < 1:
+            raise ConfigError(f"tokens_per_batch is {tokens_per_batch}; expected at least 1")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.tokens_per_batch = tokens_per_batch
+        self.tokens = Tokens()
+        self.directory = find_model(str(model))
+        self.manifest = read_manifest(self.directory)
+        check_head(self.directory)
+        self.chat = load_chat(self.directory)
+        as_saved = dtype == "auto" and self.device.type != "cpu"
+        compute = "auto" if as_saved else DTYPES.get(dtype, torch.float32)
+        hf = load_weights(self.directory, compute, self.device)
+        self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
+        self.identity = identity(self.directory, self.chat, hf, hf.dtype)
+        self.model = self._reward_model(hf, attention)
+        if difference := template_difference(self.manifest, self.chat):
+            _log.warning("%s", difference)
+        if is_adapters(self.directory):
+            self._check_base()
+
+    def _check_base(self) -> None:
+        """Refuse adapters on another base model than their own."""
+        tolerance = model_tolerance(self.manifest, self.model.base_model.dtype)
+        if self.manifest.get("self_test") and not (off := self.self_test()) <= tolerance:
+            raise CheckpointError(
+                f"{self.directory} holds adapters, and with {self.model.base_model.config._name_or_path} the rewards "
+                f"in btrm.json come out otherwise, by up to {off:.2g}; expected the base model they were trained on"
+            )
+
+    def _reward_model(self, hf: Any, attention: str) -> RewardModel:
+        """The model with packed rows where they give the rewards of separate passes, else with padded batches."""
+        kernel = choose_kernel(
+            attention, device_type=self.device.type, softcap=uses_softcap(hf.config), half=hf.dtype.itemsize == 2
+        )
+        model = RewardModel(hf, PADDED).eval()
+        try:
+            model.use_kernel(kernel)
+        except ConfigError as error:
+            reason = str(error)
+        else:
+            result = self_check(model, self._known_groups())
+            if result.ok:
+                return model
+            reason = result.reason
+        model.use_kernel(PADDED)
+        _log.warning("packed rows cannot be used for this model (%s); scoring in padded batches", reason)
+        return model
+
+    def _known_groups(self) -> list[Group]:
+        """Pairs to check the model with: the self-test's, or a made-up one."""
+        vectors = [vector["input_ids"] for vector in self.manifest.get("self_test", ())]
+        groups = [share(vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
+        return groups or [share(self.chat.encode_group(_PROBE, _ANSWERS).sequences)]
+
+    def rewards(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        """Return the rewards [S] of finished conversations, float32.
+
+        Conversations with equal prompts need no more compute than in `group_rewards`.
+
+        Args:
+            conversations: lists of messages (role, content) that end with the assistant's.
+
+        Raises:
+            DataError: one cannot be scored; it says which and why.
+        """
+        groups = [_as_group(conversation, index) for index, conversation in enumerate(conversations)]
+        return _array([reward for scored in self._all(groups, "conversation") for reward in scored])
+
+    def pair_rewards(
+        self, prompts: Sequence[Conversation], chosen: Sequence[str], rejected: Sequence[str]
+    ) -> np.ndarray:
+        """Return the rewards [P, 2] of two responses to each prompt, float32.
+
+        Raises:
+            DataError: a pair cannot be scored, or the three lists are of different lengths.
+        """
+        if not len(prompts) == len(chosen) == len(rejected):
+            raise DataError(
+                f"{len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} rejected do not make pairs"
+            )
+        groups = [(p, [c, r]) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+        return _array([reward for scored in self._all(groups, "pair") for reward in scored]).reshape(-1, 2)
+
+    def group_rewards(self, groups: Sequence[Responses]) -> list[np.ndarray]:
+        """Return the rewards of N responses to each prompt, one float32 array per group.
+
+        If a conversation of a group is over the maximum length, all of the group get the same shortened prompt.
+
+        Raises:
+            DataError: a response cannot be scored; `score` gives the others' rewards nevertheless.
+        """
+        return [_array(scored) for scored in self._all(groups, "group")]
+
+    def _all(self, groups: Sequence[Responses], noun: str) -> list[tuple[float | None, ...]]:
+        results = self.score(groups)
+        for index, result in enumerate(results):
+            for number, error in enumerate(result.errors, start=1):
+                if error:
+                    which = f", response {number}" if len(result.errors) > 1 else ""
+                    raise DataError(f"{noun} {index + 1} of {len(results)}{which}: {error}")
+        return [result.rewards for result in results]
+
+    def score(self, groups: Sequence[Responses]) -> list[Rewards]:
+        """Score groups of responses; never raises for a group.
+
+        Args:
+            groups: prompts (lists of messages) with their responses, at least one each.
+
+        Returns:
+            One result per group, in order.
+        """
+        windows = (groups[start : start + WINDOW] for start in range(0, len(groups), WINDOW))
+        return [scored for window in self.stream(windows) for scored in window]
+
+    def stream(self, chunks: Iterable[Sequence[Responses]]) -> Iterator[list[Rewards]]:
+        """Score chunk after chunk, each as `score` does; the next one is encoded while the model computes."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting: tuple[Sequence[Responses], Future[list[Encoded]]] | None = None
+            for chunk in chunks:
+                encoding = pool.submit(self.encode, chunk)
+                if waiting is not None:
+                    yield self._score(waiting[0], waiting[1].result())
+                waiting = chunk, encoding
+            if waiting is not None:
+                yield self._score(waiting[0], waiting[1].result())
+
+    def encode(self, groups: Sequence[Responses]) -> list[Encoded]:
+        """Return ids and one error or None per response; the ids are those of the responses without error, in order."""
+        encoded: list[Encoded] = []
+        for group, result in zip(groups, self.chat.encode_groups(groups, self.max_length), strict=True):
+            prompt, responses = group
+            errors: tuple[str | None, ...] = (result.error,) * len(responses)
+            if result.error and len(responses) > 1:
+                result, errors = spare(self.chat, prompt, responses, self.max_length)
+            encoded.append((result, errors))
+        return encoded
+
+    def _score(self, groups: Sequence[Responses], encoded: Sequence[Encoded]) -> list[Rewards]:
+        sequences = [ids for result, _ in encoded for ids in result.sequences]
+        keys = [
+            (*(tuple(message.items()) for message in prompt), result.dropped_turns, result.cut_characters)
+            for (prompt, _), (result, _) in zip(groups, encoded, strict=True)
+            for _ in result.sequences
+        ]
+        values = iter(self.sequence_rewards(sequences, keys).tolist())
+        return [_scored(result, errors, values) for result, errors in encoded]
+
+    def sequence_rewards(self, sequences: Sequence[Sequence[int]], together: Sequence[Hashable]) -> np.ndarray:
+        """Return the rewards [S] of finished id sequences, float32.
+
+        Args:
+            sequences: as `ChatFormat.encode` gives them.
+            together: one key per sequence; what sequences of equal keys begin with is computed once.
+
+        Raises:
+            ConfigError: GPU memory ran out.
+        """
+        return self.bundle_rewards(bundles(sequences, together, self.tokens_per_batch))
+
+    def bundle_rewards(self, found: Sequence[Bundle]) -> np.ndarray:
+        """Return the rewards [S] of bundles that hold the places 0 to S - 1 together, float32.
+
+        Raises:
+            ConfigError: GPU memory ran out.
+        """
+        arrange = padded_rows if self.model.kernel == PADDED else packed_rows
+        places: list[int] = []
+        parts = []
+        for row in arrange(found, self.tokens_per_batch):
+            places += [member for bundle in row for member in bundle.members]
+            parts.append(self._row_rewards(row))
+        rewards_S = np.zeros(len(places), dtype=np.float32)
+        if parts:
+            rewards_S[places] = torch.cat(parts).float().cpu().numpy()  # the only wait for the device
+        return rewards_S
+
+    @torch.inference_mode()
+    def _row_rewards(self, row: Sequence[Bundle]) -> torch.Tensor:
+        kernel = self.model.kernel
+        batch = collate(
+            [bundle.group for bundle in row],
+            kernel=kernel,
+            multiple_of=row_multiple(kernel, self.device.type),
+            pad_id=self.chat.pad_id,
+        )
+        self.tokens.computed += batch.computed
+        self.tokens.useful += batch.useful
+        try:
+            rewards: torch.Tensor = self.model(batch.to(self.device, non_blocking=True))
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(
+                f"GPU memory ran out on {batch.computed} tokens; make --tokens-per-batch smaller "
+                f"than {self.tokens_per_batch}, or use --dtype bf16"
+            ) from error
+        return rewards
+
+    def self_test(self) -> float:
+        """Score the vectors of `btrm.json` anew, each alone; returns the largest difference to the rewards in it.
+
+        Raises:
+            CheckpointError: the model has none.
+        """
+        vectors = self.manifest.get("self_test")
+        if not vectors:
+            raise CheckpointError(f"{self.directory}/btrm.json holds no self-test vectors to compare with")
+        rewards_S = [self.sequence_rewards([vector["input_ids"]], [0])[0] for vector in vectors]
+        return float(np.abs(np.array(rewards_S) - [vector["reward"] for vector in vectors]).max())
+
+
+def _as_group(conversation: Conversation, index: int) -> Responses:
+    if not conversation or conversation[-1].get("role") != "assistant":
+        raise DataError(f"conversation {index + 1}: expected a list of messages that ends with the assistant's")
+    return conversation[:-1], [conversation[-1]["content"]]
+
+
+def _scored(result: EncodedResponses, errors: tuple[str | None, ...], values: Any) -> Rewards:
+    """Put rewards in the places of the responses without error; `values` goes on where this group ends."""
+    rewards: list[float | None] = []
+    reasons = list(errors)
+    for place, error in enumerate(errors):
+        reward = next(values) if error is None else None
+        if reward is not None and not math.isfinite(reward):
+            reward, reasons[place] = None, f"the model's reward is {reward}, not a finite number"
+        rewards.append(reward)
+    return Rewards(tuple(rewards), tuple(reasons), bool(result.dropped_turns or result.cut_characters))
+
+
+def _array(rewards: Sequence[float | None]) -> np.ndarray:
+    return np.array(rewards, dtype=np.float32)
+
+
+def _length_limit(config: Any, tokenizer: Any) -> int:
+    """The longest conversation of a model whose `btrm.json` says none: what its positions and tokenizer allow."""
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((int(limit) for limit in limits if limit), default=1 << 30)

@@ -1,0 +1,330 @@
+"""The training loop: linear, the same for every family, exact for any split of a step.
+
+Decides: what one optimiser step is, what is measured, when to evaluate, save and stop. The loss of a step is the sum
+over its pairs divided by their total weight, whatever rows and processes they were put on: micro-batches contribute
+sums, and DeepSpeed's mean over processes is multiplied away.
+
+Shapes: P pairs, S sequences.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from btrm_core.data import TokenStore
+from btrm_core.errors import TrainingError
+from btrm_core.packing import RowForm, make_plan
+from btrm_core.settings import RunConfig
+from btrm_core.training.loss import bradley_terry, plackett_luce
+from btrm_core.training.metrics import PairSums, named, summarise, token_figures
+from btrm_core.training.micro_batches import MicroBatch, StepBatches, build_micro_batch, steps
+from btrm_core.training.offload import activation_context
+from btrm_core.training.processes import Runtime
+from btrm_core.training.profiling import Profiler
+from btrm_core.training.schedule import Progress, Schedule
+
+
+@dataclass(frozen=True)
+class Seams:
+    """What the loop calls at its seams; each is one function, and each is called on every process."""
+
+    log: Callable[[str, int, dict[str, Any]], None]
+    """Write figures: split ("train" or "eval"), step, figures."""
+    evaluate: Callable[[int], dict[str, Any] | None]
+    """Evaluate the live model after a number of steps; None if there is nothing to evaluate on."""
+    improved: Callable[[Progress, dict[str, Any]], None]
+    """The evaluation loss is the lowest so far."""
+    save: Callable[[Progress], None]
+    """Save a resumable checkpoint."""
+    stop_requested: Callable[[], bool]
+    """True once this process was asked to stop (a signal)."""
+    say: Callable[[str], None]
+    """Tell the user something, once over all processes."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What surrounds the passes of a step without changing its result."""
+
+    profiler: Profiler
+    activations: Callable[[], AbstractContextManager[Any]]
+    """Where a forward pass keeps what its backward pass needs."""
+
+
+def fit(
+    engine: Any,
+    pairs: TokenStore,
+    config: RunConfig,
+    runtime: Runtime,
+    plan_of: Schedule,
+    progress: Progress,
+    calls: Seams,
+    form: RowForm,
+    profiler: Profiler | None = None,
+) -> Progress:
+    """Train from `progress.step` to the end of the schedule, or until asked to stop.
+
+    Args:
+        engine: The DeepSpeed engine around the reward model.
+        pairs: Encoded training pairs.
+        config: Resolved settings.
+        runtime: This process.
+        plan_of: Steps and learning rates.
+        progress: Where to start; changed in place and returned.
+        calls: Logging, evaluation, saving and stopping.
+        form: How rows are laid out.
+        profiler: Measures some of the steps; None measures none.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite, and such steps are not to be skipped; or the memory of
+            the GPU does not suffice.
+    """
+    started, before = time.monotonic(), progress.seconds
+    budget = config.train.tokens_per_batch
+    around = Around(profiler or Profiler(None, calls.say), activation_context(engine, config.model.activation_offload))
+    engine.train()
+    while progress.step < plan_of.total_steps and not progress.stopped:
+        try:
+            stream = _stream(pairs, config, runtime, plan_of, progress.step, budget, form)
+            for step in around.profiler.waiting_for(stream):
+                sums, stop, seconds = _timed_step(engine, step, config, runtime, plan_of, calls, around)
+                progress.step, progress.seconds = step.index + 1, before + time.monotonic() - started
+                calls.log("train", progress.step, step_figures(sums, engine, step, plan_of, seconds))
+                if not applied(engine):
+                    _skip_or_stop(not_finite(engine, step, pairs, runtime), progress, config.train.skip_nan)
+                _after_step(progress, config, runtime, plan_of, calls, stop)
+                around.profiler.step_done()
+                if progress.stopped:
+                    break
+        except torch.OutOfMemoryError as error:
+            budget = smaller_budget(error, budget, config, runtime, pairs, form)
+            _discard_gradients(engine, pairs, form, runtime)
+            calls.say(f"out of memory in step {progress.step + 1}: going on with --tokens-per-batch {budget}")
+    around.profiler.close()
+    return progress
+
+
+def _stream(
+    pairs: TokenStore,
+    config: RunConfig,
+    runtime: Runtime,
+    plan_of: Schedule,
+    first: int,
+    budget: int,
+    form: RowForm,
+) -> Iterator[StepBatches]:
+    """The steps from `first` on, in rows of at most `budget` tokens; the pairs of a step do not depend on it."""
+    epochs = range(math.ceil(plan_of.total_steps / plan_of.steps_per_epoch))
+    train = config.train
+    plans = [
+        make_plan(
+            pairs.groups.lengths,
+            form,
+            pairs_per_step=int(train.pairs_per_step or 1),
+            tokens_per_batch=budget,
+            world=runtime.world,
+            seed=train.seed,
+            epoch=epoch,
+        )
+        for epoch in epochs
+    ]
+    workers = 2 if runtime.device.type == "cuda" else 0
+    last = plan_of.total_steps
+    return steps(pairs, plans, rank=runtime.rank, form=form, first=first, last=last, workers=workers)
+
+
+def _timed_step(
+    engine: Any,
+    step: StepBatches,
+    config: RunConfig,
+    runtime: Runtime,
+    plan_of: Schedule,
+    calls: Seams,
+    around: Around,
+) -> tuple[dict[str, float], bool, float]:
+    started = time.monotonic()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = plan_of.learning_rate(step.index)
+    # what dropout draws follows from seed and step, so a resumed run draws the same
+    torch.manual_seed(config.train.seed * 1_000_003 + step.index * 1_009 + runtime.rank)
+    sums, stop = train_step(engine, step, config, runtime, around, stop=calls.stop_requested())
+    return sums, stop, time.monotonic() - started
+
+
+def _after_step(
+    progress: Progress, config: RunConfig, runtime: Runtime, plan_of: Schedule, calls: Seams, stop: bool
+) -> None:
+    """Evaluate, save and decide whether to stop, as the settings say for this step."""
+    train, output = config.train, config.output
+    eval_every = output.eval_every or max(1, plan_of.total_steps // 10)
+    last = progress.step == plan_of.total_steps
+    if progress.step % eval_every == 0 or last:
+        _evaluated(calls, progress, train.early_stopping)
+    if train.max_hours and runtime.any(progress.seconds > train.max_hours * 3600):
+        progress.stopped = f"after {train.max_hours:g} hours, as asked"
+    if stop:
+        progress.stopped = "signal"
+    due = output.save_every is not None and progress.step % output.save_every == 0 and not last
+    if progress.stopped == "signal" or due:
+        calls.save(progress)
+
+
+def smaller_budget(
+    error: torch.OutOfMemoryError, budget: int, config: RunConfig, runtime: Runtime, pairs: TokenStore, form: RowForm
+) -> int:
+    """Half the token budget after the memory ran out, if that was asked for and can help.
+
+    Raises:
+        TrainingError: it was not, or rows are single pairs already, or other processes are in the middle of the step.
+    """
+    longest = int(pairs.groups.lengths.tokens(form.layout == "shared").max())
+    advice = f"--tokens-per-batch {max(budget // 2, longest)}"
+    if budget <= longest:
+        advice = "--gradient-checkpointing, --deepspeed zero3-offload or --max-length (a row is a single pair already)"
+    if not config.train.auto_budget or runtime.world > 1 or budget <= longest:
+        more = "" if config.train.auto_budget else "; --auto-budget halves it by itself on one GPU"
+        first = str(error).strip().splitlines()[0]
+        raise TrainingError(f"the GPU is out of memory ({first}); try {advice}{more}") from error
+    return max(budget // 2, longest)
+
+
+def _discard_gradients(engine: Any, pairs: TokenStore, form: RowForm, runtime: Runtime) -> None:
+    """Throw away what a step has gathered so far, at every ZeRO stage.
+
+    DeepSpeed itself clears the gradients of a step whose gradient is not finite and keeps the weights, so one pair with
+    a loss of NaN does it without touching its internals.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    shortest = int(np.argmin(pairs.groups.lengths.tokens()))
+    micro = build_micro_batch(pairs, np.array([shortest]), form).to(runtime.device)
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(engine(micro.batch).sum() * math.nan, scale_wrt_gas=False)
+    engine.step()
+
+
+def train_step(
+    engine: Any, step: StepBatches, config: RunConfig, runtime: Runtime, around: Around, *, stop: bool
+) -> tuple[dict[str, float], bool]:
+    """One optimiser step; returns the sums over the pairs of all processes, and whether one of them was asked to stop.
+
+    A gradient that is not finite leaves the weights as they were (see `applied`).
+    """
+    sums = PairSums(runtime.device)
+    last = len(step.micro_batches) - 1
+    for i, micro in enumerate(step.micro_batches):
+        with around.profiler.part("forward"), around.activations():
+            loss = _micro_loss(engine, micro.to(runtime.device), config, sums)
+        with around.profiler.part("backward"):
+            engine.set_gradient_accumulation_boundary(i == last)
+            engine.backward(loss * (runtime.world / step.total_weight), scale_wrt_gas=False)
+    flag = torch.tensor([float(stop)], dtype=torch.float64).to(runtime.device)
+    totals = runtime.sum(torch.cat([sums.vector(), flag]))
+    values = named(totals[:-1])
+    with around.profiler.part("optimizer"):
+        engine.step()
+    return values, bool(totals[-1].item() > 0)
+
+
+def applied(engine: Any) -> bool:
+    """False if DeepSpeed found the gradient not finite and left the weights as they were (then it cleared it)."""
+    return not getattr(engine.optimizer, "overflow", False)
+
+
+def not_finite(engine: Any, step: StepBatches, pairs: TokenStore, runtime: Runtime) -> str:
+    """Say which pairs of a step have a reward that is not finite; all processes look at theirs."""
+    bad: list[str] = []
+    with torch.no_grad():
+        for micro in step.micro_batches:
+            micro = micro.to(runtime.device)
+            chosen_P, rejected_P = micro.sides(engine(micro.batch))
+            finite_P = (chosen_P.isfinite() & rejected_P.isfinite()).tolist()
+            bad += [pairs.id(int(i)) for i, ok in zip(micro.pair_ids_P, finite_P, strict=False) if not ok]
+    found: list[list[str]] = [bad] * runtime.world
+    if runtime.world > 1:
+        torch.distributed.all_gather_object(found, bad)
+    names = [name for part in found for name in part]
+    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    where = f"rewards of these pairs are not finite: {some}" if names else "all rewards are finite, the gradient is not"
+    return f"step {step.index + 1}: {where}"
+
+
+def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSums) -> torch.Tensor:
+    """The weighted sum of the losses of a micro-batch; its figures are added to `sums`."""
+    rewards_S = engine(micro.batch)
+    chosen_P, rejected_P = micro.sides(rewards_S)
+    if config.loss.ranking == "plackett-luce":
+        ranking = (micro.group_S, micro.wins_S, micro.chosen_P, micro.rejected_P)
+        loss_P = plackett_luce(rewards_S, *ranking, centering=config.loss.centering)
+    else:
+        loss_P = bradley_terry(
+            chosen_P,
+            rejected_P,
+            margin_P=micro.margin_P if config.loss.margin else None,
+            probability_P=micro.probability_P,
+            label_smoothing=config.loss.label_smoothing,
+            centering=config.loss.centering,
+        )
+    batch = micro.batch
+    if len(micro.pair_ids_P):
+        sums.add_pairs(chosen_P, rejected_P, loss_P, micro.weight_P, micro.probability_P)
+        sums.add_tokens(computed=batch.computed, useful=batch.useful, shared=batch.shared)
+    else:
+        sums.add_tokens(computed=batch.computed, useful=0, shared=0)
+    return (loss_P * micro.weight_P).sum()
+
+
+def step_figures(
+    sums: dict[str, float], engine: Any, step: StepBatches, plan_of: Schedule, seconds: float
+) -> dict[str, Any]:
+    """Everything logged of a training step, under stable names."""
+    norm = engine.get_global_grad_norm()
+    return {
+        **summarise(sums),
+        "grad_norm": float(norm) if norm is not None else math.nan,
+        "learning_rate": plan_of.learning_rate(step.index),
+        "epoch": (step.index + 1) / plan_of.steps_per_epoch,
+        "seconds": seconds,
+        **token_figures(sums, seconds),
+        "rank_imbalance": step.rank_imbalance,
+        "micro_batches": len(step.micro_batches),
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Most memory this process has held: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _evaluated(calls: Seams, progress: Progress, patience: int | None) -> None:
+    figures = calls.evaluate(progress.step)
+    if figures is None:
+        return
+    if figures["loss"] < progress.best_loss:
+        progress.best_loss, progress.evaluations_since_best = figures["loss"], 0
+        calls.improved(progress, figures)
+        return
+    progress.evaluations_since_best += 1
+    if patience is not None and progress.evaluations_since_best >= patience:
+        progress.stopped = f"early: the evaluation loss has not fallen for {patience} evaluations"
+
+
+def _skip_or_stop(reason: str, progress: Progress, skip: bool) -> None:
+    if not skip:
+        raise TrainingError(
+            f"{reason}; the weights are as before this step. Lower --learning-rate, look at these pairs, or go on "
+            "without such steps with --skip-nan"
+        )
+    progress.skipped_steps.append(progress.step)

@@ -1,0 +1,129 @@
+"""What is measured on pairs: sums that add up exactly over any split into micro-batches and processes.
+
+Decides: which sums are kept and how they become loss, accuracy and the rest. Every mean is a quotient of sums over
+pairs, so no partial last batch is weighted too high. One vector is reduced over processes once per step.
+
+Shapes: P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FIELDS = (
+    "pairs",
+    "weight",
+    "weighted_loss",
+    "correct",
+    "ties",
+    "margin",
+    "margin_squared",
+    "chosen",
+    "chosen_squared",
+    "rejected",
+    "rejected_squared",
+    "computed_tokens",
+    "useful_tokens",
+    "shared_tokens",
+    "padding_tokens",
+)
+
+
+class PairSums:
+    """Running sums over pairs in float64: rewards on one device, token counts on the host.
+
+    Nothing is copied between host and device while rows are added; `vector` does it once per step.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rewards = torch.zeros(FIELDS.index("computed_tokens"), dtype=torch.float64, device=device)
+        self.tokens = [0, 0, 0, 0]
+
+    def add_pairs(
+        self,
+        chosen_P: Tensor,
+        rejected_P: Tensor,
+        loss_P: Tensor,
+        weight_P: Tensor,
+        probability_P: Tensor | None = None,
+    ) -> None:
+        """Add the rewards and losses of P pairs; a pair with probability 0.5 is a tie whatever its rewards."""
+        chosen_P, rejected_P = chosen_P.detach().double(), rejected_P.detach().double()
+        margin_P, weight_P = chosen_P - rejected_P, weight_P.double()
+        won_P = margin_P if probability_P is None else margin_P * (probability_P > 0.5)
+        columns = [
+            torch.ones_like(margin_P),
+            weight_P,
+            loss_P.detach().double() * weight_P,
+            (won_P > 0).double(),
+            (won_P == 0).double(),
+            margin_P,
+            margin_P.square(),
+            chosen_P,
+            chosen_P.square(),
+            rejected_P,
+            rejected_P.square(),
+        ]
+        self.rewards += torch.stack(columns).sum(1)
+
+    def add_tokens(self, *, computed: int, useful: int, shared: int) -> None:
+        """Add one row's tokens: all computed, those of its sequences by themselves, and of these the shared ones."""
+        for i, count in enumerate((computed, useful, shared, computed + shared - useful)):
+            self.tokens[i] += count
+
+    def vector(self) -> Tensor:
+        """All sums in the order of `FIELDS`, to be added up over processes."""
+        return torch.cat([self.rewards, torch.tensor(self.tokens, dtype=torch.float64).to(self.rewards.device)])
+
+
+def named(vector: Tensor) -> dict[str, float]:
+    """The sums by name; this copies them to the host."""
+    return dict(zip(FIELDS, vector.tolist(), strict=True))
+
+
+def summarise(sums: dict[str, float]) -> dict[str, float]:
+    """Turn sums over pairs into the logged figures; ties count half in the accuracy and are reported.
+
+    Returns keys: loss, accuracy, ties, reward_margin, reward_margin_std, chosen_mean, chosen_std, rejected_mean,
+    rejected_std, pairs.
+    """
+    n = sums["pairs"]
+    if n == 0:
+        return {"pairs": 0}
+
+    def mean(name: str) -> float:
+        return sums[name] / n
+
+    def std(name: str) -> float:
+        return math.sqrt(max(0.0, sums[f"{name}_squared"] / n - mean(name) ** 2))
+
+    return {
+        "loss": sums["weighted_loss"] / sums["weight"] if sums["weight"] else math.nan,
+        "accuracy": (sums["correct"] + 0.5 * sums["ties"]) / n,
+        "ties": int(sums["ties"]),
+        "reward_margin": mean("margin"),
+        "reward_margin_std": std("margin"),
+        "chosen_mean": mean("chosen"),
+        "chosen_std": std("chosen"),
+        "rejected_mean": mean("rejected"),
+        "rejected_std": std("rejected"),
+        "pairs": int(n),
+    }
+
+
+def token_figures(sums: dict[str, float], seconds: float) -> dict[str, float]:
+    """Speed and waste of a step: tokens and pairs a second, padding and sharing in percent.
+
+    Useful tokens are those of all sequences, each counted by itself: what separate passes would compute. The shared
+    ones among them are not computed again.
+    """
+    return {
+        "tokens_per_second": sums["computed_tokens"] / seconds,
+        "useful_tokens_per_second": sums["useful_tokens"] / seconds,
+        "pairs_per_second": sums["pairs"] / seconds,
+        "padding_percent": 100.0 * sums["padding_tokens"] / max(1.0, sums["computed_tokens"]),
+        "shared_percent": 100.0 * sums["shared_tokens"] / max(1.0, sums["useful_tokens"]),
+    }

@@ -1,0 +1,206 @@
+"""What a run needs before its first step: family, settings, data, model, engine; one function each.
+
+Decides: the order of asking (settings, then family, then default) and what is checked before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from btrm_core import config as config_module
+from btrm_core import families
+from btrm_core.chat import ChatFormat, prepare_chat
+from btrm_core.config import apply, flat, resolve
+from btrm_core.console import say
+from btrm_core.data import (
+    PairData,
+    TokenStore,
+    cache_root,
+    drop_overlap,
+    encode_pairs,
+    load_pairs,
+    sample_path,
+    split_held_out,
+)
+from btrm_core.errors import ConfigError, DataError
+from btrm_core.families import Family
+from btrm_core.model import RewardModel, base_config, check_first_loss, load_tokenizer, self_check, toy_model
+from btrm_core.packing import PADDED, RowForm, row_form
+from btrm_core.settings import RunConfig
+from btrm_core.training.processes import Runtime, first_that_shares
+from btrm_core.training.report import trackers
+from btrm_core.training.rewards import some_rewards
+from btrm_core.training.session import Data
+
+if TYPE_CHECKING:
+    from btrm_core.data import Ties, WhichPairs
+
+CHECKED_PAIRS = 64
+
+
+CHECKED_GROUPS = 3
+
+
+MAX_WORKERS = 8
+
+
+SHOW_PROGRESS_FROM = 20_000
+
+
+def choose(config: RunConfig) -> tuple[Family, RunConfig, ChatFormat]:
+    """Find the family, fill the settings from its recipe (or the embedded default), and set up its tokenizer.
+
+    Raises:
+        FamilyError: as `choose_family`, or an answer of the family breaks the contract of its hook.
+        ConfigError: as `choose_family`.
+    """
+    family, config, described = choose_family(config)
+    return family, config, prepare_chat(load_tokenizer(config.model), described, family)
+
+
+def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
+    """Find the family and fill the settings; returns the base model's transformers configuration as well.
+
+    Raises:
+        FamilyError: the family is unknown or broken, or does not claim the checkpoint; without `--family`, not exactly
+            one claims it.
+        ConfigError: no data is named for a base model, nothing says what to train, or settings of adapters are given
+            without a rank.
+    """
+    trackers(config.output.report_to)
+    config_module.check_adapters(config)
+    if config.model.name is None and config.family is None:
+        raise ConfigError("nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR")
+    if config.model.name is None:
+        family = families.load(str(config.family), config)
+        config = embedded_settings(config, family, cache_root(config.data.cache_dir))
+        described = base_config(config.model)
+    else:
+        described = base_config(config.model)
+        family = families.load(config.family, config) if config.family else families.detect(described, config)
+    families.require_claim(family, described)
+    config = resolve(config, family.recipe())
+    if not config.data.train:
+        raise ConfigError("no training data is named: give --data SRC (a file, a dataset directory or a hub id)")
+    return family, config, described
+
+
+def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = None) -> Data:
+    """Read, check, split and encode the pairs; of processes that share a cache the first does it, the others read."""
+    if runtime is None or runtime.world == 1:
+        return _load_data(config, chat)
+    root = cache_root(config.data.cache_dir)
+    with contextlib.suppress(OSError):  # whoever has to write there will say so
+        root.mkdir(parents=True, exist_ok=True)
+    first = first_that_shares(root, runtime) == runtime.rank
+    if not first:
+        runtime.barrier()
+    made = _load_data(config, chat)
+    if first:
+        runtime.barrier()
+    return made
+
+
+def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
+    data = config.data
+    scored, ties = cast("WhichPairs", data.scored), cast("Ties", data.ties)
+    rows = load_pairs(data.train, strict=data.strict, cache_dir=data.cache_dir, scored=scored, ties=ties)
+    held_out: PairData | None = None
+    if data.eval:
+        held_out = load_pairs(data.eval, strict=data.strict, cache_dir=data.cache_dir, scored=scored)
+        rows, _ = drop_overlap(rows, held_out)
+    issues = {"train": rows.issues, **({"eval": held_out.issues} if held_out is not None else {})}
+    if not data.eval and data.held_out_fraction > 0:
+        rows, held_out = split_held_out(rows, data.held_out_fraction)
+    workers = data.workers or max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
+    encoded: dict[str, TokenStore] = {}
+    for name, part in (("train", rows), ("eval", held_out)):
+        if part is not None and len(part):
+            with tqdm(total=len(part), desc=f"encoding {name} pairs", disable=len(part) < SHOW_PROGRESS_FROM) as bar:
+                encoded[name] = encode_pairs(
+                    part,
+                    chat,
+                    int(data.max_length or 0),
+                    workers=workers,
+                    cache_dir=data.cache_dir,
+                    progress=lambda done, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
+                )
+    if not len(encoded.get("train", ())):
+        raise DataError("no training pairs are left after encoding; see the counts above, or raise --max-length")
+    if config.loss.ranking == "plackett-luce" and (encoded["train"].probability_P < 1).any():
+        raise ConfigError("loss.ranking=plackett-luce takes no soft labels, and the data has some (key 'probability')")
+    report = {
+        "sources": list(data.train),
+        "eval_sources": list(data.eval) or f"held out by prompt hash, {data.held_out_fraction:g} of the pairs",
+        "fingerprint": rows.fingerprint,
+        "rows": {name: issue.to_dict() for name, issue in issues.items()},
+        "encoding": {name: part.report for name, part in encoded.items()},
+    }
+    lines = [f"{name} data: {issue.format()}" for name, issue in issues.items() if issue.noteworthy]
+    lines += [f"{name} data: {text}" for name, part in encoded.items() if (text := part.describe())]
+    groups = len(encoded["train"].groups)
+    if groups < len(encoded["train"]):
+        lines.append(
+            f"train data: {len(encoded['train']):,} pairs of {groups:,} prompts; the responses to a prompt are "
+            "computed together, and it counts as one pair of a step"
+        )
+    return Data(encoded["train"], encoded.get("eval"), report, lines, held_out)
+
+
+def usable_form(config: RunConfig, engine: Any, data: Data, runtime: Runtime, pad_id: int) -> RowForm:
+    """The rows asked for, or padded ones with the reason said, if packed rows are not exact for this model."""
+    model: RewardModel = engine.module
+    layout, device = config.train.layout, runtime.device.type
+    if layout != "padded":
+        longest = np.argsort(-(data.train.shared_P + data.train.chosen_P + data.train.rejected_P), kind="stable")
+        result = self_check(model, [data.train.group(int(i)) for i in longest[:CHECKED_GROUPS]])
+        if not result.ok:
+            say(runtime, f"packed rows cannot be used for this model ({result.reason}); going on with padded batches")
+            layout = "padded"
+    if layout == "padded":
+        model.use_kernel(PADDED)
+    return row_form(layout, model.kernel, device, pad_id)
+
+
+def check_first(engine: Any, data: Data, config: RunConfig, runtime: Runtime, form: RowForm) -> float:
+    """The loss before the first step over some pairs of the training data; stops if it is not near ln 2."""
+    budget = config.train.tokens_per_batch
+    ids, rewards_P2 = some_rewards(engine, data.train, runtime, form, tokens_per_batch=budget, count=CHECKED_PAIRS)
+    return check_first_loss(rewards_P2, [data.train.id(int(i)) for i in ids])
+
+
+def output_directory(config: RunConfig, family: Family) -> Path:
+    """Where the run writes: `--output`, else runs/<family>-<base model>."""
+    if config.output.dir:
+        return Path(config.output.dir)
+    return Path("runs") / f"{family.name}-{Path(str(config.model.name)).name}"
+
+
+SETTINGS: dict[str, Any] = {
+    "data.max_length": 512,
+    "train.pairs_per_step": 16,
+    "train.learning_rate": 1e-3,
+    "train.epochs": 3.0,
+    "train.warmup_ratio": 0.1,
+    "train.weight_decay": 0.01,
+}
+
+
+def embedded_settings(config: RunConfig, family: Family, cache_dir: Path) -> RunConfig:
+    """Fill in the toy base model, the sample and settings that suit them, where the run says nothing."""
+    current = flat(config)
+    values: dict[str, Any] = {"model.name": str(toy_model(family, cache_dir))}
+    if not config.data.train:
+        values["data.train"] = (sample_path("train"),)
+        if not config.data.eval:
+            values["data.eval"] = (sample_path("held_out"),)
+    values.update({k: v for k, v in SETTINGS.items() if current[k] is None})
+    if config.output.dir is None:
+        values["output.dir"] = f"runs/{family.name}-demo"
+    return apply(config, values)

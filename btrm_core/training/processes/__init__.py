@@ -1,0 +1,24 @@
+"""Processes of a run: how they start, find each other, agree, and stop together."""
+
+from btrm_core.training.processes.agreement import agree, first_that_shares, require_shared, software, strangers
+from btrm_core.training.processes.interrupt import Interrupt
+from btrm_core.training.processes.launch import launch
+from btrm_core.training.processes.runtime import Runtime, group, leave, quiet, start
+from btrm_core.training.processes.zero import compute_dtype, deepspeed_config
+
+__all__ = [
+    "Interrupt",
+    "Runtime",
+    "agree",
+    "compute_dtype",
+    "deepspeed_config",
+    "first_that_shares",
+    "group",
+    "launch",
+    "leave",
+    "quiet",
+    "require_shared",
+    "software",
+    "start",
+    "strangers",
+]

@@ -1,0 +1,159 @@
+"""Processes, devices and DeepSpeed: everything that differs between one CPU and many GPUs.
+
+Decides: how a run starts its process group, which DeepSpeed configuration it uses, and that nothing is compiled or
+printed behind the user's back. Does not decide: what is computed in a step.
+
+DeepSpeed stage 0 is not offered: under bf16 its optimiser counts a dummy step first, so that the first update is a
+quarter too small, and under fp32 it reports no gradient norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from btrm_core.model import require
+from btrm_core.settings import RunConfig
+from btrm_core.training.processes.failure import shared
+from btrm_core.training.processes.join import TIMEOUT, join
+from btrm_core.training.processes.zero import deepspeed_config
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: its rank among all, its device, and the compute type."""
+
+    accelerator: Any
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    zero_stage: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add a tensor up over all processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is true on one."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+
+
+@contextlib.contextmanager
+def group(config: RunConfig) -> Iterator[None]:
+    """Join the group of all processes of the run; inside, a failure of one ends all of them.
+
+    A process that no launcher started becomes a world of one without opening a port, so that two runs on one machine
+    never clash.
+
+    Raises:
+        ConfigError: the launcher's variables are wrong, or the processes do not find each other in time.
+    """
+    join(config.distributed.join_seconds)
+    with shared(torch.distributed.get_world_size()):
+        yield
+
+
+@contextlib.contextmanager
+def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str | None = None) -> Iterator[Runtime]:
+    """Start the process group and Accelerate with DeepSpeed; Accelerate's state is taken down again at the end.
+
+    Raises:
+        ConfigError: as `group`; or the DeepSpeed setting is unknown, or its file contradicts what btrm derives; or
+            bitsandbytes is asked for and missing.
+    """
+    quiet()
+    with group(config):
+        try:
+            yield _runtime(config, trackers, project_dir)
+        finally:
+            from accelerate.state import AcceleratorState, GradientState, PartialState
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
+            AcceleratorState._reset_state()
+            PartialState._reset_state()
+            GradientState._reset_state()
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | None) -> Runtime:
+    plugin_dict = deepspeed_config(config, torch.distributed.get_world_size())
+    require(config)
+    dtype = torch.bfloat16 if plugin_dict["bf16"]["enabled"] else torch.float32
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import DeepSpeedPlugin
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=plugin_dict),
+        step_scheduler_with_optimizer=False,
+        log_with=trackers or None,
+        project_dir=project_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
+    )
+    return Runtime(
+        accelerator=accelerator,
+        rank=torch.distributed.get_rank(),
+        world=torch.distributed.get_world_size(),
+        device=accelerator.device,
+        dtype=dtype,
+        zero_stage=int(plugin_dict["zero_optimization"]["stage"]),
+    )
+
+
+def leave() -> None:
+    """Leave the process group, at the end of a process; runs within one process share it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def quiet() -> None:
+    """Before anything imports DeepSpeed: keep it from compiling C++, choosing devices aloud and printing figures."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # without this the first ZeRO engine imports torch's inductor for an optimiser that is not used
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # every step allocates its gradients anew; large pages save most of the page faults (benchmarks/LOG.md)
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    message = r".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated"
+    for text in (message, r".*is_gradient_checkpointing. is deprecated"):  # torch's of DeepSpeed, transformers' of peft
+        warnings.filterwarnings("ignore", category=FutureWarning, message=text)
+    import deepspeed
+    import deepspeed.ops
+    import deepspeed.runtime.bf16_optimizer
+
+    # prints memory figures to standard output, whatever the level of the log
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    for handler in deepspeed.utils.logger.handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.setStream(sys.stderr)
+    deepspeed.utils.logger.setLevel("ERROR")
+    if not torch.cuda.is_available():
+        # its only user is inference; otherwise it is compiled at the first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    if os.environ.get("RANK", "0") != "0":
+        transformers.logging.set_verbosity_error()

@@ -1,0 +1,136 @@
+"""`--profile`: where the time of a step goes, measured on a few steps, and a trace of them.
+
+Decides: which steps (after two of warm-up, three), what the parts of a step are called, and that the GPU is waited for
+at the end of each part, so that a part is charged for its own kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+WARM_UP = 2
+
+
+STEPS = 3
+
+
+PARTS = ("data", "forward", "backward", "optimizer")
+
+
+TRACE = "profile.json.gz"
+
+
+COMMUNICATION = ("nccl", "gloo:")
+"""What torch calls collective operations in a trace begins with one of these."""
+
+
+Item = TypeVar("Item")
+
+
+class Profiler:
+    """Times the parts of some steps; does nothing without a directory.
+
+    Args:
+        directory: Where the trace goes; None turns everything off.
+        say: Tells the user something.
+    """
+
+    def __init__(self, directory: Path | None, say: Callable[[str], None]) -> None:
+        self.directory, self.say = directory, say
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.whole = 0.0
+        self.steps = 0
+        self._seen = 0
+        self._started = 0.0
+        self._trace: Any = None
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Charge the time inside the block to a part of the step (`PARTS`)."""
+        if self._trace is None:
+            yield
+            return
+        _wait()
+        started = time.perf_counter()
+        with torch.profiler.record_function(f"btrm {name}"):
+            yield
+            _wait()
+        self.seconds[name] += time.perf_counter() - started
+
+    def waiting_for(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; the time until each is there is charged to "data"."""
+        iterator = iter(items)
+        while True:
+            with self.part("data"):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def step_done(self) -> None:
+        """Count a step; start after the warm-up, stop and report when enough steps are measured."""
+        if self.directory is None:
+            return
+        self._seen += 1
+        if self._trace is not None:
+            self.steps += 1
+            if self.steps == STEPS:
+                self.close()
+        elif self._seen == WARM_UP:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+            self._trace = torch.profiler.profile(activities=activities)
+            self._trace.start()
+            self._started = time.perf_counter()
+
+    def close(self) -> None:
+        """Write the trace and say where the time went; a run that was too short says so."""
+        if self.directory is None:
+            return
+        directory, self.directory = self.directory, None
+        trace, self._trace = self._trace, None
+        if self.steps == 0:
+            if trace is not None:
+                trace.stop()
+            self.say(f"--profile: the run ended before step {WARM_UP + 1}, so nothing was measured")
+            return
+        _wait()
+        self.whole = time.perf_counter() - self._started
+        trace.stop()
+        trace.export_chrome_trace(str(directory / TRACE))
+        self.say(self.table(_communication(trace)))
+        self.say(f"trace of these steps: {directory / TRACE} (open it in https://ui.perfetto.dev)")
+
+    def table(self, communication: float) -> str:
+        """Time of a step by part; `communication` is in the parts already."""
+        steps = max(1, self.steps)
+        rest = max(0.0, self.whole - sum(self.seconds.values()))
+        rows = {**self.seconds, "other (figures, evaluation)": rest}
+        lines = [f"a step took {1000 * self.whole / steps:.1f} ms (mean of {steps} after {WARM_UP} of warm-up):"]
+        for name, seconds in rows.items():
+            share = seconds / max(self.whole, 1e-9)
+            lines.append(f"  {name:<28} {1000 * seconds / steps:>9.1f} ms  {share:>5.1%}")
+        if communication:
+            share = communication / max(self.whole, 1e-9)
+            lines.append(f"  {'of it, communication':<28} {1000 * communication / steps:>9.1f} ms  {share:>5.1%}")
+        return "\n".join(lines)
+
+
+def _communication(trace: Any) -> float:
+    """Seconds spent in collective operations, on the GPU where there is one."""
+    events = [event for event in trace.key_averages() if event.key.startswith(COMMUNICATION)]
+    return float(sum(event.device_time_total or event.cpu_time_total for event in events)) / 1e6
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

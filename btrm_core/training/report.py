@@ -1,0 +1,137 @@
+"""What a run shows and writes while it trains: a progress bar, `metrics.jsonl`, trackers, the closing summary.
+
+Decides: names and places of the figures. Only the main process shows and writes; the bar goes to standard error, so
+that standard output holds results alone.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from btrm_core.config import flat
+from btrm_core.console import finite_figures
+from btrm_core.errors import ConfigError
+from btrm_core.evaluation import evaluation_text
+from btrm_core.settings import RunConfig
+from btrm_core.training.processes import Runtime
+
+TRACKERS = ("wandb", "tensorboard", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+
+
+RUN_ID = ".run_id"
+"""File in the output directory with the id by which wandb knows the run."""
+
+
+def trackers(report_to: str) -> list[str]:
+    """The trackers named by `--report-to`.
+
+    Raises:
+        ConfigError: one of them is unknown.
+    """
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"--report-to {name!r}: expected none or one of {', '.join(TRACKERS)}")
+    return names
+
+
+def start_trackers(runtime: Runtime, directory: Path, first_step: int, config: RunConfig) -> None:
+    """Start the trackers that Accelerate was told of, with the whole configuration; a resumed run goes on in its own.
+
+    Raises:
+        ConfigError: a tracker does not start.
+    """
+    settings = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in flat(config).items() if v is not None}
+    name = config.output.run_name or directory.name
+    options: dict[str, dict[str, Any]] = {}
+    if runtime.is_main and "wandb" in trackers(config.output.report_to):
+        run_id = _run_id(directory, first_step)
+        options["wandb"] = {"name": name, "dir": str(directory), "id": run_id, "resume": "allow"}
+    if first_step:
+        options["tensorboard"] = {"purge_step": first_step + 1}  # what follows is done, and logged, again
+    try:
+        runtime.accelerator.init_trackers(config.output.project, config=settings, init_kwargs=options)
+    except Exception as error:  # every tracker has errors of its own
+        hint = "; `wandb login`, or WANDB_MODE=offline keeps it local" if "wandb" in config.output.report_to else ""
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"--report-to {config.output.report_to}: the tracker does not start ({first}){hint}"
+        ) from error
+
+
+def _run_id(directory: Path, first_step: int) -> str:
+    """The id kept in the output directory; a new one for a run that begins anew there."""
+    kept = directory / RUN_ID
+    if first_step and kept.exists():
+        return kept.read_text(encoding="utf-8").strip()
+    made = secrets.token_hex(6)
+    kept.write_text(made + "\n", encoding="utf-8")
+    return made
+
+
+class Reporter:
+    """Writes the figures of a run; on other processes than the main one it does nothing but keep them in step."""
+
+    def __init__(self, runtime: Runtime, directory: Path, total_steps: int, first_step: int, config: RunConfig) -> None:
+        from tqdm import tqdm
+
+        self.runtime = runtime
+        self.file: TextIO | None = None
+        if runtime.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.file = (directory / "metrics.jsonl").open("a" if first_step else "w", encoding="utf-8")
+        if trackers(config.output.report_to):
+            start_trackers(runtime, directory, first_step, config)
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            disable=not runtime.is_main,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def log(self, split: str, step: int, figures: Mapping[str, Any]) -> None:
+        """Write one line of `metrics.jsonl`, tell the trackers, and move the bar."""
+        numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+        numbers |= {f"{row['name']}/accuracy": row["accuracy"] for row in figures.get("subsets", ())}
+        self.runtime.accelerator.log({f"{split}/{k}": v for k, v in numbers.items()}, step=step)
+        if self.file is None:
+            return
+        line = {"split": split, "step": step, "time": round(time.time(), 3), **finite_figures(figures)}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if split == "train":
+            self.bar.set_postfix_str(bar_text(figures), refresh=False)
+            self.bar.update(1)
+        else:
+            self.bar.write(f"step {step}: {evaluation_text(figures)}", file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar, the file and the trackers."""
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        for tracker in self.runtime.accelerator.trackers:
+            tracker.finish()
+
+
+def bar_text(figures: Mapping[str, Any]) -> str:
+    """The right end of the progress bar.
+
+    >>> speed = {"tokens_per_second": 1234.0, "useful_tokens_per_second": 2000.0, "pairs_per_second": 5.0}
+    >>> bar_text({"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-5, **speed})
+    'loss 0.500, acc 75%, 5.0 pairs/s, 1.2k tok/s (2.0k useful), lr 1.0e-05'
+    """
+    return (
+        f"loss {figures['loss']:.3f}, acc {figures['accuracy']:.0%}, {figures['pairs_per_second']:.1f} pairs/s, "
+        f"{figures['tokens_per_second'] / 1000:.1f}k tok/s ({figures['useful_tokens_per_second'] / 1000:.1f}k useful), "
+        f"lr {figures['learning_rate']:.1e}"
+    )

@@ -1,0 +1,301 @@
+"""Resumable checkpoints: weights, optimiser and position of a run, each complete or not there at all.
+
+Decides: where they lie (`resume/step-N` in the output directory), when one counts, whether it is undamaged, and when a
+run may go on from one. The order of the data needs no state: it follows from the seed and the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btrm_core.config import flat
+from btrm_core.errors import CheckpointError
+from btrm_core.files import explained, publish
+from btrm_core.settings import OutputConfig, RunConfig
+from btrm_core.training import reshard
+from btrm_core.training.processes import Runtime, require_shared
+from btrm_core.training.schedule import Progress
+
+COMPLETE = "COMPLETE"
+
+
+STATE = "state"
+
+
+RECORD = "trainer.json"
+
+
+FREE_TO_CHANGE = (
+    "output.",
+    "data.workers",
+    "data.cache_dir",
+    "data.strict",
+    "train.tokens_per_batch",
+    "train.auto_budget",
+    "train.max_hours",
+    "train.skip_nan",
+    "train.early_stopping",
+    "model.attention",
+    "model.dtype",
+    "model.kernels",
+    "model.gradient_checkpointing",
+    "model.activation_offload",
+    "distributed.",
+    "train.layout",
+)
+"""Settings that change no result: a resumed run may have others. What is computed in, the ZeRO stage and the number of
+processes are compared as they turn out, not as they were set."""
+
+
+PROCESSES, STAGE, OPTIMIZER = "processes", "ZeRO stage", "train.optimizer"
+"""What the optimiser's state is cut by, and whose it is: it is cut anew for other processes, but for no other stage."""
+
+
+def identity(config: RunConfig, fingerprints: Mapping[str, str], runtime: Runtime) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint; `fingerprints` say what data is trained on."""
+    kept = {k: v for k, v in flat(config).items() if not k.startswith(FREE_TO_CHANGE)}
+    made = {
+        **kept,
+        **fingerprints,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        PROCESSES: runtime.world,
+        STAGE: runtime.zero_stage,
+    }
+    return json.loads(json.dumps(made))  # type: ignore[no-any-return]
+
+
+def save(
+    engine: Any,
+    progress: Progress,
+    runtime: Runtime,
+    directory: Path,
+    who: dict[str, Any],
+    keep: int,
+    write_model: Callable[[Path], None],
+) -> Path:
+    """Write the checkpoint of a step; all processes take part, and it counts only when all have finished.
+
+    It holds DeepSpeed's state and, in `model/`, the model as transformers reads it (`write_model` writes that).
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written, or not all processes see it; the checkpoint before is
+            still there.
+    """
+    target = directory / f"step-{progress.step:08d}"
+    staging = directory / f".{target.name}.tmp"
+    try:
+        if runtime.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        require_shared(directory, runtime)
+        engine.save_checkpoint(str(staging), tag=STATE, save_latest=False)
+        write_model(staging / "model")
+        runtime.barrier()
+        files = digests(staging, runtime)
+        if runtime.is_main:
+            state = {"progress": dataclasses.asdict(progress), "identity": who, "files": files}
+            (staging / RECORD).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            (staging / COMPLETE).touch()
+            publish(staging, target)
+            _prune(directory, keep)
+    except Exception as error:
+        if runtime.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise explained(error, target) from error
+    runtime.barrier()
+    return target
+
+
+def digests(directory: Path, runtime: Runtime) -> dict[str, list[Any]]:
+    """Size and SHA-256 of every file by its path in `directory`, on every process; they share the reading."""
+    paths = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    mine = {}
+    for path in paths[runtime.rank :: runtime.world]:
+        with (directory / path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            mine[path] = [os.fstat(file.fileno()).st_size, digest]
+    return {path: entry for part in _gather(mine, runtime) for path, entry in part.items()}
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints under `directory`, oldest first."""
+    return sorted(path.parent for path in directory.glob(f"step-*/{COMPLETE}"))
+
+
+def clean(directory: Path) -> None:
+    """Remove what a run that was ended while it saved or converted has left; nobody else may be writing there."""
+    for left in directory.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def refuse_restart(output: Path, resume: str, overwrite: bool) -> None:
+    """Raise rather than begin anew where a stopped run has left checkpoints; with `overwrite` a new run removes them.
+
+    Raises:
+        CheckpointError: there are such checkpoints, and it is not said what becomes of them.
+    """
+    left = complete(output / "resume")
+    if resume == "no" and left and not overwrite:
+        raise CheckpointError(
+            f"{output / 'resume'} holds checkpoints of an earlier run (the last: {left[-1].name}); go on from it with "
+            "--resume, begin anew with --overwrite, or choose another --output"
+        )
+
+
+def forget(output: Path) -> None:
+    """Remove what an earlier run has left in the output directory of a run that begins anew."""
+    for left in ("resume", "best"):
+        shutil.rmtree(output / left, ignore_errors=True)
+
+
+def find(resume: str, directory: Path, runtime: Runtime, say: Callable[[str], None]) -> Path | None:
+    """The undamaged checkpoint a `--resume` value means, found by all processes together; None means to begin anew.
+
+    Raises:
+        CheckpointError: the checkpoint asked for is not there, is not complete, or is damaged.
+    """
+    if resume == "no":
+        return None
+    if resume in ("auto", "latest-good"):
+        there = complete(directory)
+        for path in reversed(there):
+            damage = damaged(path, runtime)
+            if damage is None:
+                return path
+            if resume == "auto":
+                raise CheckpointError(f"{damage}; --resume latest-good goes on from the newest undamaged checkpoint")
+            say(f"{damage}; looking at the one before")
+        if there:
+            raise CheckpointError(f"every checkpoint in {directory} is damaged; without --resume training begins anew")
+        return None
+    path = Path(resume)
+    if not (path / COMPLETE).exists():
+        raise CheckpointError(f"--resume {resume}: there is no complete checkpoint (no file {COMPLETE} in it)")
+    damage = damaged(path, runtime)
+    if damage is not None:
+        raise CheckpointError(damage)
+    return path
+
+
+def damaged(path: Path, runtime: Runtime) -> str | None:
+    """What is wrong with the files of a checkpoint, as one line on every process; None if they are as written."""
+    try:
+        written = json.loads((path / RECORD).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"the checkpoint {path} is damaged: {RECORD} cannot be read ({error})"
+    found = digests(path, runtime)
+    for name, (size, digest) in written.items():
+        if name not in found:
+            return f"the checkpoint {path} is damaged: {name} is missing"
+        if found[name][0] != size:
+            return f"the checkpoint {path} is damaged: {name} has {found[name][0]} bytes, expected {size}"
+        if found[name][1] != digest:
+            return f"the checkpoint {path} is damaged: the content of {name} has changed since it was written"
+    return None
+
+
+def load(
+    engine: Any,
+    path: Path,
+    who: dict[str, Any],
+    runtime: Runtime,
+    directory: Path,
+    output: OutputConfig,
+    say: Callable[[str], None],
+) -> Progress:
+    """Put weights and optimiser back as they were, and return where the run stood; all processes take part.
+
+    Args:
+        engine: The DeepSpeed engine, new.
+        path: An undamaged checkpoint, of any number of processes; it is only read.
+        who: The identity of this run.
+        runtime: This process.
+        directory: Where this run's own checkpoints lie; a converted copy of another number of processes is there
+            meanwhile.
+        output: `force_resume` allows other data and settings; `restart_optimizer` leaves the optimiser's state as it
+            is, new, and so allows another ZeRO stage.
+        say: Tells the user something.
+
+    Raises:
+        CheckpointError: data or settings differ (each difference is named) and are not forced; the ZeRO stage or the
+            kind of optimiser differs and it is not to begin anew; or DeepSpeed cannot read its files.
+    """
+    state = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    before = state["identity"]
+    _refuse_changes(path, before, who, output)
+    try:
+        if output.restart_optimizer:
+            say("--restart-optimizer: weights and position from the checkpoint, a fresh optimiser")
+            reshard.load_weights(engine, path / STATE, runtime)
+        elif before[PROCESSES] != who[PROCESSES]:
+            place = directory / f".{path.name}.universal"
+            say(f"{PROCESSES}: {before[PROCESSES]} -> {who[PROCESSES]}; converting the checkpoint in {place} meanwhile")
+            reshard.load_resharded(engine, path / STATE, place, runtime)
+        else:
+            with reshard.plainly_named(path) as link:
+                engine.load_checkpoint(str(link), tag=STATE)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        advice = "" if output.restart_optimizer else "; --restart-optimizer takes its weights alone"
+        raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first}{advice}") from error
+    return Progress(**{**state["progress"], "stopped": None})
+
+
+def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], output: OutputConfig) -> None:
+    changed = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)}
+    processes = changed.pop(PROCESSES, None)
+    cut = [changed.pop(k) for k in (STAGE, OPTIMIZER) if k in changed]
+    if processes and now.get(OPTIMIZER) != "adamw":  # moments of 8 bits share their scales across any new cut
+        cut.append(processes)
+    if cut and not output.restart_optimizer:
+        raise CheckpointError(
+            f"cannot resume from {path}: {'; '.join(cut)}; the optimiser's state cannot be taken over. Use those of "
+            "before, or go on with the weights and a fresh optimiser by --restart-optimizer"
+        )
+    if changed and not output.force_resume:
+        raise CheckpointError(
+            f"cannot resume from {path}: {'; '.join(changed.values())}; use the settings and data of before, or "
+            "--force-resume"
+        )
+
+
+def rewind(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that were done after the checkpoint: they are done, and written, again."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            done = json.loads(line)["step"]
+        except (ValueError, KeyError):  # the line that was being written when the run was ended
+            continue
+        if done <= step:
+            kept.append(line + "\n")
+    staging = metrics.with_name(f".{metrics.name}.tmp")
+    staging.write_text("".join(kept), encoding="utf-8")
+    staging.replace(metrics)
+
+
+def _gather(mine: dict[str, list[Any]], runtime: Runtime) -> list[dict[str, list[Any]]]:
+    if runtime.world == 1:
+        return [mine]
+    parts: list[dict[str, list[Any]]] = [{}] * runtime.world
+    torch.distributed.all_gather_object(parts, mine)
+    return parts
+
+
+def _prune(directory: Path, keep: int) -> None:
+    for old in complete(directory)[:-keep]:
+        (old / COMPLETE).unlink()  # first, lest half a checkpoint counts if this is interrupted
+        shutil.rmtree(old, ignore_errors=True)

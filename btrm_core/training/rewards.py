@@ -1,0 +1,75 @@
+"""Rewards of many pairs from a model that is in use, on the same rows as in training, by all processes together.
+
+Shapes: P pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from btrm_core.data import TokenStore
+from btrm_core.packing import RowForm, make_plan
+from btrm_core.training.micro_batches import build_micro_batch
+from btrm_core.training.processes import Runtime
+
+CHUNK = 512
+"""Groups that are planned together: enough to balance the rows, few enough to plan at once."""
+
+
+def pair_rewards(
+    model: Any, pairs: TokenStore, runtime: Runtime, form: RowForm, *, tokens_per_batch: int
+) -> np.ndarray:
+    """Rewards (chosen, rejected) of all pairs, (P, 2) float64, equal on every process.
+
+    Every process runs the same number of forward passes, as ZeRO-3 needs.
+    """
+    rewards_P2, _ = _rewards(model, pairs, runtime, form, tokens_per_batch, CHUNK, None)
+    return rewards_P2
+
+
+def some_rewards(
+    model: Any, pairs: TokenStore, runtime: Runtime, form: RowForm, *, tokens_per_batch: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of `count` groups of a seeded order: which pairs, and their rewards (P, 2), as in `pair_rewards`."""
+    rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count, 1)
+    return ids, rewards_P2[ids]
+
+
+@torch.no_grad()
+def _rewards(
+    model: Any,
+    pairs: TokenStore,
+    runtime: Runtime,
+    form: RowForm,
+    tokens_per_batch: int,
+    chunk: int,
+    steps: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    size = min(chunk, len(pairs.groups))
+    made = make_plan(
+        pairs.groups.lengths,
+        form,
+        pairs_per_step=size,
+        tokens_per_batch=tokens_per_batch,
+        world=runtime.world,
+        seed=0,
+        epoch=0,
+    )
+    rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
+    seen = []
+    was_training = model.training
+    model.eval()
+    for index in range(steps or made.num_steps):
+        step = made.step(index)
+        seen.append(pairs.groups.pairs_of(step.pair_ids))
+        for row in step.rows[runtime.rank]:
+            micro = build_micro_batch(pairs, row, form).to(runtime.device)
+            rewards_S = model(micro.batch)
+            ids_P = torch.as_tensor(micro.pair_ids_P, device=runtime.device)
+            if len(ids_P):
+                rewards_P2[ids_P] = torch.stack(micro.sides(rewards_S), dim=1).double()
+    model.train(was_training)
+    return np.asarray(runtime.sum(rewards_P2).cpu().numpy()), np.concatenate(seen)

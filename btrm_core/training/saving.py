@@ -1,0 +1,83 @@
+"""Turning a run under way into a model directory: gather the weights, merge adapters, describe, write.
+
+All processes take part; the main one writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from btrm_core.model import as_merged, merged_weights, model_card, plain_model, run_manifest, write_model
+from btrm_core.packing import collate, share
+from btrm_core.training.schedule import Progress
+
+if TYPE_CHECKING:
+    from btrm_core.training.session import Session
+
+SELF_TEST_PAIRS = 2
+
+
+def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | None, directory: Path) -> None:
+    """Write the live model to `directory`, atomically; with adapters, merged unless the run keeps them apart.
+
+    All processes call it.
+    """
+    runtime, config, model = session.runtime, session.config, session.engine.module
+    vectors, saved_as = _self_test(session)
+    gathered = runtime.accelerator.get_state_dict(session.engine)
+    if runtime.is_main:
+        made = run_manifest(
+            config=config,
+            family=session.family,
+            chat=session.chat,
+            data=session.data.report,
+            evaluation=evaluation,
+            training={
+                "steps": progress.step,
+                "seconds": round(progress.seconds, 1),
+                "skipped_steps": progress.skipped_steps,
+                "layout": session.form.layout,
+                "kernel": session.form.kernel,
+            },
+            self_test=vectors,
+            dtype=str(runtime.dtype).removeprefix("torch."),
+        )
+        made |= {"base_commit": getattr(model.base_model.config, "_commit_hash", None), "adapters": saved_as}
+        weights = {name.removeprefix("hf."): tensor for name, tensor in gathered.items()}
+        hf = model.hf
+        if saved_as is not None and saved_as["merged"]:
+            hf, weights = plain_model(model.hf), merged_weights(model.hf, weights)
+        write_model(directory, hf, weights, session.chat, made, model_card(made, directory))
+    runtime.barrier()
+
+
+def _self_test(session: Session) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The self-test vectors of what is saved, and, with adapters, how they are saved and what merging changes."""
+    live = self_test_vectors(session)
+    if session.config.lora.rank is None:
+        return live, None
+    if not session.config.lora.merge:
+        return live, {"merged": False}
+    with as_merged(session.engine.module.hf):
+        merged = self_test_vectors(session)
+    changes = [abs(before["reward"] - after["reward"]) for before, after in zip(live, merged, strict=True)]
+    return merged, {"merged": True, "conversations": len(changes), "largest_reward_change": max(changes, default=0.0)}
+
+
+@torch.no_grad()
+def self_test_vectors(session: Session) -> list[dict[str, Any]]:
+    """A few conversations as ids with the model's reward, each computed alone: what any reader must reproduce."""
+    pairs, engine, form = session.data.eval or session.data.train, session.engine, session.form
+    engine.eval()
+    vectors = []
+    for i in range(min(SELF_TEST_PAIRS, len(pairs))):
+        for ids in pairs.group(i).sequences:
+            groups = [share([ids.tolist()])]
+            batch = collate(groups, kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id)
+            reward = float(engine(batch.to(session.runtime.device)).item())
+            vectors.append({"input_ids": ids.tolist(), "reward": reward})
+    engine.train()
+    return vectors

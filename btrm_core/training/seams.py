@@ -1,0 +1,86 @@
+"""What the training loop calls while it runs: logging, evaluating, saving, profiling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from btrm_core.console import say
+from btrm_core.evaluation import figures_of
+from btrm_core.model import device_name, mfu_per_token_rate
+from btrm_core.training import resume
+from btrm_core.training.loop import Seams
+from btrm_core.training.processes import Interrupt
+from btrm_core.training.profiling import Profiler
+from btrm_core.training.rewards import pair_rewards
+from btrm_core.training.saving import save_run
+from btrm_core.training.schedule import Progress
+from btrm_core.training.session import Session
+
+
+def calls(session: Session, interrupt: Interrupt, who: dict[str, Any]) -> Seams:
+    """The seams of the training loop for this run."""
+    config, runtime, output = session.config, session.runtime, session.output
+
+    def save(progress: Progress) -> None:
+        def write_model(directory: Path) -> None:
+            save_run(session, progress, None, directory)
+
+        keep = config.output.keep_last
+        path = resume.save(session.engine, progress, runtime, output / "resume", who, keep, write_model)
+        say(runtime, f"step {progress.step}: checkpoint saved in {path}")
+
+    def evaluate(step: int) -> dict[str, Any] | None:
+        figures = evaluate_now(session, step)
+        if figures is not None:
+            session.reporter.log("eval", step, figures)
+        return figures
+
+    def improved(progress: Progress, figures: dict[str, Any]) -> None:
+        if config.output.keep_best:
+            save_run(session, progress, figures, output / "best")
+
+    rate = mfu_rate(session)
+
+    def log(split: str, step: int, figures: dict[str, Any]) -> None:
+        if split == "train" and rate is not None:
+            figures["mfu_percent"] = rate * figures["tokens_per_second"]
+        session.reporter.log(split, step, figures)
+
+    return Seams(
+        log=log,
+        evaluate=evaluate,
+        improved=improved,
+        save=save,
+        stop_requested=interrupt.requested,
+        say=lambda text: say(runtime, text),
+    )
+
+
+def profiler_of(session: Session) -> Profiler:
+    """Measures some steps of the main process, if that is asked for."""
+    wanted = session.config.output.profile and session.runtime.is_main
+    return Profiler(session.output if wanted else None, lambda text: say(session.runtime, text))
+
+
+def mfu_rate(session: Session) -> float | None:
+    """What `tokens_per_second` is multiplied with for the MFU; None on a CPU."""
+    runtime, pairs = session.runtime, session.data.train
+    if runtime.device.type != "cuda":
+        return None
+    length = float((pairs.shared_P + (pairs.chosen_P + pairs.rejected_P) / 2).mean())
+    config = session.engine.module.base_model.config
+    name = device_name(runtime.device)
+    return mfu_per_token_rate(config, name, runtime.world, length, session.config.lora.rank)
+
+
+def evaluate_now(session: Session, step: int) -> dict[str, Any] | None:
+    """Evaluate the live model after a step, once; None if there are no pairs to evaluate on."""
+    pairs = session.data.eval
+    if pairs is None:
+        return None
+    if session.evaluated is None or session.evaluated[0] != step:
+        budget = session.config.train.tokens_per_batch
+        rewards_P2 = pair_rewards(session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget)
+        session.evaluated = (step, rewards_P2)
+    return figures_of(pairs.judged, session.evaluated[1])
