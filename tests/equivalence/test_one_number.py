@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from scorer_samples import CONVERSATIONS, FAMILIES, base_model, finished, real_tokenizer_base
+from support.scorer_samples import CONVERSATIONS, FAMILIES, base_model, finished, real_tokenizer_base
 
 from btrm_core import config, run
 from btrm_core.chat.format import Conversation

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 import torch
-import trajectories
-from trajectories import Trajectory, distance, trajectory
+from support import processes, trajectories
+from support.trajectories import Trajectory, distance, trajectory
 
 from btrm_core import run
 from btrm_core.config import read_settings

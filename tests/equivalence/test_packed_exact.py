@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import (
+from support.tiny_models import (
     CONFIGS,
     SOFTCAPPED,
     WINDOWED,

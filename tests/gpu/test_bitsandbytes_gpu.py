@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trajectories import prepare, train, trajectory
+from support.trajectories import prepare, train, trajectory
 
 from btrm_core.scoring.scorer import Scorer
 

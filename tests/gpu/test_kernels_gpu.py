@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import WINDOW, awkward_groups, group, tiny_model
+from support.tiny_models import WINDOW, awkward_groups, group, tiny_model
 
 from btrm_core.model import kernels
 from btrm_core.model.reward import RewardModel

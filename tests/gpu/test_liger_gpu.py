@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import awkward_groups, tiny_model
+from support.tiny_models import awkward_groups, tiny_model
 
 from btrm_core.model.base import use_kernels
 from btrm_core.model.reward import RewardModel

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from support.chat_samples import make_chat
+
+from btrm_core.data import encode
+from btrm_core.data.pairs import load_pairs, pairs_from_rows, split_held_out
+from btrm_core.data.store import TokenStore, encode_pairs, tokenizer_fingerprint
+from btrm_core.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return make_chat()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BTRM_CACHE", str(tmp_path / "cache"))
+
+
+def row(number, **more):
+    return {"id": f"p{number}", "prompt": f"Question {number}?", "chosen": f"yes, {number}", "rejected": "no", **more}
+
+
+TURNS = [{"role": "user", "content": "a question " * 20}, {"role": "assistant", "content": "an answer"}]
+
+
+def conversation(number, answer):
+    return [*TURNS, {"role": "user", "content": f"and {number}?"}, {"role": "assistant", "content": answer}]
+
+
+def test_stored_tokens_are_the_finished_sequences(chat):
+    data = pairs_from_rows([row(n, subset=f"s{n % 2}", margin=n or None, weight=n + 1) for n in range(5)])
+    encoded = encode_pairs(data, chat, 64)
+    assert len(encoded) == 5
+    for index, pair in enumerate(data):
+        group = encoded.group(index)
+        chosen, rejected = chat.encode([pair.chosen_conversation, pair.rejected_conversation])
+        assert [ids.tolist() for ids in group.sequences] == [chosen, rejected]
+        shared = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+        assert encoded.shared_P[index] == group.shared == shared
+        assert (encoded.chosen_P[index], encoded.rejected_P[index]) == (len(chosen) - shared, len(rejected) - shared)
+        assert (encoded.id(index), encoded.subset(index)) == (pair.id, pair.subset)
+    assert encoded.subsets() == ["s0", "s1", "s0", "s1", "s0"]
+    assert encoded.margin_P.tolist() == [0, 1, 2, 3, 4]
+    assert encoded.weight_P.tolist() == [1, 2, 3, 4, 5]
+    assert encoded.index_P.tolist() == [0, 1, 2, 3, 4]
+    assert {array.dtype.name for array in (encoded.shared_P, encoded.chosen_P, encoded.rejected_P)} == {"int32"}
+    assert encoded.margin_P.dtype == encoded.weight_P.dtype == np.float32
+    assert encoded.tokens(0).dtype == np.int32
+    report = encoded.report
+    assert (report["given"], report["encoded"], report["with_margin"], report["dropped"]) == (5, 5, 4, {})
+    assert report["tokens"] == sum(len(encoded.tokens(i)) for i in range(5))
+    assert report["shared_tokens"] == encoded.shared_P.sum()
+    assert report["longest"] == (encoded.shared_P + encoded.chosen_P).max()
+    assert encoded.describe() == ""
+
+
+def test_tokens_are_views_of_the_file(chat):
+    encoded = encode_pairs(pairs_from_rows([row(n) for n in range(3)]), chat, 64)
+    tokens = encoded.group(1).tokens
+    assert not tokens.flags.owndata
+    assert not tokens.flags.writeable
+    with pytest.raises(IndexError, match="pair 3 of 3"):
+        encoded.tokens(3)
+
+
+def test_cut_and_dropped_pairs_are_counted(chat):
+    plain = row(0)
+    long_prompt = {"id": "cut", "chosen": conversation(1, "yes"), "rejected": conversation(1, "no")}
+    long_answer = row(2, id="long", chosen="word " * 200)
+    encoded = encode_pairs(pairs_from_rows([plain, long_prompt, long_answer]), chat, 64)
+    assert [encoded.id(i) for i in range(len(encoded))] == ["p0", "cut"]
+    assert encoded.index_P.tolist() == [0, 1]
+    report = encoded.report
+    assert (report["given"], report["encoded"], report["truncated"], report["dropped_turns"]) == (3, 2, 1, 2)
+    assert report["dropped"] == {"answer longer than max_length 64": 1}
+    assert report["examples"] == {"answer longer than max_length 64": ["long"]}
+    assert report["longest"] <= 64
+    assert encoded.describe() == (
+        "1 of 3 pairs cut to 64 tokens; 1 dropped (answer longer than max_length 64; such as long)"
+    )
+
+
+def test_pairs_of_equal_tokens_are_dropped(chat):
+    rows = [row(0), row(1, chosen="same", rejected="same  ")]  # the template strips the space
+    encoded = encode_pairs(pairs_from_rows(rows), chat, 64)
+    assert encoded.report["dropped"] == {"chosen and rejected are the same tokens": 1}
+    assert encoded.describe() == "1 dropped (chosen and rejected are the same tokens; such as p1)"
+
+
+def test_nothing_left(chat):
+    with pytest.raises(DataError) as error:
+        encode_pairs(pairs_from_rows([row(n) for n in range(3)]), chat, 8)
+    assert str(error.value) == (
+        "no pairs are left after encoding 3: most are dropped for 'answer longer than max_length 8' (3). "
+        "Raise --max-length, or look at the pairs with: btrm doctor."
+    )
+    with pytest.raises(DataError, match="maximum length is 0 tokens, expected at least 1"):
+        encode_pairs(pairs_from_rows([row(1)]), chat, 0)
+
+
+def test_no_pairs_give_no_tokens(chat):
+    _, nothing = split_held_out(pairs_from_rows([row(1)]), 0.5)
+    encoded = encode_pairs(nothing, chat, 64)
+    assert len(encoded) == 0
+    assert encoded.shared_P.dtype == np.int32
+    assert encoded.subsets() == []
+
+
+class Counting:
+    """A chat format that counts how often it encodes."""
+
+    def __init__(self, chat):
+        self.chat, self.calls = chat, 0
+        self.tokenizer, self.template_sha256 = chat.tokenizer, chat.template_sha256
+
+    def encode_groups(self, groups, max_length=None):
+        self.calls += 1
+        return self.chat.encode_groups(groups, max_length)
+
+
+def test_encoding_is_reused_until_something_changes(chat, tmp_path):
+    counting = Counting(chat)
+    data = pairs_from_rows([row(n) for n in range(4)])
+    first = encode_pairs(data, counting, 64)
+    assert encode_pairs(data, counting, 64).folder == first.folder
+    assert counting.calls == 1
+    encode_pairs(data, counting, 63)
+    encode_pairs(pairs_from_rows([row(n) for n in range(5)]), counting, 64)
+    encode_pairs(data, counting, 64, cache_dir=str(tmp_path / "other"))
+    counting.template_sha256 = "another"
+    encode_pairs(data, counting, 64)
+    counting.tokenizer = make_chat(texts=["other merges entirely"]).tokenizer
+    encode_pairs(data, counting, 64)
+    assert counting.calls == 6
+
+
+def test_tokenizer_fingerprint(chat):
+    first = tokenizer_fingerprint(chat.tokenizer)
+    assert tokenizer_fingerprint(pickle.loads(pickle.dumps(chat.tokenizer))) == first
+    assert tokenizer_fingerprint(make_chat().tokenizer) == first
+    copy = pickle.loads(pickle.dumps(chat.tokenizer))
+    copy(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the backend
+    assert tokenizer_fingerprint(copy) == first
+    copy.add_tokens(["quick brown"])
+    assert tokenizer_fingerprint(copy) != first
+
+
+def test_pickled_pairs_reopen_the_file(chat):
+    encoded = encode_pairs(pairs_from_rows([row(n) for n in range(4)]), chat, 64)
+    data = pickle.dumps(encoded)
+    assert len(data) < 1000
+    again = pickle.loads(data)
+    assert again.tokens(3).tolist() == encoded.tokens(3).tolist()
+    shutil.rmtree(encoded.folder)
+    assert encoded.group(2).shared == again.group(2).shared  # what is open stays readable
+    with pytest.raises(DataError, match=r"cannot be read .*The cache was changed or removed"):
+        pickle.loads(data)
+
+
+def test_chunks_and_workers_do_not_change_a_byte(chat, tmp_path, monkeypatch):
+    rows = [row(n, chosen="word " * (n % 70) + "yes") for n in range(90)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, _ = split_held_out(load_pairs([str(tmp_path / "a.jsonl")]), 0.1)
+    whole = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "whole"))
+    monkeypatch.setattr(encode, "CHUNK_PAIRS", 10)
+    done: list[int] = []
+    one = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "one"), progress=done.append)
+    two = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "two"), workers=2)
+    assert done == [*range(10, len(data), 10), len(data)]
+    assert (one.folder / "encoded.arrow").read_bytes() == (two.folder / "encoded.arrow").read_bytes()
+    assert whole.report == one.report == two.report
+    assert 0 < whole.report["encoded"] < whole.report["given"]
+    for encoded in (one, two):
+        assert [encoded.tokens(i).tolist() for i in range(len(encoded))] == [
+            whole.tokens(i).tolist() for i in range(len(whole))
+        ]
+        assert [encoded.id(i) for i in range(len(encoded))] == [whole.id(i) for i in range(len(whole))]
+
+
+class Dying:
+    """A chat format that ends the process that encodes with it."""
+
+    def __init__(self, chat):
+        self.tokenizer, self.template_sha256 = chat.tokenizer, "dying"
+
+    def encode_groups(self, groups, max_length=None):
+        import os
+
+        os._exit(9)
+
+
+def test_an_encoding_process_that_dies_is_one_line(chat, monkeypatch, tmp_path):
+    monkeypatch.setattr(encode, "CHUNK_PAIRS", 2)
+    with pytest.raises(DataError, match="an encoding process ended early"):
+        encode_pairs(pairs_from_rows([row(n) for n in range(20)]), Dying(chat), 64, workers=2)
+    assert list((tmp_path / "cache" / "encoded").iterdir()) == []
+
+
+def test_damaged_entry_is_encoded_anew(chat):
+    data = pairs_from_rows([row(n) for n in range(4)])
+    first = encode_pairs(data, chat, 64)
+    (first.folder / "encoded.arrow").write_bytes(b"cut")
+    again = encode_pairs(data, chat, 64)
+    assert isinstance(again, TokenStore)
+    assert len(again) == 4

@@ -1,0 +1,186 @@
+"""What the documents say a user can type can be typed."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from btrm_core.cli import main
+from btrm_core.training.processes.launch import SHUTDOWN_SECONDS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [path for path in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md") if (ROOT / path).exists()]
+LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
+
+
+def blocks(name, language):
+    """The fenced blocks of a document, its lines joined where they end in a backslash."""
+    text = (ROOT / name).read_text()
+    return [block.replace("\\\n", " ") for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)]
+
+
+def commands(*programs):
+    for name in DOCUMENTS:
+        for block in blocks(name, "(?:bash|sh)?"):
+            for line in block.splitlines():
+                if line.strip().startswith(tuple(f"{program} " for program in programs)):
+                    yield pytest.param(line.strip(), id=f"{name}: {line.strip()[:60]}")
+
+
+def parse(arguments):
+    """Parse a command line of btrm without running it."""
+    command: click.Command = main
+    context = click.Context(main)
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(context, arguments)
+        assert command is not None, name
+        context = click.Context(command, parent=context)
+    return command.make_context(command.name, arguments, resilient_parsing=False).params
+
+
+def parse_launcher(words):
+    """Parse a launcher's command line by the launcher's own parser; returns its options and what it passes on."""
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(words[1:])
+        assert options.module
+        return options, [options.training_script, *options.training_script_args]
+    if words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        assert words[1] == "launch"
+        options = launch_command_parser().parse_args(words[2:])
+        assert options.module
+        return options, [options.training_script, *options.training_script_args]
+    from deepspeed.launcher.runner import parse_args
+
+    options = parse_args(words[1:])
+    assert options.module
+    return options, [options.user_script, *options.user_args]
+
+
+def passed_on(words):
+    """What btrm is asked to do, and the launcher's options."""
+    options, rest = parse_launcher(words)
+    assert rest[0] == "btrm_core"
+    return options, parse(rest[1:])
+
+
+@pytest.mark.parametrize("line", list(commands("btrm")))
+def test_every_command_in_the_documents_parses(line):
+    parse(shlex.split(line, comments=True)[1:])
+
+
+@pytest.mark.parametrize("line", list(commands(*LAUNCHERS)))
+def test_every_launchers_command_parses(line):
+    passed_on(shlex.split(line, comments=True))
+
+
+def test_all_launchers_are_shown():
+    shown = {shlex.split(item.values[0])[0] for item in commands(*LAUNCHERS)}
+    assert shown == set(LAUNCHERS)
+    with pytest.raises(click.UsageError):
+        passed_on(shlex.split("torchrun --nproc-per-node 8 -m btrm_core train --familly llama3"))
+
+
+def test_the_slurm_script():
+    (script,) = blocks("README.md", "slurm")
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash", "or sbatch refuses it"
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    given = dict(re.fullmatch(r"#SBATCH --([\w-]+)(?:=(\S+))?", x).groups() for x in lines if x.startswith("#SBATCH"))
+    after = next(i for i, line in enumerate(lines[1:]) if not line.startswith("#SBATCH"))
+    assert not any(line.startswith("#SBATCH") for line in lines[after + 1 :]), "Slurm does not read those"
+    assert given["ntasks-per-node"] == "1", "one torchrun per machine"
+    assert "requeue" in given
+    seconds = int(re.fullmatch(r"B:SIGTERM@(\d+)", given["signal"]).group(1))
+    (allowed,) = re.findall(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script, re.MULTILINE)
+    assert int(allowed) < seconds
+    (run,) = [line for line in lines if line.startswith("srun ")]
+    words = shlex.split(run.removesuffix("&"))
+    options, btrm = passed_on(words[words.index("torchrun") :])
+    assert options.nproc_per_node == given["gpus-per-node"]
+    assert (btrm["resume"], btrm["save_every"]) == ("auto", 500)
+
+
+def stand_ins(directory, srun):
+    """Slurm's programs, as far as the script calls them; `srun` is the body of that one."""
+    for name, body in {"scontrol": 'echo "scontrol $*" >> calls; echo host1', "srun": srun}.items():
+        (directory / name).write_text(f"#!/bin/bash\n{body}\n")
+        (directory / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_slurm_script_passes_the_signal_on_and_queues_the_job_again(tmp_path, stopped):
+    """Its shell is told to stop, as `--signal=B:` does; or the run ends by itself."""
+    waits = (
+        'trap "echo told >> calls; sleep 0.2; echo saved >> calls; exit 1" TERM; echo up; while :; do sleep 0.05; done'
+    )
+    stand_ins(tmp_path, waits if stopped else "echo up; exit 0")
+    (tmp_path / "job").write_text(blocks("README.md", "slurm")[0])
+    variables = {"SLURM_JOB_NODELIST": "host[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    shell = subprocess.Popen(
+        ["/bin/bash", "job"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **variables},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert shell.stdout is not None
+    assert shell.stdout.readline() == "up\n"
+    if stopped:
+        shell.terminate()
+    code = shell.wait(30)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    requeued = ["told", "saved", "scontrol requeue 7"] if stopped else []
+    assert calls == ["scontrol show hostnames host[1-2]", *requeued]
+    assert (code == 0) == (not stopped)
+
+
+def test_the_kubernetes_manifest():
+    (text,) = blocks("README.md", "yaml")
+    job = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", job["metadata"]["name"])
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"}
+    assert replicas["Master"]["replicas"] == 1
+    nodes = sum(replica["replicas"] for replica in replicas.values())
+    for replica in replicas.values():
+        assert replica["restartPolicy"] in ("OnFailure", "ExitCode"), "or a stopped run does not go on"
+        pod = replica["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        allowed = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+        assert SHUTDOWN_SECONDS <= allowed < pod["terminationGracePeriodSeconds"]
+        gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+        claims = {volume["name"]: volume for volume in pod["volumes"]}
+        mounted = {mount["mountPath"]: claims[mount["name"]] for mount in container["volumeMounts"]}
+        assert mounted["/dev/shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+        assert "persistentVolumeClaim" in mounted["/output"]
+        words = [re.sub(r"\$\((\w+)\)", r"1", word) for word in [*container["command"], *container["args"]]]
+        assert all(isinstance(word, str) for word in [*container["command"], *container["args"]])
+        options, btrm = passed_on(words)
+        assert (options.nnodes, options.nproc_per_node) == (str(nodes), str(gpus))
+        assert str(gpus) == job["spec"]["nprocPerNode"]
+        assert (options.node_rank, options.rdzv_backend) == (1, "static"), "set by the operator's RANK"
+        assert btrm["output"].startswith("/output/")
+        assert btrm["resume"] == "auto"
+        assert btrm["save_every"]
+    variables = set(re.findall(r"\$\((\w+)\)", text))
+    assert variables == {"RANK", "MASTER_ADDR", "MASTER_PORT"}, "all are set by the operator"
+
+
+def test_the_examples_of_toml_and_links_exist():
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if not target.startswith("http") and "OWNER" not in target:
+                assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"

@@ -1,0 +1,182 @@
+"""Two families as strangers would publish them, built, installed beside btrm, used, and uninstalled again.
+
+`third_party/btrm-smollm2` is of an architecture that btrm's own families have too, with a tokenizer full of traps;
+`third_party/btrm-qwen3` is of another one. Nothing in btrm knows either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.environments import Environment, build_wheel
+
+PACKAGES = Path(__file__).parents[1] / "third_party"
+NAMES = {"smollm2": "btrm-smollm2 0.2.0", "qwen3": "btrm-qwen3 1.0.0"}
+SAMPLE = Path(__file__).parents[2] / "btrm_core" / "data" / "sample" / "held_out.jsonl"
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+]
+CHATML = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>"
+)
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("wheels")
+    return {name: build_wheel(PACKAGES / f"btrm-{name}", directory) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> Environment:
+    """An environment in which both stay installed."""
+    made = Environment(tmp_path_factory.mktemp("third_party"))
+    made.install(*wheels.values())
+    return made
+
+
+def done_well(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def listed(environment: Environment) -> dict[str, str]:
+    """Family -> origin and status, as `btrm families` shows them."""
+    entries = json.loads(done_well(environment.btrm("families", "--json")))
+    return {e["name"]: f"{e['distribution']} {e['version']} {e['status']}" for e in entries}
+
+
+def scored(environment: Environment, model: Path, source: Path) -> list[dict[str, Any]]:
+    """The lines that `btrm score` writes for an input file."""
+    output = source.with_suffix(".scored.jsonl")
+    done_well(environment.btrm("score", str(model), str(source), "-o", str(output)))
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_their_own_tests_pass(environment, tmp_path):
+    directories = [str(PACKAGES / f"btrm-{name}" / "tests") for name in NAMES]
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(tmp_path)]
+    # The packages lie below this repository's settings and conftest, which are none of theirs.
+    done = environment.run("-m", "pytest", "-c", "/dev/null", "--noconftest", *options, *directories, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d\d passed, 1 skipped in ", done.stdout, re.MULTILINE), done.stdout
+    assert "the tokenizer has no beginning-of-sequence token" in done.stdout
+
+
+def test_they_are_packages_that_can_be_published(tmp_path):
+    for name in NAMES:
+        files = {str(p.relative_to(PACKAGES / f"btrm-{name}")) for p in (PACKAGES / f"btrm-{name}").rglob("*.*")}
+        assert {"pyproject.toml", "README.md", f"btrm_{name}/py.typed", f"tests/test_{name}.py"} <= files
+        assert (PACKAGES / f"btrm-{name}" / "LICENSE").is_file()
+        test = (PACKAGES / f"btrm-{name}/tests/test_{name}.py").read_text(encoding="utf-8")
+        assert len([line for line in test.splitlines() if line.strip()]) <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_installed_it_trains_and_evaluates_and_uninstalled_its_models_score_the_same(name, wheels, tmp_path):
+    environment, output = Environment(tmp_path / "environment"), tmp_path / "run"
+    environment.install(wheels[name])
+    assert listed(environment)[name] == f"{NAMES[name]} ok"
+    done = environment.btrm("train", "--family", name, "--max-steps", "2", "--output", str(output))
+    assert f"family {name} ({NAMES[name]})" in " ".join((done_well(done) + done.stderr).split())
+    manifest = json.loads((output / "model" / "btrm.json").read_text(encoding="utf-8"))
+    assert (manifest["family"], manifest["origin"]) == (name, NAMES[name])
+    assert (manifest["terminal_token"], manifest["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+    assert manifest["answers"] == dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), f"family {name}")
+    evaluated = json.loads(done_well(environment.btrm("eval", str(output), "--data", str(SAMPLE), "--json")))
+    assert evaluated["sources"][str(SAMPLE)]["pairs"] == 131
+
+    environment.uninstall(f"btrm-{name}")
+    assert name not in listed(environment)
+    gone = environment.btrm("families", name)
+    assert (gone.returncode, gone.stderr.startswith(f"btrm: unknown family '{name}'.")) == (2, True)
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    after = [line[key] for line in scored(environment, output, source) for key in ("chosen_reward", "rejected_reward")]
+    assert after == pytest.approx([vector["reward"] for vector in manifest["self_test"]], abs=1e-5)
+
+
+@pytest.mark.hub("model")
+def test_smollm2_with_its_real_weights(environment, real_model, tmp_path):
+    answers = json.loads(done_well(environment.btrm("families", "smollm2", "--model", str(real_model), "--json")))
+    assert {hook: answer["given_by"] for hook, answer in answers["answers"].items()} == {
+        **dict.fromkeys(("claims", "setup_tokenizer", "pad_token", "chat_template"), "family smollm2"),
+        "init_head": "btrm default",
+    }
+    pad = answers["answers"]["pad_token"]
+    assert (pad["token"], pad["id"], pad["new"]) == ("<|endoftext|>", 0, False)
+    refused = environment.btrm("train", "--family", "llama3", "--model", str(real_model), "--data", str(SAMPLE))
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith(": use --family smollm2")
+    # No --family: smollm2 is the only one that claims it.
+    settings = [
+        "--max-steps",
+        "2",
+        "--pairs-per-step",
+        "4",
+        "--max-length",
+        "256",
+        "--set",
+        "model.train_last_layers=1",
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:40]), encoding="utf-8")
+    output = tmp_path / "run"
+    train = ["train", "--model", str(real_model), "--data", str(source), "--output", str(output), *settings]
+    done_well(environment.btrm(*train, timeout=280))
+    manifest = json.loads((output / "model" / "btrm.json").read_text(encoding="utf-8"))
+    assert (manifest["family"], manifest["origin"], manifest["pad_token_id"]) == ("smollm2", NAMES["smollm2"], 0)
+    lines = scored(environment, output, source)
+    assert len(lines) == 40
+    assert all(line["chosen_reward"] != line["rejected_reward"] for line in lines)
+
+
+@pytest.mark.hub("model")
+def test_smollm2_passes_the_checks_on_the_real_checkpoint(environment, real_model):
+    report = done_well(environment.btrm("families", "smollm2", "--check", "--model", str(real_model), timeout=280))
+    assert re.search(r"^\d\d passed, 0 failed, 0 skipped$", report, re.MULTILINE), report
+
+
+@pytest.mark.hub("tokenizers")
+def test_qwen3_with_its_real_tokenizer(environment, real_tokenizers, tmp_path):
+    """The ids are those of ChatML: the tokenizer's own for every piece between control tokens."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import json
+from transformers import AutoConfig, AutoTokenizer
+from btrm_core.chat import prepare_chat
+from btrm_core.families import load
+
+tokenizer = AutoTokenizer.from_pretrained({str(real_tokenizers / "qwen3")!r})
+original = tokenizer.chat_template
+chat = prepare_chat(tokenizer, AutoConfig.for_model("qwen3"), load("qwen3"))
+conversation = json.loads({json.dumps(json.dumps(CONVERSATION))})
+thought = [*conversation[:-1], dict(conversation[-1], content="<think>hm</think>Hello!")]
+print(json.dumps(dict(
+    text=chat.render(conversation), thought=chat.render(thought)[-40:], ids=chat.encode([conversation])[0],
+    terminal=chat.terminal_token, bos=chat.bos_id, pad=chat.pad.token, new=chat.num_new_tokens,
+    original="<think>" in tokenizer.apply_chat_template(conversation, chat_template=original, tokenize=False),
+)))
+""",
+        encoding="utf-8",
+    )
+    found = json.loads(done_well(environment.run(str(script))))
+    assert found["text"] == CHATML
+    assert found["original"] is True
+    assert found["thought"].endswith("<think>hm</think>Hello!<|im_end|>")
+    assert (found["terminal"], found["bos"], found["pad"], found["new"]) == ("<|im_end|>", None, "<|endoftext|>", 0)
+    start, end, newline = 151644, 151645, 198
+    assert found["ids"] == [
+        *(start, 8948, newline, 3430, 9814, 13, end, newline),
+        *(start, 872, newline, 13048, end, newline),
+        *(start, 77091, newline, 9707, 0, end),
+    ]

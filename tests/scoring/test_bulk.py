@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model, reward_model, say
+
+from btrm_core.cli import main
+from btrm_core.errors import CheckpointError, DataError
+from btrm_core.evaluation.text import format_evaluation
+from btrm_core.scoring.bulk import header_file, score_file
+from btrm_core.scoring.evaluate import evaluate_sources
+from btrm_core.scoring.scorer import Responses, Rewards, Scorer
+
+TOO_LONG = "word " * 400
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reward_model(tmp_path_factory.mktemp("scoring") / "model")
+
+
+@pytest.fixture(scope="session")
+def scorer(model: Path) -> Scorer:
+    return Scorer(str(model), device="cpu", tokens_per_batch=16)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTRM_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, rows: Iterable[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pairs(number: int) -> list[dict[str, Any]]:
+    return [{"id": n, "prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"Not {n}, never."} for n in range(number)]
+
+
+def test_lines_of_all_kinds_keep_their_order(scorer: Scorer, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl.gz", tmp_path / "new" / "out.jsonl"
+    cut = [*say(TOO_LONG, "Yes."), *say("Why?", "Because.")]
+    rows = [
+        {"messages": CONVERSATIONS[0], "id": "ä"},
+        CONVERSATIONS[2],
+        {"prompt": PROMPT, "chosen": RESPONSES[0], "rejected": RESPONSES[1]},
+        {"prompt": PROMPT, "responses": [RESPONSES[0], TOO_LONG]},
+        {"messages": CONVERSATIONS[0][:1]},
+        {"messages": cut, "broken": "\ud800"},
+    ]
+    lines = [json.dumps(row).encode() for row in rows]
+    source.write_bytes(gzip.compress(b"\n".join([*lines[:2], b" ", b"{oops", *lines[2:]])))
+    text = score_file(scorer, str(source), str(target))
+
+    a, b, chosen, rejected, because = scorer.rewards(
+        [
+            *(CONVERSATIONS[0], CONVERSATIONS[2]),
+            *([*PROMPT, {"role": "assistant", "content": r}] for r in RESPONSES[:2]),
+            say("Why?", "Because."),
+        ]
+    ).tolist()
+    margin = chosen - rejected
+    out = read(target)
+    near = {name: pytest.approx(value, abs=1e-5) for name, value in locals().items() if isinstance(value, float)}
+    assert out[0] == {"messages": CONVERSATIONS[0], "id": "ä", "reward": near["a"]}
+    assert out[1] == {"messages": CONVERSATIONS[2], "reward": near["b"]}
+    assert re.fullmatch(r"line 4: not JSON: .* at column 2", out[2].pop("error"))
+    assert out[2] == {}
+    assert out[3] == {
+        **rows[2],
+        "chosen_reward": near["chosen"],
+        "rejected_reward": near["rejected"],
+        "reward_margin": pytest.approx(margin, abs=2e-5),
+    }
+    assert out[4] == {
+        **rows[3],
+        "rewards": [near["chosen"], None],
+        "error": "line 6: responses[1]: answer longer than max_length 256",
+    }
+    assert (out[5]["reward"], out[5]["error"]) == (
+        None,
+        "line 7: the last message is from 'user', expected 'assistant'",
+    )
+    assert out[6] == {**rows[5], "reward": near["because"], "truncated": True}
+    assert len(out) == 7
+    assert re.fullmatch(
+        rf"{re.escape(str(target))}: 3 conversations, 1 pair scored in [\d.]+ s \([\d.]+ rewards/s\); 1 truncated; "
+        r"3 not scored \(line 4: not JSON: .*\)",
+        text,
+    )
+    assert sorted(path.name for path in target.parent.iterdir()) == ["out.jsonl"]
+
+
+def test_speed_is_said_in_pairs_where_there_are_only_pairs(scorer: Scorer, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", pairs(3))
+    assert re.search(r": 3 pairs scored in .* pairs/s\)$", score_file(scorer, source, str(tmp_path / "out.jsonl")))
+
+
+@pytest.fixture(scope="session")
+def scored(scorer: Scorer, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """A file of 60 pairs, one of them broken, and its rewards."""
+    root = tmp_path_factory.mktemp("scored")
+    rows: list[Any] = [*pairs(60), 7]
+    rows[10], rows[60] = rows[60], rows[10]
+    source = write(root / "in.jsonl", rows)
+    score_file(scorer, source, str(root / "out.jsonl"))
+    return source, (root / "out.jsonl").read_bytes()
+
+
+def same(found: bytes, expected: bytes) -> None:
+    """Equal but for rounding: other lines share a row after an interruption."""
+    left, right = ([json.loads(line) for line in lines.splitlines()] for lines in (found, expected))
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert list(one) == list(other)
+        for key, value in one.items():
+            assert value == (pytest.approx(other[key], abs=1e-5) if key.endswith("_reward") else other[key]) or (
+                key == "reward_margin" and value == pytest.approx(other[key], abs=2e-5)
+            )
+
+
+@pytest.mark.parametrize("kept", [1, 150, 0.3, 0.7, -1, "all"])
+def test_a_killed_call_is_continued_after_its_last_whole_line(
+    scorer: Scorer, scored: tuple[str, bytes], kept: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, whole = scored
+    target = tmp_path / "out.jsonl"
+    header = {"format": 1, "input": _sha256(source), "model": scorer.identity}
+    header_file(target).write_text(json.dumps(header))
+    bytes_kept = (
+        int(kept * len(whole)) if isinstance(kept, float) else len(whole) if kept == "all" else kept % len(whole)
+    )
+    (tmp_path / "out.jsonl.partial").write_bytes(whole[:bytes_kept])
+    before = scorer.tokens.useful
+    text = score_file(scorer, source, str(target))
+    same(target.read_bytes(), whole)
+    lines, said = whole[:bytes_kept].count(b"\n"), capsys.readouterr().err
+    if lines:
+        assert f"out.jsonl.partial goes on after {lines} lines" in said
+        assert f"; {lines} lines were there from before" in text
+    else:
+        assert "out.jsonl.partial holds no whole line: starting anew" in said
+    assert "60 pairs scored" in text
+    assert "1 not scored (line 11: the line is 7" in text
+    assert (scorer.tokens.useful == before) == (kept == "all")
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"out.jsonl"}
+
+
+@pytest.mark.parametrize("change", ["input", "model", "header", "damage"])
+def test_rewards_of_another_input_or_model_are_dropped(
+    scorer: Scorer, scored: tuple[str, bytes], change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, whole = scored
+    target = tmp_path / "out.jsonl"
+    header = {"format": 1, "input": _sha256(source), "model": scorer.identity}
+    if change in header:
+        header[change] = "other"
+    if change != "header":
+        header_file(target).write_text(json.dumps(header))
+    other = b'{"chosen_reward": 99}\n' if change != "damage" else b"\x00" * 80 + b"\n"
+    (tmp_path / "out.jsonl.partial").write_bytes(other * 3)
+    score_file(scorer, source, str(target))
+    what = "holds no whole line" if change == "damage" else "is not of this input and model"
+    assert f"out.jsonl.partial {what}: starting anew" in capsys.readouterr().err
+    same(target.read_bytes(), whole)
+
+
+def _sha256(source: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+
+
+class Stopping(Scorer):
+    """A scorer that is interrupted after the second chunk."""
+
+    def stream(self, chunks: Iterable[Sequence[Responses]]) -> Iterator[list[Rewards]]:
+        for number, scored in enumerate(super().stream(chunks)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield scored
+
+
+def test_ctrl_c_keeps_whole_lines_and_says_so(
+    model: Path, scorer: Scorer, scored: tuple[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, whole = scored
+    target = tmp_path / "out.jsonl"
+    stopping = Stopping(str(model), device="cpu", tokens_per_batch=16)
+    with pytest.raises(KeyboardInterrupt):
+        score_file(stopping, source, str(target))
+    kept = (tmp_path / "out.jsonl.partial").read_bytes()
+    lines = kept.count(b"\n")
+    assert 0 < lines < 61
+    assert kept.endswith(b"\n")
+    assert not target.exists()
+    assert f"out.jsonl.partial keeps {lines} lines; the same command goes on from there" in capsys.readouterr().err
+    score_file(scorer, source, str(target))
+    assert target.read_bytes().startswith(kept)
+    same(target.read_bytes(), whole)
+
+
+def test_reading_stays_close_to_scoring(scorer: Scorer) -> None:
+    read_so_far = 0
+
+    def chunks() -> Iterator[Sequence[Responses]]:
+        nonlocal read_so_far
+        for n in range(10):
+            read_so_far = n + 1
+            yield [(PROMPT, [f"{n}"])]
+
+    for number, _ in enumerate(scorer.stream(chunks()), start=1):
+        assert read_so_far <= number + 1
+
+
+def test_a_truncated_archive_keeps_what_could_be_read(scorer: Scorer, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl.gz"
+    rows = "".join(json.dumps(row) + "\n" for row in pairs(200)).encode()
+    source.write_bytes(gzip.compress(rows)[:-60])
+    with pytest.raises(
+        DataError, match=r"in\.jsonl\.gz cannot be read after line \d+ \(.*\); the file may be cut short"
+    ):
+        score_file(scorer, str(source), str(tmp_path / "out.jsonl"))
+    assert len((tmp_path / "out.jsonl.partial").read_bytes().splitlines()) > 5
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_refused_inputs_and_outputs(scorer: Scorer, tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", pairs(1)), str(tmp_path / "out.jsonl")
+    wrong = write(tmp_path / "wrong.jsonl", [{"text": "a"}, {"text": "b"}])
+    (tmp_path / "wide.jsonl").write_bytes("{}\n".encode("utf-16"))
+    cases = {
+        (str(tmp_path / "none.jsonl"), out): r"there is no file .*none\.jsonl",
+        (str(tmp_path / "x.parquet"), out): r"there is no file",
+        (write(tmp_path / "in.json", []), out): r"in\.json is not JSON Lines",
+        (source, source): r"cannot write to .*in\.jsonl: it is the input",
+        (source, str(tmp_path)): r"it is a directory",
+        (source, out + ".gz"): r"name it without \.gz",
+        (write(tmp_path / "empty.jsonl", []), out): r"empty\.jsonl holds no lines",
+        (str(tmp_path / "wide.jsonl"), out): r"wide\.jsonl is UTF-16, expected UTF-8",
+        (wrong, out): r"none of the 2 lines of .*wrong\.jsonl could be scored; line 1: expected 'messages', ",
+    }
+    for (given, wanted), reason in cases.items():
+        with pytest.raises(DataError, match=reason):
+            score_file(scorer, given, wanted)
+    assert not Path(out).exists()
+    score_file(scorer, source, out)
+    with pytest.raises(
+        DataError, match=r"out\.jsonl exists already; name another output, or replace it with --overwrite"
+    ):
+        score_file(scorer, source, out)
+    score_file(scorer, source, out, overwrite=True)
+
+
+def test_two_calls_do_not_write_one_file(scorer: Scorer, tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / "out.jsonl.partial").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"another process is writing .*out\.jsonl\.partial"):
+            score_file(scorer, write(tmp_path / "in.jsonl", pairs(1)), str(tmp_path / "out.jsonl"))
+
+
+def test_a_full_disk_is_one_line(scorer: Scorer, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.partial").symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"cannot write .*out\.jsonl: .*; the same command goes on"):
+        score_file(scorer, write(tmp_path / "in.jsonl", pairs(1)), str(tmp_path / "out.jsonl"))
+
+
+def btrm(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_command_scores_and_refuses(model: Path, scorer: Scorer, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", pairs(2))
+    result = btrm("score", model, source, "-o", tmp_path / "out.jsonl")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "2 pairs scored" in result.stderr
+    expected = scorer.pair_rewards(
+        [[{"role": "user", "content": f"Say {n}."}] for n in range(2)], ["0", "1"], ["Not 0, never.", "Not 1, never."]
+    )
+    found = [[row["chosen_reward"], row["rejected_reward"]] for row in read(tmp_path / "out.jsonl")]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    again = btrm("score", model, source, "-o", tmp_path / "out.jsonl")
+    assert again.exit_code == 2
+    assert again.stderr.strip().endswith(
+        "out.jsonl exists already; name another output, or replace it with --overwrite"
+    )
+    base = base_model(tmp_path / "base", "llama3")
+    refused = btrm("score", base, source, "-o", tmp_path / "other.jsonl")
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        f"btrm: {base} holds no reward head (score.weight is missing from its weights); expected a model trained by "
+        f"`btrm train`, such as one made with --model {base}\n"
+    )
+
+
+def test_an_evaluation_of_several_sources(model: Path, scorer: Scorer, tmp_path: Path) -> None:
+    first = write(tmp_path / "first.jsonl", [*pairs(12), {"chosen": 1, "rejected": 2}])
+    second = write(tmp_path / "second.jsonl", [{**row, "prompt": f"And {row['prompt']}"} for row in pairs(7)])
+    result = evaluate_sources(scorer, (first, second, first))
+    assert json.loads(json.dumps(result)) == result
+    assert list(result["sources"]) == [first, second]
+    assert (result["bad_rows"], result["dtype"], result["family"]) == (1, "float32", "llama3")
+
+    rewards = [
+        scorer.pair_rewards(
+            [[{"role": "user", "content": lead + row["prompt"]}] for row in pairs(number)],
+            [row["chosen"] for row in pairs(number)],
+            [row["rejected"] for row in pairs(number)],
+        )
+        for lead, number in (("", 12), ("And ", 7))
+    ]
+    for figures, expected in zip(
+        [*result["sources"].values(), result["overall"]], [*rewards, np.concatenate(rewards)], strict=True
+    ):
+        assert figures["pairs"] == len(expected)
+        assert figures["accuracy"] == pytest.approx((expected[:, 0] > expected[:, 1]).mean())
+        assert figures["chosen_mean"] == pytest.approx(expected[:, 0].mean(), abs=1e-5)
+        assert figures["longer_wins_tokens"] == 0.0
+    assert {row["name"]: row["pairs"] for row in result["overall"]["subsets"]} == {"first": 12, "second": 7}
+
+    text = format_evaluation(result)
+    assert text.splitlines()[0].startswith(f"{model}, family llama3, float32, ")
+    assert re.search(
+        rf"^{re.escape(first)}: accuracy [\d.]+ ± [\d.]+ \(more tokens wins: 0\.000\), .*, 12 pairs$", text, re.M
+    )
+    assert "first.jsonl:13: 'chosen' is 1 (int)" in text
+    assert re.search(r"^all: accuracy .* 19 pairs$", text, re.M)
+    printed = btrm("eval", model, "--data", second, "--json")
+    assert json.loads(printed.stdout)["overall"]["accuracy"] == result["sources"][second]["accuracy"]
+    assert printed.exit_code == 0
+
+
+def test_an_evaluation_shares_prompts_and_stops_at_nan(scorer: Scorer, model: Path, tmp_path: Path) -> None:
+    long = "Tell me about it. " * 10
+    rows = [{"prompt": long, "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(5)]
+    source = write(tmp_path / "in.jsonl", rows)
+    before = scorer.tokens.computed, scorer.tokens.useful
+    evaluate_sources(scorer, [source])
+    assert (scorer.tokens.computed - before[0]) < 0.7 * (scorer.tokens.useful - before[1])
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["score.weight"][0, 0] = float("inf")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"gives pair in\.jsonl:1 a reward that is not a finite number"):
+        evaluate_sources(Scorer(str(broken), device="cpu"), [source])

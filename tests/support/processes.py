@@ -1,0 +1,106 @@
+"""Processes that start at once: forked from a server that has imported everything, one or several in a group.
+
+A fresh interpreter takes ten seconds or more to import torch, DeepSpeed and transformers on a small machine; a fork of
+one that has done so takes none. What a child prints goes to a file. A child that outlives its time is killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def _server() -> None:
+    """Start the process that children are forked from; it finds modules only by PYTHONPATH, whatever `sys.path` is."""
+    _context.set_forkserver_preload(["support.trajectories"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        forkserver.ensure_running()
+
+
+def start(
+    function: Callable[..., Any], *arguments: Any, log: Path, world: int = 1, **keywords: Any
+) -> list[ForkServerProcess]:
+    """Start `function` in a process, or in `world` processes of one group as a launcher would."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if world > 1 else {}
+    _server()
+    processes = []
+    for rank in range(world):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
+        variables = {key: str(value) for key, value in {**address, **group}.items()}
+        process = _context.Process(
+            target=_child, args=(variables, str(log), function, arguments, keywords), daemon=True
+        )
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def wait(processes: Sequence[ForkServerProcess], timeout: float = 120) -> list[int | None]:
+    """Exit codes (negative: the signal that ended it); all are killed if one takes longer than `timeout` seconds."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def command(*arguments: str) -> None:
+    """`btrm ARGUMENTS` in a child."""
+    from btrm_core.cli import main
+
+    sys.argv = ["btrm", *arguments]
+    main()
+
+
+def until(condition: Callable[[], bool], processes: Sequence[ForkServerProcess], timeout: float = 60) -> None:
+    """Wait until `condition` holds; fails if it does not in time, or all processes have ended."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        assert any(process.is_alive() for process in processes) or condition(), "the processes have ended"
+        time.sleep(0.005)
+
+
+def _child(
+    variables: dict[str, str],
+    log: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
+    import torch
+
+    os.environ.update(variables)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    torch.set_num_threads(1)
+    function(*arguments, **keywords)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

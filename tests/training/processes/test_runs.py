@@ -1,0 +1,267 @@
+"""Runs of several processes: every launcher, one failure that ends them all, and directories that cannot be written.
+
+Most runs here are forks (`processes`) that find what a launcher would have put into their environment; the launchers
+themselves are started too, and two of them are slow to start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import processes, trajectories
+from support.trajectories import distance, flags, metrics, read, trajectory
+
+from btrm_core import errors as errors_module
+from btrm_core.errors import CheckpointError, DataError
+from btrm_core.files import output_lock
+from btrm_core.training import loop, rewards
+from btrm_core.training.profiling import PARTS
+
+EXACT = 1e-5
+SECONDS_TO_END = 30.0
+"""How long all processes may take to end after one failed, on a busy machine."""
+BIN = Path(sys.executable).parent
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trajectories.prepare(tmp_path_factory.mktemp("runs"))
+
+
+def launched(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a launcher with all that it starts, and leave none of it running."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # launchers pass it on
+        output, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def test_btrm_starts_processes_itself(root: Path, tmp_path: Path) -> None:
+    done = launched(sys.executable, "-m", "btrm_core", "train", "--processes", "2", *flags(root, tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = trajectory(root, tmp_path / "one")
+    losses = [row["loss"] for row in metrics(tmp_path / "two")]
+    assert losses == pytest.approx(alone.losses, abs=EXACT)
+    assert done.stdout.count("model saved in") == 1
+    assert done.stdout.startswith("held-out accuracy"), "results only"
+    assert done.stderr.count("ln 2 = 0.6931") == 1, "one process speaks"
+    assert "2 x CPU" in done.stderr
+
+
+TORCHRUN = ("torchrun", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port={port}", "-m", "btrm_core")
+ACCELERATE = (
+    *("accelerate", "launch", "--use_deepspeed", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
+    *("--dynamo_backend=no", "--main_process_port=0", "-m", "btrm_core"),
+)
+DEEPSPEED = ("deepspeed", "--num_gpus=2", "--master_port={port}", "--module", "btrm_core")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE, DEEPSPEED], ids=lambda command: command[0])
+def test_other_launchers(root: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    port = processes.free_port()
+    program, *options = (part.format(port=port) for part in launcher)
+    given = flags(root, tmp_path / "run", train__max_steps=2)
+    # through the interpreter: DeepSpeed's script names it in a way that fails for a path with a space
+    done = launched(sys.executable, str(BIN / program), *options, "train", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x CPU" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "model" / "btrm.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_to_the_launcher_reaches_all(root: Path, tmp_path: Path, number: int, code: int) -> None:
+    given = flags(root, tmp_path / "run", train__max_steps=100_000, train__epochs=1e5)
+    command = [sys.executable, "-m", "btrm_core", "train", "--processes", "2", *given]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        end = time.monotonic() + 120
+        while len(metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(60) == code, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        process.terminate()
+    said = (tmp_path / "log").read_text()
+    step = len(metrics(tmp_path / "run"))
+    assert said.count(f"stopped after step {step}; go on with the same command and --resume") == 1, said[-3000:]
+    assert (tmp_path / "run" / "resume" / f"step-{step:08d}" / "COMPLETE").exists()
+    assert "Traceback" not in said
+
+
+def failing(error: str, root: str, output: str) -> None:
+    """`btrm train` in a child; in the second process the third step fails."""
+    if os.environ["RANK"] == "1":
+        step = loop.train_step
+
+        def broken(engine: Any, batches: Any, *rest: Any, **more: Any) -> Any:
+            if batches.index == 2 and error == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if batches.index == 2:
+                raise {"user": DataError, "bug": ValueError}[error]("the pairs of this process are gone")
+            return step(engine, batches, *rest, **more)
+
+        loop.train_step = broken
+    processes.command("train", *flags(Path(root), Path(output)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        ("user", r"^btrm: the pairs of this process are gone$", 2),
+        ("bug", r"^btrm: this is a bug; please report it with the lines above$", 1),
+        ("kill", r"^btrm: another process of this run has ended; its own message is above, .* --resume$", -9),
+    ],
+)
+def test_one_failure_ends_all_and_is_told_once(root: Path, tmp_path: Path, error: str, message: str, code: int) -> None:
+    log = tmp_path / "log"
+    group = processes.start(failing, error, str(root), str(tmp_path / "run"), log=log, world=2)
+    processes.until(lambda: not all(process.is_alive() for process in group), group, timeout=120)
+    first = time.monotonic()
+    codes = processes.wait(group, timeout=60)
+    assert time.monotonic() - first < SECONDS_TO_END
+    said = log.read_text()
+    assert codes[1] == code, said[-3000:]
+    assert codes[0] in (1, 2)
+    assert len(re.findall(message, said, re.MULTILINE)) == 1, said[-3000:]
+    assert len(re.findall("^btrm: ", said, re.MULTILINE)) == 1, said[-3000:]
+    assert said.count("Traceback") == (1 if error == "bug" else 0), said[-3000:]
+
+
+def test_a_killed_group_goes_on(root: Path, tmp_path: Path) -> None:
+    """Kill -9 of one of two processes under ZeRO-3; then again two processes, and another time one alone."""
+    values = {"distributed__deepspeed": "zero3", "train__max_steps": 40, "train__epochs": 10.0}
+    log = tmp_path / "log"
+    group = processes.start(
+        trajectories.train, root, tmp_path / "run", log=log, world=2, **values, output__save_every=4
+    )
+    processes.until(lambda: (tmp_path / "run" / "resume" / "step-00000004").exists(), group, timeout=120)
+    group[1].kill()
+    assert processes.wait(group, timeout=60)[1] == -signal.SIGKILL
+    done = len(metrics(tmp_path / "run"))
+    assert done < 40
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    runs = {"run": {**values, "output__resume": "auto"}}
+    group = processes.start(trajectories.run_many, str(root), str(tmp_path), runs, log=log, world=2)
+    whole = trajectory(root, tmp_path / "whole", **values)
+    assert processes.wait(group) == [0, 0], log.read_text()[-3000:]
+    assert distance(trajectories.stored(tmp_path, "run"), whole) < 1e-4  # forty steps, one process against two
+    assert distance(trajectory(root, tmp_path / "alone", **values, output__resume="auto"), whole) < 1e-4
+
+
+def test_two_runs_do_not_share_a_directory(root: Path, tmp_path: Path) -> None:
+    with (
+        output_lock(tmp_path, is_main=True),
+        pytest.raises(CheckpointError, match=rf"another run \(process {os.getpid()}\) is writing to .*choose another"),
+    ):
+        trajectories.train(root, tmp_path)
+    trajectories.train(root, tmp_path, train__max_steps=1)
+
+
+def test_an_output_directory_that_cannot_be_written(root: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot write to the output directory /proc/btrm: "):
+        trajectories.train(root, Path("/proc/btrm"))
+
+
+def on_a_small_disk(size: int, *arguments: str) -> None:
+    """`btrm` in a child that cannot write files larger than `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    processes.command(*arguments)
+
+
+@pytest.mark.parametrize("saving", ["checkpoint", "model"])
+def test_a_full_disk_leaves_nothing_half_written(root: Path, tmp_path: Path, saving: str) -> None:
+    trajectories.train(root, tmp_path / "first", train__max_steps=1)  # what is cached and lasts is there
+    output, log = tmp_path / "run", tmp_path / "log"
+    values = {"output__save_every": 2} if saving == "checkpoint" else {}
+    child = processes.start(on_a_small_disk, 150_000, "train", *flags(root, output, **values), log=log)
+    said_code = processes.wait(child)
+    said = log.read_text()
+    assert said_code == [2], said[-3000:]
+    place = output / "resume" / "step-00000002" if saving == "checkpoint" else output / "model"
+    message = (
+        rf"^btrm: the disk is full while saving {re.escape(str(place))}; nothing was left behind\. Free some space$"
+    )
+    assert re.search(message, said, re.MULTILINE), said[-3000:]
+    assert "Traceback" not in said
+    left = [p.name for p in output.rglob("*") if p.name not in (".lock", "metrics.jsonl", "resume")]
+    assert left == []
+
+
+def test_out_of_memory_goes_on_with_a_smaller_budget(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the run had had the small budget from the start, whatever the step had gathered before."""
+    small = {stage: trajectory(root, tmp_path / f"{stage} small", **_of(stage, 250)) for stage in ("zero1", "zero3")}
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(_refuse_long_rows)
+    try:
+        for stage, expected in small.items():
+            output = tmp_path / stage
+            found = read(trajectories.train(root, output, **_of(stage, 1000), train__auto_budget=True), output)
+            assert found.micro_batches == expected.micro_batches
+            assert distance(found, expected) < 1e-6
+        with pytest.raises(
+            errors_module.TrainingError, match=r"out of memory \(no room\); try --tokens-per-batch 500; --auto"
+        ):
+            trajectories.train(root, tmp_path / "told", **_of("zero1", 1000))
+    finally:
+        hook.remove()
+
+
+def _of(stage: str, budget: int) -> dict[str, Any]:
+    return {"distributed__deepspeed": stage, "train__tokens_per_batch": budget, "data__max_length": 96}
+
+
+def _refuse_long_rows(module: torch.nn.Module, arguments: Any) -> None:
+    if type(module).__name__ == "LlamaDecoderLayer" and module.training and arguments[0].shape[1] > 260:
+        raise torch.OutOfMemoryError("no room")
+
+
+def test_profile_says_where_the_time_goes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trajectories.train(root, tmp_path / "run", output__profile=True)
+    said = capsys.readouterr().err
+    assert "mean of 3 after 2 of warm-up" in said
+    for part in PARTS:
+        assert re.search(rf"^  {part} +\d+\.\d ms +\d+\.\d%$", said, re.MULTILINE), said
+    assert (tmp_path / "run" / "profile.json.gz").stat().st_size > 1000
+    trajectories.train(root, tmp_path / "short", output__profile=True, train__max_steps=2)
+    assert "--profile: the run ended before step 3, so nothing was measured" in capsys.readouterr().err
+
+
+def test_evaluation_needs_no_equal_shares(root: Path, tmp_path: Path) -> None:
+    """Three held-out pairs over two processes: every process makes as many passes, and all rewards arrive."""
+    assert rewards.CHUNK > 3
+    group = processes.start(
+        trajectories.run_many,
+        str(root),
+        str(tmp_path),
+        {"two": {"output__eval_every": 5}},
+        log=tmp_path / "log",
+        world=2,
+    )
+    alone = trajectory(root, tmp_path / "alone", output__eval_every=5)
+    assert processes.wait(group) == [0, 0], (tmp_path / "log").read_text()[-3000:]
+    two = [row["loss"] for row in metrics(tmp_path / "two", "eval")]
+    assert two == pytest.approx([row["loss"] for row in metrics(tmp_path / "alone", "eval")], abs=EXACT)
+    assert distance(trajectories.stored(tmp_path, "two"), alone) < EXACT
