@@ -7,7 +7,6 @@ built beforehand, with no head, loss, metrics, clipping or optimiser.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -83,7 +82,7 @@ def load_model(work: Workload, config: Any, layout: str, dtype: Any, device: Any
 
 def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
     """Train with btrm's own loop on rows of the given layout (shared, packed or padded)."""
-    from btrm_core.training import Progress, Schedule, Seams, fit, make_engine
+    from btrm_core.training import Data, Job, Progress, Schedule, Seams, Session, fit, make_engine
     from btrm_core.training.processes import runtime as runtime_module
 
     config = run_config(work, layout)
@@ -95,20 +94,19 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
             gate.note_loss(1, figures["loss"])
         stopped = not gate.step_done()
 
-    with runtime_module.start(config) as runtime:
+    with runtime_module.group(config), runtime_module.start(config) as runtime:
         pairs = ArrayPairs(work.pairs)
         model, form = load_model(work, config, layout, runtime.dtype, runtime.device)
-        check_order(work, plans_of(work, pairs, form))
+        plans = plans_of(work, pairs, form)
+        check_order(work, plans)
         model.register_forward_pre_hook(partial(_count, gate))
         engine = make_engine(model, config, runtime)
         time_optimizer(engine, gate)
-        plan_of = Schedule(steps.stop, work.settings.steps, warmup_steps=0, peak=work.settings.learning_rate)
-        seams: dict[str, Any] = {
-            item.name: _nothing for item in dataclasses.fields(Seams)
-        }  # no evaluation, saving or talking
-        calls = Seams(**{**seams, "log": log, "stop_requested": lambda: stopped})
+        schedule = Schedule(steps.stop, work.settings.steps, warmup_steps=0, peak=work.settings.learning_rate)
+        job: Any = Job(config, None, None, work.directory)  # type: ignore[arg-type]  # no step asks a family
+        session = Session(job, runtime, Data(pairs, None, {}, [], None), engine, form, plans[0], schedule)
         if gate.open():
-            fit(engine, pairs, config, runtime, plan_of, Progress(step=steps.start), calls, form)
+            fit(session, Progress(step=steps.start), Seams(log=log, stop_requested=lambda: stopped))
         engine.destroy()
 
 
@@ -176,10 +174,6 @@ def time_optimizer(engine: Any, gate: Gate) -> None:
         return out
 
     engine.step = timed
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """A seam of the training loop that a benchmark leaves empty."""
 
 
 def _count(gate: Gate, _: Any, args: tuple[Any, ...]) -> None:

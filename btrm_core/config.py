@@ -16,10 +16,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from btrm_core.errors import ConfigError, did_you_mean
 from btrm_core.settings import CHOICES, NOT_NEGATIVE, POSITIVE, LoraConfig, RunConfig
+
+Number = TypeVar("Number", int, float)
 
 
 def read_settings(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -106,6 +108,21 @@ def resolve(config: RunConfig, recipe: Any) -> RunConfig:
     }
     current = flat(config)
     return apply(config, {k: v for k, v in open_values.items() if current[k] is None and v is not None})
+
+
+def settled(value: Number | None, key: str) -> Number:
+    """A setting that a recipe fills, in a resolved configuration.
+
+    Args:
+        value: Its value.
+        key: Its name, as "section.key".
+
+    Raises:
+        ConfigError: neither the user nor a recipe has said it.
+    """
+    if value is None:
+        raise ConfigError(f"{key} is open: set it (--set {key}=VALUE), or resolve the settings by a family's recipe")
+    return value
 
 
 def setting_types() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from btrm_core.model.adapters import as_merged, merged_weights, plain_model
 from btrm_core.model.attention import KERNELS, choose_kernel, uses_softcap
-from btrm_core.model.base import base_config, build_model, gathered, load_tokenizer, parameter_groups
+from btrm_core.model.base import base_config, build_model, expected_kernel, gathered, load_tokenizer, parameter_groups
 from btrm_core.model.card import model_card, run_manifest
 from btrm_core.model.directory import is_finished, read_manifest, refuse_overwrite, write_model
 from btrm_core.model.load import (
@@ -42,6 +42,7 @@ __all__ = [
     "choose_kernel",
     "device_name",
     "expected_first_loss",
+    "expected_kernel",
     "find_model",
     "flops_per_token",
     "gathered",

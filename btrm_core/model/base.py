@@ -294,3 +294,27 @@ def build_model(
         if config.model.gradient_checkpointing:
             hf.enable_input_require_grads()
     return RewardModel(hf, kernel), base.head_is_new
+
+
+def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, device_type: str) -> str:
+    """The attention kernel that `build_model` will choose, from the model's configuration alone: no weights are read.
+
+    Args:
+        model: Settings of the base model.
+        family: Whose recipe says which kernels are allowed.
+        dtype: Compute type.
+        device_type: "cuda" or "cpu".
+
+    Raises:
+        ConfigError: the kernel asked for cannot be used.
+        CheckpointError: the architecture has no sequence-classification model.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    described = base_config(model)
+    try:
+        with torch.device("meta"):
+            hf = AutoModelForSequenceClassification.from_config(described, dtype=dtype)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"cannot load the base model {model.name}: {_first(error)}") from error
+    return choose_for(hf, model.attention, device_type, family.recipe().attention)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from btrm_core.config import settled
 from btrm_core.model import OPTIMIZERS, RewardModel, parameter_groups
 from btrm_core.model import optimizer as model_optimizer
 from btrm_core.settings import RunConfig
@@ -18,9 +21,28 @@ def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
     """
     from accelerate.utils import DummyOptim
 
-    groups = parameter_groups(model, float(config.train.weight_decay or 0.0))
+    groups = parameter_groups(model, settled(config.train.weight_decay, "train.weight_decay"))
     optimizer: Any = DummyOptim(groups, lr=config.train.learning_rate)  # DeepSpeed makes torch's own
     if config.train.optimizer in OPTIMIZERS:
         optimizer = model_optimizer(groups, config.train, runtime.world)
     engine, _ = runtime.accelerator.prepare(model, optimizer)
     return engine
+
+
+@contextlib.contextmanager
+def start_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Iterator[Any]:
+    """The DeepSpeed engine around a model while a run lasts; its memory is given back at the end.
+
+    Args:
+        model: The reward model, on the host.
+        config: Resolved settings.
+        runtime: This process.
+
+    Raises:
+        ConfigError: as `make_engine`.
+    """
+    engine = make_engine(model, config, runtime)
+    try:
+        yield engine
+    finally:
+        engine.destroy()

@@ -14,41 +14,46 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from btrm_core.data import TokenStore
 from btrm_core.errors import TrainingError
-from btrm_core.packing import RowForm, make_plan
 from btrm_core.settings import RunConfig
 from btrm_core.training.loss import bradley_terry, plackett_luce
 from btrm_core.training.metrics import PairSums, named, summarise, token_figures
 from btrm_core.training.micro_batches import MicroBatch, StepBatches, build_micro_batch, steps
 from btrm_core.training.offload import activation_context
-from btrm_core.training.processes import Runtime
+from btrm_core.training.processes import gather
 from btrm_core.training.profiling import Profiler
-from btrm_core.training.schedule import Progress, Schedule
+from btrm_core.training.schedule import Progress, Schedule, plan_of_epoch
+from btrm_core.training.session import Session
+
+
+def _nothing(*_: Any) -> None:
+    """A seam that is left empty."""
 
 
 @dataclass(frozen=True)
 class Seams:
     """What the loop calls at its seams; each is one function, and each is called on every process."""
 
-    log: Callable[[str, int, dict[str, Any]], None]
+    log: Callable[[str, int, dict[str, Any]], None] = _nothing
     """Write figures: split ("train" or "eval"), step, figures."""
-    evaluate: Callable[[int], dict[str, Any] | None]
+    evaluate: Callable[[int], dict[str, Any] | None] = _nothing
     """Evaluate the live model after a number of steps; None if there is nothing to evaluate on."""
-    improved: Callable[[Progress, dict[str, Any]], None]
+    improved: Callable[[Progress, dict[str, Any]], None] = _nothing
     """The evaluation loss is the lowest so far."""
-    save: Callable[[Progress], None]
+    save: Callable[[Progress], None] = _nothing
     """Save a resumable checkpoint."""
-    stop_requested: Callable[[], bool]
+    stop_requested: Callable[[], bool] = bool
     """True once this process was asked to stop (a signal)."""
-    say: Callable[[str], None]
+    say: Callable[[str], None] = _nothing
     """Tell the user something, once over all processes."""
+    profiler: Profiler = field(default_factory=lambda: Profiler(None, _nothing))
+    """Measures some of the steps."""
 
 
 @dataclass(frozen=True)
@@ -60,144 +65,112 @@ class Around:
     """Where a forward pass keeps what its backward pass needs."""
 
 
-def fit(
-    engine: Any,
-    pairs: TokenStore,
-    config: RunConfig,
-    runtime: Runtime,
-    plan_of: Schedule,
-    progress: Progress,
-    calls: Seams,
-    form: RowForm,
-    profiler: Profiler | None = None,
-) -> Progress:
+def fit(session: Session, progress: Progress, seams: Seams) -> Progress:
     """Train from `progress.step` to the end of the schedule, or until asked to stop.
 
     Args:
-        engine: The DeepSpeed engine around the reward model.
-        pairs: Encoded training pairs.
-        config: Resolved settings.
-        runtime: This process.
-        plan_of: Steps and learning rates.
+        session: The run: engine, pairs, settings, schedule and form of its rows.
         progress: Where to start; changed in place and returned.
-        calls: Logging, evaluation, saving and stopping.
-        form: How rows are laid out.
-        profiler: Measures some of the steps; None measures none.
+        seams: Logging, evaluation, saving and stopping.
+
+    Returns:
+        Where the run stands.
 
     Raises:
         TrainingError: the loss or the gradient is not finite, and such steps are not to be skipped; or the memory of
             the GPU does not suffice.
     """
     started, before = time.monotonic(), progress.seconds
-    budget = config.train.tokens_per_batch
-    around = Around(profiler or Profiler(None, calls.say), activation_context(engine, config.model.activation_offload))
+    engine, config, schedule = session.engine, session.config, session.schedule
+    around = Around(seams.profiler, activation_context(engine, config.model.activation_offload))
     engine.train()
-    while progress.step < plan_of.total_steps and not progress.stopped:
+    while progress.step < schedule.total_steps and not progress.stopped:
         try:
-            stream = _stream(pairs, config, runtime, plan_of, progress.step, budget, form)
-            for step in around.profiler.waiting_for(stream):
-                sums, stop, seconds = _timed_step(engine, step, config, runtime, plan_of, calls, around)
+            for step in around.profiler.waiting_for(_stream(session, progress.step)):
+                sums, stop, seconds = _timed_step(session, step, seams, around)
                 progress.step, progress.seconds = step.index + 1, before + time.monotonic() - started
-                calls.log("train", progress.step, step_figures(sums, engine, step, plan_of, seconds))
+                seams.log("train", progress.step, step_figures(sums, engine, step, schedule, seconds))
                 if not applied(engine):
-                    _skip_or_stop(not_finite(engine, step, pairs, runtime), progress, config.train.skip_nan)
-                _after_step(progress, config, runtime, plan_of, calls, stop)
+                    _skip_or_stop(not_finite(session, step), progress, config.train.skip_nan)
+                _after_step(session, progress, seams, stop)
                 around.profiler.step_done()
                 if progress.stopped:
                     break
         except torch.OutOfMemoryError as error:
-            budget = smaller_budget(error, budget, config, runtime, pairs, form)
-            _discard_gradients(engine, pairs, form, runtime)
-            calls.say(f"out of memory in step {progress.step + 1}: going on with --tokens-per-batch {budget}")
+            session.tokens_per_batch = smaller_budget(error, session)
+            _discard_gradients(session)
+            budget = session.tokens_per_batch
+            seams.say(f"out of memory in step {progress.step + 1}: going on with --tokens-per-batch {budget}")
     around.profiler.close()
     return progress
 
 
-def _stream(
-    pairs: TokenStore,
-    config: RunConfig,
-    runtime: Runtime,
-    plan_of: Schedule,
-    first: int,
-    budget: int,
-    form: RowForm,
-) -> Iterator[StepBatches]:
-    """The steps from `first` on, in rows of at most `budget` tokens; the pairs of a step do not depend on it."""
-    epochs = range(math.ceil(plan_of.total_steps / plan_of.steps_per_epoch))
-    train = config.train
+def _stream(session: Session, first: int) -> Iterator[StepBatches]:
+    """The steps from `first` on, in rows of at most the session's budget; the pairs of a step do not depend on it."""
+    schedule, runtime, budget = session.schedule, session.runtime, session.tokens_per_batch
+    pairs = session.data.train
     plans = [
-        make_plan(
-            pairs.groups.lengths,
-            form,
-            pairs_per_step=int(train.pairs_per_step or 1),
-            tokens_per_batch=budget,
-            world=runtime.world,
-            seed=train.seed,
-            epoch=epoch,
-        )
-        for epoch in epochs
+        session.epoch
+        if epoch == 0 and session.epoch.budget == budget
+        else plan_of_epoch(session.config, pairs.groups.lengths, session.form, runtime.world, budget, epoch)
+        for epoch in range(math.ceil(schedule.total_steps / schedule.steps_per_epoch))
     ]
     workers = 2 if runtime.device.type == "cuda" else 0
-    last = plan_of.total_steps
-    return steps(pairs, plans, rank=runtime.rank, form=form, first=first, last=last, workers=workers)
+    last = schedule.total_steps
+    return steps(pairs, plans, rank=runtime.rank, form=session.form, first=first, last=last, workers=workers)
 
 
 def _timed_step(
-    engine: Any,
-    step: StepBatches,
-    config: RunConfig,
-    runtime: Runtime,
-    plan_of: Schedule,
-    calls: Seams,
-    around: Around,
+    session: Session, step: StepBatches, seams: Seams, around: Around
 ) -> tuple[dict[str, float], bool, float]:
     started = time.monotonic()
-    for group in engine.optimizer.param_groups:
-        group["lr"] = plan_of.learning_rate(step.index)
+    for group in session.engine.optimizer.param_groups:
+        group["lr"] = session.schedule.learning_rate(step.index)
     # what dropout draws follows from seed and step, so a resumed run draws the same
-    torch.manual_seed(config.train.seed * 1_000_003 + step.index * 1_009 + runtime.rank)
-    sums, stop = train_step(engine, step, config, runtime, around, stop=calls.stop_requested())
+    torch.manual_seed(session.config.train.seed * 1_000_003 + step.index * 1_009 + session.runtime.rank)
+    sums, stop = train_step(session, step, around, stop=seams.stop_requested())
     return sums, stop, time.monotonic() - started
 
 
-def _after_step(
-    progress: Progress, config: RunConfig, runtime: Runtime, plan_of: Schedule, calls: Seams, stop: bool
-) -> None:
+def _after_step(session: Session, progress: Progress, seams: Seams, stop: bool) -> None:
     """Evaluate, save and decide whether to stop, as the settings say for this step."""
-    train, output = config.train, config.output
-    eval_every = output.eval_every or max(1, plan_of.total_steps // 10)
-    last = progress.step == plan_of.total_steps
+    train, output, total = session.config.train, session.config.output, session.schedule.total_steps
+    eval_every = output.eval_every or max(1, total // 10)
+    last = progress.step == total
     if progress.step % eval_every == 0 or last:
-        _evaluated(calls, progress, train.early_stopping)
-    if train.max_hours and runtime.any(progress.seconds > train.max_hours * 3600):
+        _evaluated(seams, progress, train.early_stopping)
+    if train.max_hours and session.runtime.any(progress.seconds > train.max_hours * 3600):
         progress.stopped = f"after {train.max_hours:g} hours, as asked"
     if stop:
         progress.stopped = "signal"
     due = output.save_every is not None and progress.step % output.save_every == 0 and not last
     if progress.stopped == "signal" or due:
-        calls.save(progress)
+        seams.save(progress)
 
 
-def smaller_budget(
-    error: torch.OutOfMemoryError, budget: int, config: RunConfig, runtime: Runtime, pairs: TokenStore, form: RowForm
-) -> int:
+def smaller_budget(error: torch.OutOfMemoryError, session: Session) -> int:
     """Half the token budget after the memory ran out, if that was asked for and can help.
+
+    Args:
+        error: What torch said.
+        session: The run.
 
     Raises:
         TrainingError: it was not, or rows are single pairs already, or other processes are in the middle of the step.
     """
-    longest = int(pairs.groups.lengths.tokens(form.layout == "shared").max())
+    budget, train = session.tokens_per_batch, session.config.train
+    longest = int(session.data.train.groups.lengths.tokens(session.form.layout == "shared").max())
     advice = f"--tokens-per-batch {max(budget // 2, longest)}"
     if budget <= longest:
         advice = "--gradient-checkpointing, --deepspeed zero3-offload or --max-length (a row is a single pair already)"
-    if not config.train.auto_budget or runtime.world > 1 or budget <= longest:
-        more = "" if config.train.auto_budget else "; --auto-budget halves it by itself on one GPU"
+    if not train.auto_budget or session.runtime.world > 1 or budget <= longest:
+        more = "" if train.auto_budget else "; --auto-budget halves it by itself on one GPU"
         first = str(error).strip().splitlines()[0]
         raise TrainingError(f"the GPU is out of memory ({first}); try {advice}{more}") from error
     return max(budget // 2, longest)
 
 
-def _discard_gradients(engine: Any, pairs: TokenStore, form: RowForm, runtime: Runtime) -> None:
+def _discard_gradients(session: Session) -> None:
     """Throw away what a step has gathered so far, at every ZeRO stage.
 
     DeepSpeed itself clears the gradients of a step whose gradient is not finite and keeps the weights, so one pair with
@@ -205,20 +178,20 @@ def _discard_gradients(engine: Any, pairs: TokenStore, form: RowForm, runtime: R
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    pairs, engine = session.data.train, session.engine
     shortest = int(np.argmin(pairs.groups.lengths.tokens()))
-    micro = build_micro_batch(pairs, np.array([shortest]), form).to(runtime.device)
+    micro = build_micro_batch(pairs, np.array([shortest]), session.form).to(session.runtime.device)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(micro.batch).sum() * math.nan, scale_wrt_gas=False)
     engine.step()
 
 
-def train_step(
-    engine: Any, step: StepBatches, config: RunConfig, runtime: Runtime, around: Around, *, stop: bool
-) -> tuple[dict[str, float], bool]:
+def train_step(session: Session, step: StepBatches, around: Around, *, stop: bool) -> tuple[dict[str, float], bool]:
     """One optimiser step; returns the sums over the pairs of all processes, and whether one of them was asked to stop.
 
     A gradient that is not finite leaves the weights as they were (see `applied`).
     """
+    engine, runtime, config = session.engine, session.runtime, session.config
     sums = PairSums(runtime.device)
     last = len(step.micro_batches) - 1
     for i, micro in enumerate(step.micro_batches):
@@ -240,8 +213,9 @@ def applied(engine: Any) -> bool:
     return not getattr(engine.optimizer, "overflow", False)
 
 
-def not_finite(engine: Any, step: StepBatches, pairs: TokenStore, runtime: Runtime) -> str:
+def not_finite(session: Session, step: StepBatches) -> str:
     """Say which pairs of a step have a reward that is not finite; all processes look at theirs."""
+    engine, runtime, pairs = session.engine, session.runtime, session.data.train
     bad: list[str] = []
     with torch.no_grad():
         for micro in step.micro_batches:
@@ -249,10 +223,7 @@ def not_finite(engine: Any, step: StepBatches, pairs: TokenStore, runtime: Runti
             chosen_P, rejected_P = micro.sides(engine(micro.batch))
             finite_P = (chosen_P.isfinite() & rejected_P.isfinite()).tolist()
             bad += [pairs.id(int(i)) for i, ok in zip(micro.pair_ids_P, finite_P, strict=False) if not ok]
-    found: list[list[str]] = [bad] * runtime.world
-    if runtime.world > 1:
-        torch.distributed.all_gather_object(found, bad)
-    names = [name for part in found for name in part]
+    names = [name for part in gather(runtime, bad) for name in part]
     some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     where = f"rewards of these pairs are not finite: {some}" if names else "all rewards are finite, the gradient is not"
     return f"step {step.index + 1}: {where}"
@@ -284,15 +255,15 @@ def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSum
 
 
 def step_figures(
-    sums: dict[str, float], engine: Any, step: StepBatches, plan_of: Schedule, seconds: float
+    sums: dict[str, float], engine: Any, step: StepBatches, schedule: Schedule, seconds: float
 ) -> dict[str, Any]:
     """Everything logged of a training step, under stable names."""
     norm = engine.get_global_grad_norm()
     return {
         **summarise(sums),
         "grad_norm": float(norm) if norm is not None else math.nan,
-        "learning_rate": plan_of.learning_rate(step.index),
-        "epoch": (step.index + 1) / plan_of.steps_per_epoch,
+        "learning_rate": schedule.learning_rate(step.index),
+        "epoch": (step.index + 1) / schedule.steps_per_epoch,
         "seconds": seconds,
         **token_figures(sums, seconds),
         "rank_imbalance": step.rank_imbalance,
@@ -308,13 +279,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _evaluated(calls: Seams, progress: Progress, patience: int | None) -> None:
-    figures = calls.evaluate(progress.step)
+def _evaluated(seams: Seams, progress: Progress, patience: int | None) -> None:
+    figures = seams.evaluate(progress.step)
     if figures is None:
         return
     if figures["loss"] < progress.best_loss:
         progress.best_loss, progress.evaluations_since_best = figures["loss"], 0
-        calls.improved(progress, figures)
+        seams.improved(progress, figures)
         return
     progress.evaluations_since_best += 1
     if patience is not None and progress.evaluations_since_best >= patience:

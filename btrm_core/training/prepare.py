@@ -16,7 +16,7 @@ from tqdm import tqdm
 from btrm_core import config as config_module
 from btrm_core import families
 from btrm_core.chat import ChatFormat, prepare_chat
-from btrm_core.config import apply, flat, resolve
+from btrm_core.config import apply, flat, resolve, settled
 from btrm_core.console import say
 from btrm_core.data import (
     PairData,
@@ -30,13 +30,21 @@ from btrm_core.data import (
 )
 from btrm_core.errors import ConfigError, DataError
 from btrm_core.families import Family
-from btrm_core.model import RewardModel, base_config, check_first_loss, load_tokenizer, self_check, toy_model
+from btrm_core.model import (
+    RewardModel,
+    base_config,
+    check_first_loss,
+    expected_kernel,
+    load_tokenizer,
+    self_check,
+    toy_model,
+)
 from btrm_core.packing import PADDED, RowForm, row_form
 from btrm_core.settings import RunConfig
-from btrm_core.training.processes import Runtime, first_that_shares
+from btrm_core.training.processes import Runtime, compute_dtype, first_that_shares
 from btrm_core.training.report import trackers
 from btrm_core.training.rewards import some_rewards
-from btrm_core.training.session import Data
+from btrm_core.training.session import Data, Job, Session
 
 if TYPE_CHECKING:
     from btrm_core.data import Ties, WhichPairs
@@ -53,15 +61,19 @@ MAX_WORKERS = 8
 SHOW_PROGRESS_FROM = 20_000
 
 
-def choose(config: RunConfig) -> tuple[Family, RunConfig, ChatFormat]:
+def choose(config: RunConfig) -> Job:
     """Find the family, fill the settings from its recipe (or the embedded default), and set up its tokenizer.
+
+    Args:
+        config: The settings as the user gave them.
 
     Raises:
         FamilyError: as `choose_family`, or an answer of the family breaks the contract of its hook.
         ConfigError: as `choose_family`.
     """
     family, config, described = choose_family(config)
-    return family, config, prepare_chat(load_tokenizer(config.model), described, family)
+    chat = prepare_chat(load_tokenizer(config.model), described, family)
+    return Job(config, family, chat, output_directory(config, family))
 
 
 def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
@@ -92,7 +104,17 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
 
 
 def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = None) -> Data:
-    """Read, check, split and encode the pairs; of processes that share a cache the first does it, the others read."""
+    """Read, check, split and encode the pairs; of processes that share a cache the first does it, the others read.
+
+    Args:
+        config: Resolved settings.
+        chat: What the ids of a conversation are.
+        runtime: This process among those of the run; None for a process alone.
+
+    Raises:
+        DataError: a source cannot be read, or no training pair is left.
+        ConfigError: the loss takes no soft labels and the data has some.
+    """
     if runtime is None or runtime.world == 1:
         return _load_data(config, chat)
     root = cache_root(config.data.cache_dir)
@@ -126,7 +148,7 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                 encoded[name] = encode_pairs(
                     part,
                     chat,
-                    int(data.max_length or 0),
+                    settled(data.max_length, "data.max_length"),
                     workers=workers,
                     cache_dir=data.cache_dir,
                     progress=lambda done, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
@@ -153,10 +175,9 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     return Data(encoded["train"], encoded.get("eval"), report, lines, held_out)
 
 
-def usable_form(config: RunConfig, engine: Any, data: Data, runtime: Runtime, pad_id: int) -> RowForm:
+def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> RowForm:
     """The rows asked for, or padded ones with the reason said, if packed rows are not exact for this model."""
-    model: RewardModel = engine.module
-    layout, device = config.train.layout, runtime.device.type
+    layout, device = job.config.train.layout, runtime.device.type
     if layout != "padded":
         longest = np.argsort(-(data.train.shared_P + data.train.chosen_P + data.train.rejected_P), kind="stable")
         result = self_check(model, [data.train.group(int(i)) for i in longest[:CHECKED_GROUPS]])
@@ -165,14 +186,31 @@ def usable_form(config: RunConfig, engine: Any, data: Data, runtime: Runtime, pa
             layout = "padded"
     if layout == "padded":
         model.use_kernel(PADDED)
-    return row_form(layout, model.kernel, device, pad_id)
+    return row_form(layout, model.kernel, device, job.chat.pad_id)
 
 
-def check_first(engine: Any, data: Data, config: RunConfig, runtime: Runtime, form: RowForm) -> float:
+def check_first(session: Session) -> float:
     """The loss before the first step over some pairs of the training data; stops if it is not near ln 2."""
-    budget = config.train.tokens_per_batch
-    ids, rewards_P2 = some_rewards(engine, data.train, runtime, form, tokens_per_batch=budget, count=CHECKED_PAIRS)
-    return check_first_loss(rewards_P2, [data.train.id(int(i)) for i in ids])
+    pairs, budget = session.data.train, session.tokens_per_batch
+    ids, rewards_P2 = some_rewards(
+        session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget, count=CHECKED_PAIRS
+    )
+    return check_first_loss(rewards_P2, [pairs.id(int(i)) for i in ids])
+
+
+def expected_form(job: Job) -> RowForm:
+    """The form of rows that a run on this machine takes, from the configuration of its model alone.
+
+    What the self-check decides is left out: it needs the weights.
+
+    Raises:
+        ConfigError: the attention asked for cannot be used here.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel = expected_kernel(job.config.model, job.family, compute_dtype(job.config.model.dtype), device)
+    return row_form(job.config.train.layout, kernel, device, job.chat.pad_id)
 
 
 def output_directory(config: RunConfig, family: Family) -> Path:

@@ -78,16 +78,25 @@ def _run_id(directory: Path, first_step: int) -> str:
 class Reporter:
     """Writes the figures of a run; on other processes than the main one it does nothing but keep them in step."""
 
-    def __init__(self, runtime: Runtime, directory: Path, total_steps: int, first_step: int, config: RunConfig) -> None:
+    def __init__(self, runtime: Runtime, directory: Path, config: RunConfig) -> None:
+        self.runtime, self.directory, self.config = runtime, directory, config
+        self.file: TextIO | None = None
+        self.bar: Any = None
+
+    def open(self, total_steps: int, first_step: int) -> None:
+        """Begin to show and write, or go on after `first_step`.
+
+        Raises:
+            ConfigError: a tracker does not start.
+        """
         from tqdm import tqdm
 
-        self.runtime = runtime
-        self.file: TextIO | None = None
+        runtime, directory = self.runtime, self.directory
         if runtime.is_main:
             directory.mkdir(parents=True, exist_ok=True)
             self.file = (directory / "metrics.jsonl").open("a" if first_step else "w", encoding="utf-8")
-        if trackers(config.output.report_to):
-            start_trackers(runtime, directory, first_step, config)
+        if trackers(self.config.output.report_to):
+            start_trackers(runtime, directory, first_step, self.config)
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -116,7 +125,8 @@ class Reporter:
 
     def close(self) -> None:
         """End the bar, the file and the trackers."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.file is not None:
             self.file.close()
         for tracker in self.runtime.accelerator.trackers:

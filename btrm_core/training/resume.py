@@ -11,19 +11,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from btrm_core.config import flat
+from btrm_core.console import say
 from btrm_core.errors import CheckpointError
 from btrm_core.files import explained, publish
-from btrm_core.settings import OutputConfig, RunConfig
+from btrm_core.settings import OutputConfig
 from btrm_core.training import reshard
-from btrm_core.training.processes import Runtime, require_shared
+from btrm_core.training.processes import Runtime, gather, require_shared
 from btrm_core.training.schedule import Progress
+from btrm_core.training.session import Data, Job, Session
 
 COMPLETE = "COMPLETE"
 
@@ -60,12 +60,24 @@ PROCESSES, STAGE, OPTIMIZER = "processes", "ZeRO stage", "train.optimizer"
 """What the optimiser's state is cut by, and whose it is: it is cut anew for other processes, but for no other stage."""
 
 
-def identity(config: RunConfig, fingerprints: Mapping[str, str], runtime: Runtime) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint; `fingerprints` say what data is trained on."""
-    kept = {k: v for k, v in flat(config).items() if not k.startswith(FREE_TO_CHANGE)}
+def fingerprints(job: Job, data: Data) -> dict[str, str]:
+    """What a run is trained on, as digests by name."""
+    whole = {
+        "data": str(data.report["fingerprint"]),
+        "chat template": job.chat.template_sha256,
+        "encoded pairs": data.train.folder.name,
+    }
+    return {name: value[:12] for name, value in whole.items()}
+
+
+def identity(session: Session) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    runtime = session.runtime
+    kept = {k: v for k, v in flat(session.config).items() if not k.startswith(FREE_TO_CHANGE)}
     made = {
         **kept,
-        **fingerprints,
+        "data": session.data.report["fingerprint"],
+        "chat template": session.job.chat.template_sha256,
         "dtype": str(runtime.dtype).removeprefix("torch."),
         PROCESSES: runtime.world,
         STAGE: runtime.zero_stage,
@@ -73,23 +85,24 @@ def identity(config: RunConfig, fingerprints: Mapping[str, str], runtime: Runtim
     return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
 
-def save(
-    engine: Any,
-    progress: Progress,
-    runtime: Runtime,
-    directory: Path,
-    who: dict[str, Any],
-    keep: int,
-    write_model: Callable[[Path], None],
-) -> Path:
+def save(session: Session, progress: Progress, write_model: Callable[[Path], None]) -> Path:
     """Write the checkpoint of a step; all processes take part, and it counts only when all have finished.
 
-    It holds DeepSpeed's state and, in `model/`, the model as transformers reads it (`write_model` writes that).
+    It holds DeepSpeed's state and, in `model/`, the model as transformers reads it.
+
+    Args:
+        session: The run.
+        progress: Where it stands.
+        write_model: Writes the model to a directory.
+
+    Returns:
+        The checkpoint's directory.
 
     Raises:
         CheckpointError: the disk is full or cannot be written, or not all processes see it; the checkpoint before is
             still there.
     """
+    runtime, directory = session.runtime, session.job.output / "resume"
     target = directory / f"step-{progress.step:08d}"
     staging = directory / f".{target.name}.tmp"
     try:
@@ -97,16 +110,16 @@ def save(
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         require_shared(directory, runtime)
-        engine.save_checkpoint(str(staging), tag=STATE, save_latest=False)
+        session.engine.save_checkpoint(str(staging), tag=STATE, save_latest=False)
         write_model(staging / "model")
         runtime.barrier()
         files = digests(staging, runtime)
         if runtime.is_main:
-            state = {"progress": dataclasses.asdict(progress), "identity": who, "files": files}
+            state = {"progress": dataclasses.asdict(progress), "identity": session.identity, "files": files}
             (staging / RECORD).write_text(json.dumps(state, indent=1), encoding="utf-8")
             (staging / COMPLETE).touch()
             publish(staging, target)
-            _prune(directory, keep)
+            _prune(directory, session.config.output.keep_last)
     except Exception as error:
         if runtime.is_main:
             shutil.rmtree(staging, ignore_errors=True)
@@ -123,7 +136,7 @@ def digests(directory: Path, runtime: Runtime) -> dict[str, list[Any]]:
         with (directory / path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             mine[path] = [os.fstat(file.fileno()).st_size, digest]
-    return {path: entry for part in _gather(mine, runtime) for path, entry in part.items()}
+    return {path: entry for part in gather(runtime, mine) for path, entry in part.items()}
 
 
 def complete(directory: Path) -> list[Path]:
@@ -157,7 +170,7 @@ def forget(output: Path) -> None:
         shutil.rmtree(output / left, ignore_errors=True)
 
 
-def find(resume: str, directory: Path, runtime: Runtime, say: Callable[[str], None]) -> Path | None:
+def find(resume: str, directory: Path, runtime: Runtime) -> Path | None:
     """The undamaged checkpoint a `--resume` value means, found by all processes together; None means to begin anew.
 
     Raises:
@@ -173,7 +186,7 @@ def find(resume: str, directory: Path, runtime: Runtime, say: Callable[[str], No
                 return path
             if resume == "auto":
                 raise CheckpointError(f"{damage}; --resume latest-good goes on from the newest undamaged checkpoint")
-            say(f"{damage}; looking at the one before")
+            say(runtime, f"{damage}; looking at the one before")
         if there:
             raise CheckpointError(f"every checkpoint in {directory} is damaged; without --resume training begins anew")
         return None
@@ -203,42 +216,36 @@ def damaged(path: Path, runtime: Runtime) -> str | None:
     return None
 
 
-def load(
-    engine: Any,
-    path: Path,
-    who: dict[str, Any],
-    runtime: Runtime,
-    directory: Path,
-    output: OutputConfig,
-    say: Callable[[str], None],
-) -> Progress:
+def load(session: Session, path: Path) -> Progress:
     """Put weights and optimiser back as they were, and return where the run stood; all processes take part.
 
+    `--force-resume` allows other data and settings; `--restart-optimizer` leaves the optimiser's state as it is, new,
+    and so allows another ZeRO stage. A checkpoint of another number of processes is converted meanwhile, in a copy
+    beside this run's own checkpoints.
+
     Args:
-        engine: The DeepSpeed engine, new.
+        session: The run, its engine new.
         path: An undamaged checkpoint, of any number of processes; it is only read.
-        who: The identity of this run.
-        runtime: This process.
-        directory: Where this run's own checkpoints lie; a converted copy of another number of processes is there
-            meanwhile.
-        output: `force_resume` allows other data and settings; `restart_optimizer` leaves the optimiser's state as it
-            is, new, and so allows another ZeRO stage.
-        say: Tells the user something.
+
+    Returns:
+        Where the run stood.
 
     Raises:
         CheckpointError: data or settings differ (each difference is named) and are not forced; the ZeRO stage or the
             kind of optimiser differs and it is not to begin anew; or DeepSpeed cannot read its files.
     """
     state = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    before = state["identity"]
+    before, who, output = state["identity"], session.identity, session.config.output
     _refuse_changes(path, before, who, output)
+    engine, runtime = session.engine, session.runtime
     try:
         if output.restart_optimizer:
-            say("--restart-optimizer: weights and position from the checkpoint, a fresh optimiser")
+            say(runtime, "--restart-optimizer: weights and position from the checkpoint, a fresh optimiser")
             reshard.load_weights(engine, path / STATE, runtime)
         elif before[PROCESSES] != who[PROCESSES]:
-            place = directory / f".{path.name}.universal"
-            say(f"{PROCESSES}: {before[PROCESSES]} -> {who[PROCESSES]}; converting the checkpoint in {place} meanwhile")
+            place = session.job.output / "resume" / f".{path.name}.universal"
+            change = f"{before[PROCESSES]} -> {who[PROCESSES]}"
+            say(runtime, f"{PROCESSES}: {change}; converting the checkpoint in {place} meanwhile")
             reshard.load_resharded(engine, path / STATE, place, runtime)
         else:
             with reshard.plainly_named(path) as link:
@@ -285,14 +292,6 @@ def rewind(metrics: Path, step: int) -> None:
     staging = metrics.with_name(f".{metrics.name}.tmp")
     staging.write_text("".join(kept), encoding="utf-8")
     staging.replace(metrics)
-
-
-def _gather(mine: dict[str, list[Any]], runtime: Runtime) -> list[dict[str, list[Any]]]:
-    if runtime.world == 1:
-        return [mine]
-    parts: list[dict[str, list[Any]]] = [{}] * runtime.world
-    torch.distributed.all_gather_object(parts, mine)
-    return parts
 
 
 def _prune(directory: Path, keep: int) -> None:

@@ -31,8 +31,8 @@ def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | 
     if runtime.is_main:
         made = run_manifest(
             config=config,
-            family=session.family,
-            chat=session.chat,
+            family=session.job.family,
+            chat=session.job.chat,
             data=session.data.report,
             evaluation=evaluation,
             training={
@@ -50,7 +50,7 @@ def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | 
         hf = model.hf
         if saved_as is not None and saved_as["merged"]:
             hf, weights = plain_model(model.hf), merged_weights(model.hf, weights)
-        write_model(directory, hf, weights, session.chat, made, model_card(made, directory))
+        write_model(directory, hf, weights, session.job.chat, made, model_card(made, directory))
     runtime.barrier()
 
 

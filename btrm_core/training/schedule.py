@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from btrm_core.config import settled
+from btrm_core.packing import EpochPlan, Lengths, RowForm, make_plan
 from btrm_core.settings import RunConfig
 
 
@@ -25,6 +27,25 @@ class Schedule:
     warmup_steps: int
     peak: float
 
+    @classmethod
+    def of(cls, config: RunConfig, steps_per_epoch: int) -> Schedule:
+        """The schedule of a run whose settings are resolved.
+
+        Args:
+            config: Resolved settings.
+            steps_per_epoch: Optimiser steps of one epoch.
+        """
+        train = config.train
+        total = max(1, round(steps_per_epoch * settled(train.epochs, "train.epochs")))
+        if train.max_steps is not None:
+            total = min(total, train.max_steps)
+        return cls(
+            total_steps=total,
+            steps_per_epoch=steps_per_epoch,
+            warmup_steps=math.ceil(total * settled(train.warmup_ratio, "train.warmup_ratio")),
+            peak=settled(train.learning_rate, "train.learning_rate"),
+        )
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to zero (arXiv:1608.03983, equation 5, without restarts)."""
         if step < self.warmup_steps:
@@ -33,17 +54,27 @@ class Schedule:
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / span))
 
 
-def schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
-    """The schedule of a run whose settings are resolved."""
-    train = config.train
-    total = max(1, round(steps_per_epoch * (train.epochs or 1.0)))
-    if train.max_steps is not None:
-        total = min(total, train.max_steps)
-    return Schedule(
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=math.ceil(total * (train.warmup_ratio or 0.0)),
-        peak=float(train.learning_rate or 0.0),
+def plan_of_epoch(
+    config: RunConfig, lengths: Lengths, form: RowForm, world: int, tokens_per_batch: int, epoch: int = 0
+) -> EpochPlan:
+    """Which rows each process computes in the steps of one epoch.
+
+    Args:
+        config: Resolved settings.
+        lengths: Tokens of the groups that are trained on.
+        form: How rows are laid out.
+        world: Number of processes.
+        tokens_per_batch: The token budget of a row; it moves no pair from one step to another.
+        epoch: Which epoch, from 0; each has its own order.
+    """
+    return make_plan(
+        lengths,
+        form,
+        pairs_per_step=settled(config.train.pairs_per_step, "train.pairs_per_step"),
+        tokens_per_batch=tokens_per_batch,
+        world=world,
+        seed=config.train.seed,
+        epoch=epoch,
     )
 
 

@@ -18,22 +18,26 @@ from btrm_core.training.schedule import Progress
 from btrm_core.training.session import Session
 
 
-def calls(session: Session, interrupt: Interrupt, who: dict[str, Any]) -> Seams:
-    """The seams of the training loop for this run."""
-    config, runtime, output = session.config, session.runtime, session.output
+def seams(session: Session, interrupt: Interrupt) -> Seams:
+    """What the training loop of this run calls.
+
+    Args:
+        session: The run.
+        interrupt: Knows whether this process was asked to stop.
+    """
+    config, runtime, output = session.config, session.runtime, session.job.output
 
     def save(progress: Progress) -> None:
         def write_model(directory: Path) -> None:
             save_run(session, progress, None, directory)
 
-        keep = config.output.keep_last
-        path = resume.save(session.engine, progress, runtime, output / "resume", who, keep, write_model)
+        path = resume.save(session, progress, write_model)
         say(runtime, f"step {progress.step}: checkpoint saved in {path}")
 
     def evaluate(step: int) -> dict[str, Any] | None:
         figures = evaluate_now(session, step)
         if figures is not None:
-            session.reporter.log("eval", step, figures)
+            _log(session, "eval", step, figures)
         return figures
 
     def improved(progress: Progress, figures: dict[str, Any]) -> None:
@@ -45,7 +49,7 @@ def calls(session: Session, interrupt: Interrupt, who: dict[str, Any]) -> Seams:
     def log(split: str, step: int, figures: dict[str, Any]) -> None:
         if split == "train" and rate is not None:
             figures["mfu_percent"] = rate * figures["tokens_per_second"]
-        session.reporter.log(split, step, figures)
+        _log(session, split, step, figures)
 
     return Seams(
         log=log,
@@ -54,13 +58,19 @@ def calls(session: Session, interrupt: Interrupt, who: dict[str, Any]) -> Seams:
         save=save,
         stop_requested=interrupt.requested,
         say=lambda text: say(runtime, text),
+        profiler=profiler_of(session),
     )
+
+
+def _log(session: Session, split: str, step: int, figures: dict[str, Any]) -> None:
+    if session.reporter is not None:
+        session.reporter.log(split, step, figures)
 
 
 def profiler_of(session: Session) -> Profiler:
     """Measures some steps of the main process, if that is asked for."""
     wanted = session.config.output.profile and session.runtime.is_main
-    return Profiler(session.output if wanted else None, lambda text: say(session.runtime, text))
+    return Profiler(session.job.output if wanted else None, lambda text: say(session.runtime, text))
 
 
 def mfu_rate(session: Session) -> float | None:
@@ -80,7 +90,7 @@ def evaluate_now(session: Session, step: int) -> dict[str, Any] | None:
     if pairs is None:
         return None
     if session.evaluated is None or session.evaluated[0] != step:
-        budget = session.config.train.tokens_per_batch
+        budget = session.tokens_per_batch
         rewards_P2 = pair_rewards(session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget)
         session.evaluated = (step, rewards_P2)
     return figures_of(pairs.judged, session.evaluated[1])

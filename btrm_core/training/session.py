@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,28 @@ import numpy as np
 from btrm_core.chat import ChatFormat
 from btrm_core.data import PairData, TokenStore
 from btrm_core.families import Family
-from btrm_core.packing import RowForm
+from btrm_core.packing import EpochPlan, RowForm
 from btrm_core.settings import RunConfig
 from btrm_core.training.processes import Runtime
 from btrm_core.training.report import Reporter
 from btrm_core.training.schedule import Progress, Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, settled before anything is loaded.
+
+    Attributes:
+        config: the settings, resolved: the family's recipe has filled what the user left open.
+        family: who answers the hooks.
+        chat: what the ids of a conversation are.
+        output: the directory of the run; its model goes to `output/model`.
+    """
+
+    config: RunConfig
+    family: Family
+    chat: ChatFormat
+    output: Path
 
 
 @dataclass(frozen=True)
@@ -32,20 +49,41 @@ class Data:
 
 @dataclass
 class Session:
-    """A run under way: everything its steps share."""
+    """A run under way: everything its steps share.
 
-    config: RunConfig
-    family: Family
-    chat: ChatFormat
+    Attributes:
+        job: what is to be done.
+        runtime: this process among those of the run.
+        data: the pairs.
+        engine: the DeepSpeed engine around the reward model.
+        form: how rows are laid out.
+        epoch: the plan of the first epoch.
+        schedule: steps and learning rates.
+        reporter: writes the figures; None writes none.
+        identity: what must be the same for another run to go on from this one's checkpoints.
+        tokens_per_batch: the token budget in force: the setting, until `--auto-budget` halves it.
+        evaluated: the step of the last evaluation, and its rewards (P, 2).
+    """
+
+    job: Job
     runtime: Runtime
     data: Data
     engine: Any
     form: RowForm
-    plan: Schedule
-    output: Path
-    reporter: Reporter
+    epoch: EpochPlan
+    schedule: Schedule
+    reporter: Reporter | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    tokens_per_batch: int = field(init=False)
     evaluated: tuple[int, np.ndarray] | None = None
-    """The step of the last evaluation, and its rewards (P, 2)."""
+
+    def __post_init__(self) -> None:
+        self.tokens_per_batch = self.job.config.train.tokens_per_batch
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved settings."""
+        return self.job.config
 
 
 @dataclass(frozen=True)

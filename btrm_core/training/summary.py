@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core.chat import ChatFormat
 from btrm_core.config import to_toml
 from btrm_core.console import dumps, say
 from btrm_core.evaluation import evaluation_text, subset_table
-from btrm_core.families import Family
 from btrm_core.model import device_name, read_manifest
 from btrm_core.packing import EpochPlan, RowForm
-from btrm_core.settings import RunConfig
-from btrm_core.training.processes import Runtime, deepspeed_config
+from btrm_core.training.processes import deepspeed_config
 from btrm_core.training.schedule import Schedule
-from btrm_core.training.session import Data
+from btrm_core.training.session import Data, Job, Session
 
 if TYPE_CHECKING:
     from btrm_core.training.session import Outcome
@@ -25,57 +22,48 @@ if TYPE_CHECKING:
 EXAMPLE_WIDTH = 96
 
 
-def introduce(
-    config: RunConfig,
-    family: Family,
-    chat: ChatFormat,
-    data: Data,
-    made: EpochPlan,
-    plan: Schedule,
-    runtime: Runtime,
-    form: RowForm,
-) -> None:
+def introduce(session: Session) -> None:
     """Say in a few lines what is about to happen."""
+    job, runtime, data, config = session.job, session.runtime, session.data, session.config
     for line in data.lines:
         say(runtime, line)
     held_out = f", {len(data.eval)} held out" if data.eval is not None else ", no evaluation"
     dtype = str(runtime.dtype).removeprefix("torch.")
-    say(runtime, f"family {family.name} ({family.origin}), base model {config.model.name}")
+    schedule, form, budget = session.schedule, session.form, session.tokens_per_batch
+    say(runtime, f"family {job.family.name} ({job.family.origin}), base model {config.model.name}")
     say(runtime, f"{len(data.train)} training pairs{held_out}, at most {config.data.max_length} tokens a conversation")
     say(
         runtime,
-        f"{plan.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {plan.peak:g}; rows "
-        f"{form.layout} with {form.kernel} attention, at most {config.train.tokens_per_batch} tokens",
+        f"{schedule.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {schedule.peak:g}; rows "
+        f"{form.layout} with {form.kernel} attention, at most {budget} tokens",
     )
-    say(runtime, rows_text(data, made, form))
-    if made.oversize:
+    say(runtime, rows_text(data, session.epoch, form))
+    if session.epoch.oversize:
         say(
             runtime,
-            f"{made.oversize} pairs are longer than --tokens-per-batch {config.train.tokens_per_batch}: each gets a "
-            "row of its own",
+            f"{session.epoch.oversize} pairs are longer than --tokens-per-batch {budget}: each gets a row of its own",
         )
     say(
         runtime,
         f"{runtime.world} x {device_name(runtime.device)}, {dtype}, ZeRO {runtime.zero_stage}; reward at "
-        f"{chat.terminal_token}, pad {chat.pad.token}",
+        f"{job.chat.terminal_token}, pad {job.chat.pad.token}",
     )
 
 
-def rows_text(data: Data, made: EpochPlan, form: RowForm) -> str:
+def rows_text(data: Data, epoch: EpochPlan, form: RowForm) -> str:
     """How much the rows of the first epoch waste and save, in one line."""
     lengths = data.train.groups.lengths
     separate = float(lengths.tokens(share_prefix=False).sum())
     saved = separate - float(lengths.tokens().sum()) if form.layout == "shared" else 0.0
     return (
         f"of each epoch's {separate:,.0f} tokens {saved / separate:.1%} are shared and computed once; "
-        f"padding {made.padding_percent:.1f} %, busiest process {made.step(0).imbalance:.3f} times the mean"
+        f"padding {epoch.padding_percent:.1f} %, busiest process {epoch.step(0).imbalance:.3f} times the mean"
     )
 
 
-def describe_run(
-    config: RunConfig, family: Family, chat: ChatFormat, data: Data, made: EpochPlan, plan: Schedule, output: Path
-) -> str:
+def describe_run(job: Job, data: Data, epoch: EpochPlan, schedule: Schedule) -> str:
     """Everything a run would do, resolved, as text for `--dry-run`."""
+    chat, family = job.chat, job.family
     answers = ", ".join(f"{hook} by {who}" for hook, who in chat.answers.items())
     evaluation = len(data.eval) if data.eval is not None else 0
     return "\n".join(
@@ -85,12 +73,12 @@ def describe_run(
             f"template sha256: {chat.template_sha256}",
             f"pairs: {len(data.train)} for training, {evaluation} for evaluation",
             *data.lines,
-            f"steps: {plan.total_steps}, {made.num_steps} per epoch, {plan.warmup_steps} of warm-up",
-            f"output: {output}",
+            f"steps: {schedule.total_steps}, {epoch.num_steps} per epoch, {schedule.warmup_steps} of warm-up",
+            f"output: {job.output}",
             "",
-            to_toml(config),
+            to_toml(job.config),
             "# deepspeed",
-            dumps(deepspeed_config(config, made.world)),
+            dumps(deepspeed_config(job.config, epoch.world)),
         ]
     )
 

@@ -19,15 +19,13 @@ import torch
 from support import processes, trajectories
 from support.trajectories import Trajectory, distance, trajectory
 
-from btrm_core import run
 from btrm_core.config import read_settings
 from btrm_core.model import base
-from btrm_core.training import engine as engine_module
-from btrm_core.training import prepare, profiling
+from btrm_core.training import Schedule, Session, plan_of_epoch, prepare, profiling, start_engine
 from btrm_core.training.loop import Around, train_step
 from btrm_core.training.micro_batches import steps
 from btrm_core.training.offload import Activations
-from btrm_core.training.processes.runtime import start
+from btrm_core.training.processes.runtime import group, start
 from btrm_core.training.processes.zero import PRESETS
 
 EXACT = 1e-5
@@ -220,17 +218,19 @@ def in_two_processes(root: str, output: str) -> None:
 
 
 @contextlib.contextmanager
-def engine_of(root: Path, **values: Any) -> Any:
-    """A run that is ready for its first step: engine, data, form of the rows, configuration, runtime."""
+def session_of(root: Path, **values: Any) -> Any:
+    """A run that is ready for its first step."""
     config = read_settings(None, trajectories.settings(root, root / "unused", **values))
-    family, config, chat = prepare.choose(config)
-    with start(config) as runtime:
-        data = prepare.load_data(config, chat, runtime)
-        model, _ = base.build_model(config, family, chat, runtime.dtype, runtime.device)
-        engine = engine_module.make_engine(model, config, runtime)
-        form = prepare.usable_form(config, engine, data, runtime, chat.pad_id)
-        yield engine, data, form, config, runtime
-        engine.destroy()
+    with group(config):
+        job = prepare.choose(config)
+        with start(job.config) as runtime:
+            data = prepare.load_data(job.config, job.chat, runtime)
+            model, _ = base.build_model(job.config, job.family, job.chat, runtime.dtype, runtime.device)
+            with start_engine(model, job.config, runtime) as engine:
+                form = prepare.usable_form(job, model, data, runtime)
+                budget, lengths = job.config.train.tokens_per_batch, data.train.groups.lengths
+                epoch = plan_of_epoch(job.config, lengths, form, runtime.world, budget)
+                yield Session(job, runtime, data, engine, form, epoch, Schedule.of(job.config, epoch.num_steps))
 
 
 def step_gradients(root: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -239,9 +239,9 @@ def step_gradients(root: Path) -> dict[str, dict[str, torch.Tensor]]:
 
     found = {}
     for way, values in GRADIENT_WAYS.items():
-        with engine_of(root, **values) as (engine, data, form, config, runtime):
-            plan = run.plan_of_epoch(config, data, form, runtime.world)
-            (step,) = steps(data.train, [plan], rank=runtime.rank, form=form, first=0, last=1, workers=0)
+        with session_of(root, **values) as session:
+            engine, rank, form = session.engine, session.runtime.rank, session.form
+            (step,) = steps(session.data.train, [session.epoch], rank=rank, form=form, first=0, last=1, workers=0)
             gradients: dict[str, torch.Tensor] = {}
 
             def instead(engine: Any = engine, gradients: dict[str, torch.Tensor] = gradients) -> None:
@@ -250,7 +250,7 @@ def step_gradients(root: Path) -> dict[str, dict[str, torch.Tensor]]:
 
             engine.step = instead
             nothing = Around(profiling.Profiler(None, print), contextlib.nullcontext)
-            train_step(engine, step, config, runtime, nothing, stop=False)
+            train_step(session, step, nothing, stop=False)
             found[way] = gradients
     return found
 
@@ -259,8 +259,8 @@ def start_of(root: Path, stage: str) -> dict[str, Any]:
     """Head and embedding as a run with a new token starts with them, on this process; and heads of many seeds."""
     values = {**NEW_TOKEN, "distributed__deepspeed": stage}
     config = read_settings(None, trajectories.settings(root, root / "unused", **values))
-    family, config, chat = prepare.choose(config)
-    with start(config) as runtime:
+    with group(config), start((job := prepare.choose(config)).config) as runtime:
+        family, config, chat = job.family, job.config, job.chat
         model, is_new = base.build_model(config, family, chat, runtime.dtype, runtime.device)
         assert is_new
         heads = []

@@ -272,9 +272,10 @@ def test_peak_of_a_whole_simulated_step(config, checkpointing):
 @pytest.fixture(scope="module")
 def process_group():
     from btrm_core.config import read_settings
-    from btrm_core.training.processes.runtime import start
+    from btrm_core.training.processes.runtime import group, start
 
-    with start(read_settings(None, {"train.learning_rate": 1e-3, "train.weight_decay": 0.0})) as runtime:
+    config = read_settings(None, {"train.learning_rate": 1e-3, "train.weight_decay": 0.0})
+    with group(config), start(config) as runtime:
         # what is here already is neither counted nor visited: collecting takes milliseconds instead of seconds
         gc.collect()
         gc.freeze()

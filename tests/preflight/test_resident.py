@@ -67,7 +67,7 @@ def measure(file: str, values: dict[str, Any]) -> None:
     from btrm_core.training.processes import runtime as runtime_module
 
     config = read_settings(None, {"train.learning_rate": 1e-3, "train.weight_decay": 0.0, **values})
-    with runtime_module.start(config) as runtime:
+    with runtime_module.group(config), runtime_module.start(config) as runtime:
         trained(config, runtime, SMALL).destroy()  # what the libraries load at their first use
         before = resident()
         engine = trained(config, runtime, LARGE)

@@ -7,7 +7,7 @@ import torch
 
 from btrm_core.config import read_settings
 from btrm_core.errors import ConfigError
-from btrm_core.training.processes.runtime import start
+from btrm_core.training.processes.runtime import group, start
 from btrm_core.training.processes.zero import LONE_BUCKET, PRESETS, deepspeed_config
 
 RESOLVED = {"train.learning_rate": 1e-5, "train.weight_decay": 0.001}
@@ -99,7 +99,8 @@ def test_unknown_presets_and_broken_files(tmp_path):
 
 
 def test_a_process_alone_is_a_world_of_one_without_a_port():
-    with start(read_settings(None, RESOLVED)) as runtime:
+    config = read_settings(None, RESOLVED)
+    with group(config), start(config) as runtime:
         assert (runtime.rank, runtime.world, runtime.zero_stage) == (0, 1, 1)
         assert runtime.any(True)
         assert not runtime.any(False)

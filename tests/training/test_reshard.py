@@ -22,7 +22,6 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from support import processes, trajectories
 from support.trajectories import distance, metrics, stored
 
-from btrm_core import run
 from btrm_core.errors import CheckpointError
 from btrm_core.model.base import gathered
 from btrm_core.settings import OutputConfig
@@ -63,17 +62,17 @@ def noting(root: str, output: str, runs: dict[str, dict[str, Any]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         save, load = resume.save, resume.load
 
-        def saving(engine: Any, progress: Any, runtime: Any, directory: Path, *rest: Any) -> Path:
-            note(engine, directory.parent.with_name(f"{directory.parent.name} saved.pt"))
-            return save(engine, progress, runtime, directory, *rest)
+        def saving(session: Any, *rest: Any) -> Path:
+            note(session.engine, session.job.output.with_name(f"{session.job.output.name} saved.pt"))
+            return save(session, *rest)
 
-        def loading(engine: Any, path: Path, who: Any, runtime: Any, directory: Path, *rest: Any) -> Any:
-            progress = load(engine, path, who, runtime, directory, *rest)
-            note(engine, directory.parent.with_name(f"{directory.parent.name} loaded.pt"))
+        def loading(session: Any, path: Path) -> Any:
+            progress = load(session, path)
+            note(session.engine, session.job.output.with_name(f"{session.job.output.name} loaded.pt"))
             return progress
 
         patch.setattr(resume, "save", saving)
-        patch.setattr(run, "load", loading)
+        patch.setattr(resume, "load", loading)
         trajectories.run_many(root, output, runs)
 
 

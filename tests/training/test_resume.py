@@ -30,7 +30,7 @@ from btrm_core import files
 from btrm_core.config import read_settings
 from btrm_core.errors import CheckpointError, DataError
 from btrm_core.training import report, resume
-from btrm_core.training.processes.runtime import start
+from btrm_core.training.processes.runtime import group, start
 from btrm_core.training.report import Reporter
 
 EXACT = 1e-6
@@ -399,13 +399,13 @@ def test_damage_is_named_and_the_one_before_is_used(root: Path, stopped: Path, w
     assert distance(found, whole) < EXACT
 
 
-def test_every_kind_of_damage(root: Path, stopped: Path) -> None:
+def test_every_kind_of_damage(root: Path, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     older, newest = resume.complete(stopped / "resume")
     state = next((newest / "state").glob("*optim_states.pt"))
     size, name = state.stat().st_size, state.relative_to(newest)
     os.truncate(state, size // 2)
     config = read_settings(None, trajectories.settings(root, stopped))
-    with start(config) as runtime:
+    with group(config), start(config) as runtime:
         assert resume.damaged(newest, runtime) == (
             f"the checkpoint {newest} is damaged: {name} has {size // 2} bytes, expected {size}"
         )
@@ -417,12 +417,12 @@ def test_every_kind_of_damage(root: Path, stopped: Path) -> None:
         )
         assert resume.damaged(older, runtime) is None
         (older / "model" / "btrm.json").unlink()
-        said: list[str] = []
+        capsys.readouterr()
         with pytest.raises(CheckpointError, match=r"every checkpoint in .*resume is damaged; without --resume"):
-            resume.find("latest-good", stopped / "resume", runtime, said.append)
-        assert len(said) == 2
+            resume.find("latest-good", stopped / "resume", runtime)
+        assert capsys.readouterr().err.count("looking at the one before") == 2
         with pytest.raises(CheckpointError, match="there is no complete checkpoint"):
-            resume.find(str(stopped), stopped / "resume", runtime, said.append)
+            resume.find(str(stopped), stopped / "resume", runtime)
 
 
 def test_nothing_to_resume_begins_anew(root: Path, tmp_path: Path, whole: Trajectory) -> None:

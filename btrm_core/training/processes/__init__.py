@@ -1,9 +1,9 @@
 """Processes of a run: how they start, find each other, agree, and stop together."""
 
-from btrm_core.training.processes.agreement import agree, first_that_shares, require_shared, software, strangers
+from btrm_core.training.processes.agreement import agree, first_that_shares, gather, require_shared, software, strangers
 from btrm_core.training.processes.interrupt import Interrupt
 from btrm_core.training.processes.launch import launch
-from btrm_core.training.processes.runtime import Runtime, group, leave, quiet, start
+from btrm_core.training.processes.runtime import Runtime, group, is_main_process, leave, quiet, start
 from btrm_core.training.processes.zero import compute_dtype, deepspeed_config
 
 __all__ = [
@@ -13,7 +13,9 @@ __all__ = [
     "compute_dtype",
     "deepspeed_config",
     "first_that_shares",
+    "gather",
     "group",
+    "is_main_process",
     "launch",
     "leave",
     "quiet",

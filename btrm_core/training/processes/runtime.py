@@ -69,6 +69,7 @@ def group(config: RunConfig) -> Iterator[None]:
     Raises:
         ConfigError: the launcher's variables are wrong, or the processes do not find each other in time.
     """
+    quiet()
     join(config.distributed.join_seconds)
     with shared(torch.distributed.get_world_size()):
         yield
@@ -76,25 +77,28 @@ def group(config: RunConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str | None = None) -> Iterator[Runtime]:
-    """Start the process group and Accelerate with DeepSpeed; Accelerate's state is taken down again at the end.
+    """Start Accelerate with DeepSpeed, inside `group`; Accelerate's state is taken down again at the end.
+
+    Args:
+        config: Resolved settings.
+        trackers: Names of the trackers to log to.
+        project_dir: Where trackers write.
 
     Raises:
-        ConfigError: as `group`; or the DeepSpeed setting is unknown, or its file contradicts what btrm derives; or
+        ConfigError: the DeepSpeed setting is unknown, or its file contradicts what btrm derives; or
             bitsandbytes is asked for and missing.
     """
-    quiet()
-    with group(config):
-        try:
-            yield _runtime(config, trackers, project_dir)
-        finally:
-            from accelerate.state import AcceleratorState, GradientState, PartialState
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    try:
+        yield _runtime(config, trackers, project_dir)
+    finally:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-            unset_hf_deepspeed_config()
-            AcceleratorState._reset_state()
-            PartialState._reset_state()
-            GradientState._reset_state()
-            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        GradientState._reset_state()
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | None) -> Runtime:
@@ -120,6 +124,11 @@ def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | N
         dtype=dtype,
         zero_stage=int(plugin_dict["zero_optimization"]["stage"]),
     )
+
+
+def is_main_process() -> bool:
+    """True on the one process of a group that prints and writes."""
+    return torch.distributed.get_rank() == 0
 
 
 def leave() -> None:

@@ -210,7 +210,8 @@ def test_a_checkpoint_that_would_lack_a_part_is_not_written(root: Path, tmp_path
 
 def first_of(output: Path, directories: list[Path]) -> None:
     """In each process of a group: leave the rank of the first that shares this one's directory."""
-    with runtime_module.start(read_settings(None, {"train.learning_rate": 1e-5, "train.weight_decay": 0.0})) as runtime:
+    config = read_settings(None, {"train.learning_rate": 1e-5, "train.weight_decay": 0.0})
+    with runtime_module.group(config), runtime_module.start(config) as runtime:
         first = agreement.first_that_shares(directories[runtime.rank], runtime)
         (output / f"rank {runtime.rank}").write_text(str(first))
     runtime_module.leave()
