@@ -74,7 +74,7 @@ def _digest(tokenizer) -> str:
 
 def test_tiny_tokenizer_is_the_same_in_another_process():
     code = (
-        "import hashlib\nfrom chat_samples import byte_tokenizer\n"
+        "import hashlib\nfrom support.chat_samples import byte_tokenizer\n"
         "print(hashlib.sha256(byte_tokenizer().backend_tokenizer.to_str().encode()).hexdigest())"
     )
     done = subprocess.run(
