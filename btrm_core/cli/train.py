@@ -129,10 +129,10 @@ def train(
 
         raise SystemExit(launch(sys.argv[1:], gpus, processes))
     from btrm_core import run
-    from btrm_core.training.processes import leave
+    from btrm_core.training.processes import count_of, leave
 
     if dry_run:
-        click.echo(run.dry_run(run_config))
+        click.echo(run.dry_run(run_config, count_of(gpus, processes)))
         return
     outcome = run.train(run_config)
     leave()

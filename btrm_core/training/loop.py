@@ -137,14 +137,16 @@ def _after_step(session: Session, progress: Progress, seams: Seams, stop: bool) 
     train, output, total = session.config.train, session.config.output, session.schedule.total_steps
     eval_every = output.eval_every or max(1, total // 10)
     last = progress.step == total
+    if stop or session.runtime.any(seams.stop_requested()):
+        progress.stopped = "signal"
+        seams.save(progress)  # before anything else: whoever asked may not wait for an evaluation
+        return
     if progress.step % eval_every == 0 or last:
         _evaluated(seams, progress, train.early_stopping)
     if train.max_hours and session.runtime.any(progress.seconds > train.max_hours * 3600):
         progress.stopped = f"after {train.max_hours:g} hours, as asked"
-    if stop:
-        progress.stopped = "signal"
     due = output.save_every is not None and progress.step % output.save_every == 0 and not last
-    if progress.stopped == "signal" or due:
+    if due:
         seams.save(progress)
 
 

@@ -99,7 +99,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C; 143 if another process was told to stop, or its launcher took that for the end; else 0."""
-        if self.signal == 0:
-            return 128 + signal.SIGTERM
-        return 130 if self.signal == signal.SIGINT else 0
+        """0 if the run is done; else 128 plus the signal that stopped it (143 if another process was told)."""
+        if self.signal is None:
+            return 0
+        return 128 + (self.signal or signal.SIGTERM)

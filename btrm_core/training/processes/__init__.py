@@ -2,7 +2,7 @@
 
 from btrm_core.training.processes.agreement import agree, first_that_shares, gather, require_shared, software, strangers
 from btrm_core.training.processes.interrupt import Interrupt
-from btrm_core.training.processes.launch import launch
+from btrm_core.training.processes.launch import count_of, launch
 from btrm_core.training.processes.runtime import Runtime, group, is_main_process, leave, quiet, start
 from btrm_core.training.processes.zero import compute_dtype, deepspeed_config
 
@@ -11,6 +11,7 @@ __all__ = [
     "Runtime",
     "agree",
     "compute_dtype",
+    "count_of",
     "deepspeed_config",
     "first_that_shares",
     "gather",

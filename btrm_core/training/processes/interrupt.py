@@ -1,18 +1,26 @@
-"""Being asked to stop, and keeping two runs out of one directory.
+"""Being asked to stop: which signals mean it, and what the process then leaves with.
 
-Decides: the first Ctrl-C or SIGTERM lets the step finish and a checkpoint be saved; a second Ctrl-C stops at once.
+Decides: the first Ctrl-C, SIGTERM, SIGUSR1 (Slurm's `--signal=USR1@60`) or SIGHUP lets the step finish and a
+checkpoint be saved; a second Ctrl-C stops at once. SIGHUP means nothing to a process that was told to outlive its
+terminal (nohup). SIGQUIT keeps its meaning: end at once, with a core where those are on.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl.h: the signal a process gets when its parent ends."""
+
 
 class Interrupt:
-    """Catches SIGINT and SIGTERM while a run lasts; `signal` says which one came."""
+    """Catches what asks a run to stop while it lasts; `signal` says which one came."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -20,7 +28,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup
                 self._before[number] = signal.signal(number, self._caught)
         return self
 
@@ -36,3 +46,17 @@ class Interrupt:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def end_with(parent: int) -> None:
+    """Let the system end this process when its parent ends, however that ends (Linux; nothing elsewhere).
+
+    Args:
+        parent: Process id of the parent: if it has ended already, so does this process.
+    """
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    except (AttributeError, OSError):
+        return
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

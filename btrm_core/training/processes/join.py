@@ -27,6 +27,10 @@ TIMEOUT = datetime.timedelta(minutes=30)
 RETRY_SECONDS = 0.5
 
 
+LAUNCHER = "BTRM_LAUNCHER"
+"""Variable in which `btrm train --gpus` tells its process id, so that its processes end with it."""
+
+
 ADVICE = "start with torchrun (or --gpus N, --processes N), or unset them to train in one process"
 
 

@@ -1,27 +1,64 @@
-"""`--gpus N` and `--processes N`: the same command once per process, through torch's elastic launcher."""
+"""`btrm train --gpus N` and `--processes N`: this command starts one process for each and waits for them.
+
+Decides: what the processes are told, which signals are passed on, and that the exit code is theirs: 0 only when all of
+them have finished. The first one that fails ends the others. They end with this process, even when it is killed.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
+import subprocess
 import sys
-import uuid
+import time
+from types import FrameType
+from typing import Any
 
 from btrm_core.errors import ConfigError
-from btrm_core.training.processes.join import place
+from btrm_core.training.processes.interrupt import STOPPING
+from btrm_core.training.processes.join import LAUNCHER, place
 
-SHUTDOWN_SECONDS = 120
-"""How long processes that were asked to stop have to save a checkpoint; $TORCH_ELASTIC_SHUTDOWN_TIMEOUT wins."""
+SHUTDOWN_SECONDS = 15.0
+"""How long the others have to end by themselves after one failed."""
+STOP_SECONDS = 600.0
+"""How long they have after they were asked to stop: a checkpoint of a large model takes its time."""
+AT_ONCE_SECONDS = 5.0
+"""How long they have after a second Ctrl-C."""
+LOOK_EVERY_SECONDS = 0.1
 
 
 def launch(arguments: list[str], gpus: str | None, processes: int | None) -> int:
-    """Start this command on several processes of this machine and return the exit code.
+    """Run `btrm` with `arguments` in several processes; returns the exit code.
+
+    Args:
+        arguments: Of this command, `--gpus` and `--processes` among them.
+        gpus: A number of GPUs or "all".
+        processes: A number of processes.
+
+    Returns:
+        0 if all finished; else the code of the first that failed, or 128 plus the signal that stopped them.
 
     Raises:
         ConfigError: more GPUs are asked for than there are, the number makes no sense, or a launcher has already
             started this process as one of several.
     """
+    count = count_of(gpus, processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    return Launched(["-m", "btrm_core", *_without(arguments, ("--gpus", "--processes"))], count).wait()
+
+
+def count_of(gpus: str | None, processes: int | None) -> int:
+    """How many processes `--gpus` or `--processes` means on this machine; 1 if neither is given.
+
+    Args:
+        gpus: A number of GPUs or "all".
+        processes: A number of processes.
+
+    Raises:
+        ConfigError: as `launch`.
+    """
+    if gpus is None and processes is None:
+        return 1
     asked = f"--gpus {gpus}" if gpus is not None else f"--processes {processes}"
     if gpus is not None and processes is not None:
         raise ConfigError(f"{asked} --processes {processes}: expected one of them; --gpus starts one process per GPU")
@@ -33,36 +70,81 @@ def launch(arguments: list[str], gpus: str | None, processes: int | None) -> int
     count = processes if processes is not None else _gpu_count(str(gpus))
     if count < 1:
         raise ConfigError(f"{asked}: expected 1 or more")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    return _run(["-m", "btrm_core", *_without(arguments, ("--gpus", "--processes"))], count)
+    return count
 
 
-def _run(arguments: list[str], count: int) -> int:
-    """Run this interpreter `count` times; the first process that fails ends the others and gives the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+class Launched:
+    """The processes of a run on this machine, from their start to their end.
 
-    # the failing process has said what is wrong; the launcher's account of it would hide that
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-        shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)),
-    )
-    try:
-        elastic_launch(config, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        return _exit_code(error.get_first_failure()[1].exitcode)
-    except SignalException as error:
-        return 130 if error.sigval == signal.SIGINT else 0
-    return 0
+    They meet at a store that this process keeps, so no port has to be free twice.
+    """
+
+    def __init__(self, arguments: list[str], count: int) -> None:
+        import torch
+
+        self.asked: list[int] = []
+        self.store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
+        self._before: dict[int, Any] = {}
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._passed_on)
+        self.workers = [self._start(arguments, rank, count) for rank in range(count)]
+
+    def _start(self, arguments: list[str], rank: int, count: int) -> subprocess.Popen[bytes]:
+        told = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self.store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            LAUNCHER: os.getpid(),
+        }
+        # a group of its own: Ctrl-C on the terminal reaches this process, which passes it on, once
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **{name: str(value) for name, value in told.items()}},
+            process_group=0,
+        )
+
+    def wait(self) -> int:
+        """Wait until all have ended, ending the others when one fails; returns the exit code."""
+        try:
+            failed = 0
+            while not failed and not self.at_once and any(worker.poll() is None for worker in self.workers):
+                failed = next((worker.returncode for worker in self.workers if worker.poll()), 0)
+                time.sleep(LOOK_EVERY_SECONDS)
+            self._end()
+            return _exit_code(failed or next((worker.returncode for worker in self.workers if worker.poll()), 0))
+        finally:
+            for worker in self.workers:
+                if worker.poll() is None:
+                    worker.kill()
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _end(self) -> None:
+        """Give those that still run the time to end by themselves, then end them."""
+        started, failed = time.monotonic(), SHUTDOWN_SECONDS
+        while any(worker.poll() is None for worker in self.workers):
+            limit = failed if not self.asked else AT_ONCE_SECONDS if self.at_once else STOP_SECONDS
+            if time.monotonic() - started > limit:
+                return
+            time.sleep(LOOK_EVERY_SECONDS)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether Ctrl-C came more than once."""
+        return self.asked.count(signal.SIGINT) > 1
+
+    def _passed_on(self, number: int, _frame: FrameType | None) -> None:
+        self.asked.append(number)
+        for worker in getattr(self, "workers", ()):
+            if worker.poll() is None:
+                worker.send_signal(number)
 
 
 def _exit_code(code: int) -> int:

@@ -22,7 +22,8 @@ import torch
 from btrm_core.model import require
 from btrm_core.settings import RunConfig
 from btrm_core.training.processes.failure import shared
-from btrm_core.training.processes.join import TIMEOUT, join
+from btrm_core.training.processes.interrupt import end_with
+from btrm_core.training.processes.join import LAUNCHER, TIMEOUT, join
 from btrm_core.training.processes.zero import deepspeed_config
 
 
@@ -69,6 +70,8 @@ def group(config: RunConfig) -> Iterator[None]:
     Raises:
         ConfigError: the launcher's variables are wrong, or the processes do not find each other in time.
     """
+    if launcher := os.environ.get(LAUNCHER):
+        end_with(int(launcher))
     quiet()
     join(config.distributed.join_seconds)
     with shared(torch.distributed.get_world_size()):

@@ -329,8 +329,14 @@ def test_processes_of_a_launcher_start_none_of_their_own(monkeypatch: pytest.Mon
     )
 
 
+def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["train", "--family", "llama3", "--gpus", "8", "--dry-run"])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("btrm: --gpus 8: ")
+
+
 def test_a_dry_run_starts_no_processes(tmp_path: Path) -> None:
-    given = ["--family", "llama3", "--gpus", "8", "--dry-run", "--output", str(tmp_path / "run")]
+    given = ["--family", "llama3", "--processes", "8", "--dry-run", "--output", str(tmp_path / "run")]
     done = CliRunner().invoke(main, ["train", *given])
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "run").exists()
