@@ -110,6 +110,15 @@ def resolve(config: RunConfig, recipe: Any) -> RunConfig:
     return apply(config, {k: v for k, v in open_values.items() if current[k] is None and v is not None})
 
 
+def keeps_best(config: RunConfig) -> bool:
+    """Whether the model with the lowest evaluation loss becomes the final one: asked for, or stopped for it.
+
+    Args:
+        config: The settings.
+    """
+    return config.output.keep_best or config.train.early_stopping is not None
+
+
 def settled(value: Number | None, key: str) -> Number:
     """A setting that a recipe fills, in a resolved configuration.
 

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from btrm_core.config import keeps_best
 from btrm_core.console import say
 from btrm_core.files import disk_is_full, explained, output_lock, publish
 from btrm_core.model import build_model, is_finished, read_manifest, refuse_overwrite
 from btrm_core.settings import RunConfig
 from btrm_core.training import (
+    Data,
     Job,
     Outcome,
     Progress,
@@ -26,7 +29,9 @@ from btrm_core.training import (
     evaluate_now,
     examples,
     expected_form,
+    fingerprints,
     fit,
+    identity,
     introduce,
     load_data,
     plan_of_epoch,
@@ -69,7 +74,9 @@ def train(config: RunConfig) -> Outcome:
             agree(runtime, software(job.config, job.family))  # all machines have the same versions and settings
             check_output(job, runtime)
             data = load_data(job.config, job.chat, runtime)  # data: checked pairs and their tokens
-            agree(runtime, resume.fingerprints(job, data))
+            agree(runtime, fingerprints(job, data))
+            if (done := finished_before(job, data, runtime)) is not None:
+                return done
             model, head_is_new = build_model(job.config, job.family, job.chat, runtime.dtype, runtime.device)
             with start_engine(model, job.config, runtime) as engine:  # training: DeepSpeed around the model
                 form = usable_form(job, model, data, runtime)  # packing: packed rows, or padded ones and why
@@ -93,15 +100,30 @@ def claim_output(job: Job) -> Iterator[Path]:
             of them; or the disk is full while the run lasts.
     """
     output, settings = job.output, job.config.output
-    refuse_overwrite(output / "model", settings.overwrite)
-    resume.refuse_restart(output, settings.resume, settings.overwrite)
-    with output_lock(output, is_main_process()):
+    with output_lock(output, is_main_process()):  # before looking: two starts may come at once
+        refuse_overwrite(output / "model", settings.overwrite or settings.resume != "no")
+        resume.refuse_restart(output, settings.resume, settings.overwrite)
         try:
             yield output
         except OSError as error:
             if disk_is_full(error):
                 raise explained(error, output) from error
             raise
+
+
+def finished_before(job: Job, data: Data, runtime: Runtime) -> Outcome | None:
+    """What a run that is to be resumed has left, if it is done: same data, same length, its model in place."""
+    made = read_manifest(job.output / "model") if job.config.output.resume != "no" and runtime.is_main else {}
+    settings, training = made.get("config", {}), made.get("training", {})
+    now = job.config.train
+    same = made.get("data", {}).get("fingerprint") == data.report["fingerprint"] and all(
+        settings.get(f"train.{name}") == getattr(now, name) for name in ("epochs", "max_steps", "pairs_per_step")
+    )
+    if not runtime.any(bool(made) and same and training.get("finished", False)):
+        return None
+    say(runtime, f"this run is finished ({training.get('steps')} steps); --epochs N or --max-steps N makes it longer")
+    progress = Progress(step=training.get("steps", 0), seconds=training.get("seconds", 0.0))
+    return Outcome(job.output / "model", made.get("evaluation"), progress)
 
 
 def check_output(job: Job, runtime: Runtime) -> None:
@@ -116,7 +138,7 @@ def check_output(job: Job, runtime: Runtime) -> None:
 def begin(session: Session, head_is_new: bool) -> Progress:
     """Go on from a checkpoint, or start anew after checking the first loss of a new head."""
     runtime, settings, output = session.runtime, session.config.output, session.job.output
-    session.identity = resume.identity(session)
+    session.identity = identity(session)
     if runtime.is_main:
         resume.clean(output / "resume")
         if settings.resume == "no":
@@ -148,17 +170,20 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     if progress.stopped == "signal":
         say(runtime, f"stopped after step {progress.step}; go on with the same command and --resume")
         return Outcome(None, None, progress, interrupt.signal or 0)
-    evaluation = evaluate_now(session, progress.step)
-    shown = examples(session.data, session.evaluated[1]) if session.evaluated else ()
+    evaluation = evaluate_now(session, progress.step)  # also of a run that was stopped between two evaluations
+    shown = examples(session)
     directory, best = output / "model", output / "best"
-    # the others need not see the directory
-    if session.config.output.keep_best and runtime.any(runtime.is_main and is_finished(best)):
+    earlier = keeps_best(session.config) and evaluation is not None and progress.best_loss < evaluation["loss"]
+    if earlier and runtime.any(runtime.is_main and is_finished(best)):  # the others need not see the directory
+        shown = session.best_examples
         if runtime.is_main:
             evaluation = read_manifest(best)["evaluation"]
             publish(best, directory)
         runtime.barrier()
     else:
         save_run(session, progress, evaluation, directory)
+        if runtime.is_main:
+            shutil.rmtree(best, ignore_errors=True)
     if progress.stopped:
         say(runtime, f"stopped {progress.stopped}")
     return Outcome(directory, evaluation, progress, examples=shown)

@@ -95,7 +95,9 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many optimiser steps."""
     max_hours: float | None = None
-    """Stop cleanly, with a saved model, after this many hours."""
+    """Stop cleanly, with a saved model, after this many hours since this start."""
+    max_total_hours: float | None = None
+    """Stop cleanly, with a saved model, after this many hours of training over all starts of the run."""
     warmup_ratio: float | None = None
     """Share of the steps over which the learning rate rises; a cosine brings it down to zero."""
     weight_decay: float | None = None
@@ -241,6 +243,7 @@ POSITIVE = (
     "train.learning_rate",
     "train.max_grad_norm",
     "train.max_hours",
+    "train.max_total_hours",
     "train.max_steps",
     "train.pairs_per_step",
     "train.tokens_per_batch",

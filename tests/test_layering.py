@@ -30,7 +30,7 @@ FLOOR = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.s
 OWN_FACE = {"training.processes", "preflight.doctor", "preflight.plan", "preflight.conformance"}
 """Packages inside a package that are entered by a face of their own."""
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES = 375, 60, 16, 12
-MAX_TRAINING = 17
+MAX_TRAINING = 18
 
 
 def module_of(path: Path) -> str:

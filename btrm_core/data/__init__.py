@@ -18,7 +18,7 @@ from btrm_core.data.quality import (
     longer_wins_characters,
 )
 from btrm_core.data.sample import sample_path
-from btrm_core.data.store import TokenStore, encode_pairs
+from btrm_core.data.store import TokenStore, encode_pairs, tokenizer_fingerprint
 
 __all__ = [
     "PROMPT_IN_EVALUATION",
@@ -46,4 +46,5 @@ __all__ = [
     "sample_path",
     "shown",
     "split_held_out",
+    "tokenizer_fingerprint",
 ]

@@ -117,6 +117,17 @@ class TokenStore:
         return len(self.shared_P)
 
     @functools.cached_property
+    def digest(self) -> str:
+        """XXH3 of all that training and evaluation see of the pairs, as hex; equal wherever the pairs come from."""
+        import xxhash
+
+        whole = xxhash.xxh3_128()
+        columns = (self.shared_P, self.chosen_P, self.rejected_P, self.margin_P, self.weight_P, self.probability_P)
+        for column in (*columns, self.group_P, self.chosen_place_P, self.rejected_place_P, *self._tokens):
+            whole.update(np.ascontiguousarray(column).data)
+        return str(whole.hexdigest())
+
+    @functools.cached_property
     def judged(self) -> Judged:
         """What the data says of the pairs, for an evaluation."""
         longer_by_P = self.chosen_P.astype(np.int64) - self.rejected_P.astype(np.int64)

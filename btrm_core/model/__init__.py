@@ -2,7 +2,15 @@
 
 from btrm_core.model.adapters import as_merged, merged_weights, plain_model
 from btrm_core.model.attention import KERNELS, choose_kernel, uses_softcap
-from btrm_core.model.base import base_config, build_model, expected_kernel, gathered, load_tokenizer, parameter_groups
+from btrm_core.model.base import (
+    base_config,
+    build_model,
+    expected_kernel,
+    gathered,
+    load_tokenizer,
+    parameter_groups,
+    weights_digest,
+)
 from btrm_core.model.card import model_card, run_manifest
 from btrm_core.model.directory import is_finished, read_manifest, refuse_overwrite, write_model
 from btrm_core.model.load import (
@@ -70,5 +78,6 @@ __all__ = [
     "tolerance",
     "toy_model",
     "uses_softcap",
+    "weights_digest",
     "write_model",
 ]

@@ -2,6 +2,7 @@
 
 from btrm_core.training import resume
 from btrm_core.training.engine import make_engine, start_engine
+from btrm_core.training.identity import fingerprints, identity
 from btrm_core.training.loop import Seams, fit
 from btrm_core.training.loss import bradley_terry
 from btrm_core.training.micro_batches import steps
@@ -32,7 +33,9 @@ __all__ = [
     "evaluate_now",
     "examples",
     "expected_form",
+    "fingerprints",
     "fit",
+    "identity",
     "introduce",
     "load_data",
     "make_engine",

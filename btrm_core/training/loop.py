@@ -81,6 +81,7 @@ def fit(session: Session, progress: Progress, seams: Seams) -> Progress:
             the GPU does not suffice.
     """
     started, before = time.monotonic(), progress.seconds
+    session.seconds_before = before
     engine, config, schedule = session.engine, session.config, session.schedule
     around = Around(seams.profiler, activation_context(engine, config.model.activation_offload))
     engine.train()
@@ -137,14 +138,17 @@ def _after_step(session: Session, progress: Progress, seams: Seams, stop: bool) 
     train, output, total = session.config.train, session.config.output, session.schedule.total_steps
     eval_every = output.eval_every or max(1, total // 10)
     last = progress.step == total
-    if stop or session.runtime.any(seams.stop_requested()):
+    evaluates = progress.step % eval_every == 0 or last
+    if stop or (evaluates and session.runtime.any(seams.stop_requested())):
         progress.stopped = "signal"
         seams.save(progress)  # before anything else: whoever asked may not wait for an evaluation
         return
-    if progress.step % eval_every == 0 or last:
+    if evaluates:
         _evaluated(seams, progress, train.early_stopping)
-    if train.max_hours and session.runtime.any(progress.seconds > train.max_hours * 3600):
-        progress.stopped = f"after {train.max_hours:g} hours, as asked"
+    limits = ((train.max_hours, progress.seconds - session.seconds_before), (train.max_total_hours, progress.seconds))
+    for hours, seconds in limits:
+        if hours and session.runtime.any(seconds > hours * 3600):
+            progress.stopped = f"after {hours:g} hours, as asked"
     due = output.save_every is not None and progress.step % output.save_every == 0 and not last
     if due:
         seams.save(progress)
@@ -286,7 +290,7 @@ def _evaluated(seams: Seams, progress: Progress, patience: int | None) -> None:
     if figures is None:
         return
     if figures["loss"] < progress.best_loss:
-        progress.best_loss, progress.evaluations_since_best = figures["loss"], 0
+        progress.best_loss, progress.best_step, progress.evaluations_since_best = figures["loss"], progress.step, 0
         seams.improved(progress, figures)
         return
     progress.evaluations_since_best += 1

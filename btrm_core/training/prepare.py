@@ -153,6 +153,9 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                     cache_dir=data.cache_dir,
                     progress=lambda done, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
                 )
+    if config_module.keeps_best(config) and "eval" not in encoded:
+        asked = "--keep-best" if config.output.keep_best else "--early-stopping"
+        raise ConfigError(f"{asked} needs evaluation pairs: give --eval-data SRC, or hold some out")
     if not len(encoded.get("train", ())):
         raise DataError("no training pairs are left after encoding; see the counts above, or raise --max-length")
     if config.loss.ranking == "plackett-luce" and (encoded["train"].probability_P < 1).any():

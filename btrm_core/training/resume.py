@@ -9,21 +9,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from btrm_core.config import flat
 from btrm_core.console import say
 from btrm_core.errors import CheckpointError
 from btrm_core.files import explained, publish
-from btrm_core.settings import OutputConfig
+from btrm_core.model import is_finished, read_manifest
 from btrm_core.training import reshard
+from btrm_core.training.identity import EVALUATION, PROCESSES, refuse_changes
 from btrm_core.training.processes import Runtime, gather, require_shared
-from btrm_core.training.schedule import Progress
-from btrm_core.training.session import Data, Job, Session
+from btrm_core.training.schedule import Progress, Schedule
+from btrm_core.training.session import Session
 
 COMPLETE = "COMPLETE"
 
@@ -32,57 +33,6 @@ STATE = "state"
 
 
 RECORD = "trainer.json"
-
-
-FREE_TO_CHANGE = (
-    "output.",
-    "data.workers",
-    "data.cache_dir",
-    "data.strict",
-    "train.tokens_per_batch",
-    "train.auto_budget",
-    "train.max_hours",
-    "train.skip_nan",
-    "train.early_stopping",
-    "model.attention",
-    "model.dtype",
-    "model.kernels",
-    "model.gradient_checkpointing",
-    "model.activation_offload",
-    "distributed.",
-    "train.layout",
-)
-"""Settings that change no result: a resumed run may have others. What is computed in, the ZeRO stage and the number of
-processes are compared as they turn out, not as they were set."""
-
-
-PROCESSES, STAGE, OPTIMIZER = "processes", "ZeRO stage", "train.optimizer"
-"""What the optimiser's state is cut by, and whose it is: it is cut anew for other processes, but for no other stage."""
-
-
-def fingerprints(job: Job, data: Data) -> dict[str, str]:
-    """What a run is trained on, as digests by name."""
-    whole = {
-        "data": str(data.report["fingerprint"]),
-        "chat template": job.chat.template_sha256,
-        "encoded pairs": data.train.folder.name,
-    }
-    return {name: value[:12] for name, value in whole.items()}
-
-
-def identity(session: Session) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
-    runtime = session.runtime
-    kept = {k: v for k, v in flat(session.config).items() if not k.startswith(FREE_TO_CHANGE)}
-    made = {
-        **kept,
-        "data": session.data.report["fingerprint"],
-        "chat template": session.job.chat.template_sha256,
-        "dtype": str(runtime.dtype).removeprefix("torch."),
-        PROCESSES: runtime.world,
-        STAGE: runtime.zero_stage,
-    }
-    return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
 
 def save(session: Session, progress: Progress, write_model: Callable[[Path], None]) -> Path:
@@ -115,9 +65,15 @@ def save(session: Session, progress: Progress, write_model: Callable[[Path], Non
         runtime.barrier()
         files = digests(staging, runtime)
         if runtime.is_main:
-            state = {"progress": dataclasses.asdict(progress), "identity": session.identity, "files": files}
-            (staging / RECORD).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            (staging / COMPLETE).touch()
+            state = {
+                "progress": dataclasses.asdict(progress),
+                "schedule": dataclasses.asdict(session.schedule),
+                "identity": session.identity,
+                "files": files,
+            }
+            text = json.dumps(state, indent=1)
+            (staging / RECORD).write_text(text, encoding="utf-8")
+            (staging / COMPLETE).write_text(hashlib.sha256(text.encode()).hexdigest(), encoding="utf-8")
             publish(staging, target)
             _prune(directory, session.config.output.keep_last)
     except Exception as error:
@@ -145,8 +101,14 @@ def complete(directory: Path) -> list[Path]:
 
 
 def clean(directory: Path) -> None:
-    """Remove what a run that was ended while it saved or converted has left; nobody else may be writing there."""
-    for left in directory.glob(".step-*"):
+    """Remove what a run that was ended while it saved or converted has left; nobody else may be writing there.
+
+    Args:
+        directory: Where its checkpoints lie; their run's directory is above.
+    """
+    unfinished = [path for path in directory.glob("step-*") if not (path / COMPLETE).exists()]
+    beside = [*directory.parent.glob(".best-*"), *directory.parent.glob(".model-*")]
+    for left in (*directory.glob(".step-*"), *unfinished, *beside):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -202,9 +164,13 @@ def find(resume: str, directory: Path, runtime: Runtime) -> Path | None:
 def damaged(path: Path, runtime: Runtime) -> str | None:
     """What is wrong with the files of a checkpoint, as one line on every process; None if they are as written."""
     try:
-        written = json.loads((path / RECORD).read_text(encoding="utf-8"))["files"]
+        text = (path / RECORD).read_text(encoding="utf-8")
+        written = json.loads(text)["files"]
+        recorded = (path / COMPLETE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError, KeyError) as error:
         return f"the checkpoint {path} is damaged: {RECORD} cannot be read ({error})"
+    if recorded and recorded != hashlib.sha256(text.encode()).hexdigest():  # it was empty in earlier versions
+        return f"the checkpoint {path} is damaged: the content of {RECORD} has changed since it was written"
     found = digests(path, runtime)
     for name, (size, digest) in written.items():
         if name not in found:
@@ -236,7 +202,7 @@ def load(session: Session, path: Path) -> Progress:
     """
     state = json.loads((path / RECORD).read_text(encoding="utf-8"))
     before, who, output = state["identity"], session.identity, session.config.output
-    _refuse_changes(path, before, who, output)
+    refuse_changes(path, before, who, output)
     engine, runtime = session.engine, session.runtime
     try:
         if output.restart_optimizer:
@@ -256,25 +222,44 @@ def load(session: Session, path: Path) -> Progress:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "" if output.restart_optimizer else "; --restart-optimizer takes its weights alone"
         raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first}{advice}") from error
-    return Progress(**{**state["progress"], "stopped": None})
+    progress = Progress(**{**state["progress"], "stopped": None})
+    _tell_new_schedule(session, progress, state.get("schedule"))
+    _forget_what_is_gone(session, progress, same_evaluation=before.get(EVALUATION) in (None, who[EVALUATION]))
+    return progress
 
 
-def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], output: OutputConfig) -> None:
-    changed = {k: f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)}
-    processes = changed.pop(PROCESSES, None)
-    cut = [changed.pop(k) for k in (STAGE, OPTIMIZER) if k in changed]
-    if processes and now.get(OPTIMIZER) != "adamw":  # moments of 8 bits share their scales across any new cut
-        cut.append(processes)
-    if cut and not output.restart_optimizer:
-        raise CheckpointError(
-            f"cannot resume from {path}: {'; '.join(cut)}; the optimiser's state cannot be taken over. Use those of "
-            "before, or go on with the weights and a fresh optimiser by --restart-optimizer"
-        )
-    if changed and not output.force_resume:
-        raise CheckpointError(
-            f"cannot resume from {path}: {'; '.join(changed.values())}; use the settings and data of before, or "
-            "--force-resume"
-        )
+def _tell_new_schedule(session: Session, progress: Progress, before: dict[str, Any] | None) -> None:
+    """Say what becomes of the learning rate where the run has been made longer or shorter."""
+    now = session.schedule
+    if before is None or (old := Schedule(**before)) == now or progress.step >= now.total_steps:
+        return
+    rate = old.learning_rate(min(progress.step, old.total_steps - 1))
+    say(
+        session.runtime,
+        f"the run now has {now.total_steps} steps instead of {old.total_steps}: the learning rate follows its new "
+        f"schedule from step {progress.step + 1} on, {rate:.2e} -> {now.learning_rate(progress.step):.2e}",
+    )
+
+
+def _forget_what_is_gone(session: Session, progress: Progress, *, same_evaluation: bool) -> None:
+    """Forget the best evaluation loss unless the model that had it is there, and was judged on the same pairs.
+
+    All processes take part: the main one looks.
+    """
+    if math.isinf(progress.best_loss):
+        return
+    best = session.job.output / "best"
+    kept = None
+    if session.runtime.is_main and is_finished(best):
+        kept = read_manifest(best).get("training", {}).get("steps")
+    there = not session.runtime.any(session.runtime.is_main and kept != progress.best_step)
+    if there and same_evaluation:
+        return
+    why = "its model is not there" if same_evaluation else "the evaluation pairs are others"
+    say(session.runtime, f"the best evaluation so far (loss {progress.best_loss:.4f}) is forgotten: {why}")
+    progress.best_loss, progress.best_step, progress.evaluations_since_best = math.inf, 0, 0
+    if session.runtime.is_main:
+        shutil.rmtree(best, ignore_errors=True)
 
 
 def rewind(metrics: Path, step: int) -> None:

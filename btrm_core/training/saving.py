@@ -37,6 +37,7 @@ def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | 
             evaluation=evaluation,
             training={
                 "steps": progress.step,
+                "finished": not progress.stopped and progress.step >= session.schedule.total_steps,
                 "seconds": round(progress.seconds, 1),
                 "skipped_steps": progress.skipped_steps,
                 "layout": session.form.layout,

@@ -85,6 +85,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     best_loss: float = math.inf
+    best_step: int = 0
     evaluations_since_best: int = 0
     skipped_steps: list[int] = field(default_factory=list)
     stopped: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from btrm_core.config import keeps_best
 from btrm_core.console import say
 from btrm_core.evaluation import figures_of
 from btrm_core.model import device_name, mfu_per_token_rate
@@ -16,6 +17,7 @@ from btrm_core.training.rewards import pair_rewards
 from btrm_core.training.saving import save_run
 from btrm_core.training.schedule import Progress
 from btrm_core.training.session import Session
+from btrm_core.training.summary import examples
 
 
 def seams(session: Session, interrupt: Interrupt) -> Seams:
@@ -41,8 +43,9 @@ def seams(session: Session, interrupt: Interrupt) -> Seams:
         return figures
 
     def improved(progress: Progress, figures: dict[str, Any]) -> None:
-        if config.output.keep_best:
+        if keeps_best(config):
             save_run(session, progress, figures, output / "best")
+            session.best_examples = examples(session)
 
     rate = mfu_rate(session)
 

@@ -62,7 +62,9 @@ class Session:
         reporter: writes the figures; None writes none.
         identity: what must be the same for another run to go on from this one's checkpoints.
         tokens_per_batch: the token budget in force: the setting, until `--auto-budget` halves it.
+        seconds_before: how long the run had trained before this start.
         evaluated: the step of the last evaluation, and its rewards (P, 2).
+        best_examples: held-out pairs with their rewards from the best model so far, for the end.
     """
 
     job: Job
@@ -75,7 +77,9 @@ class Session:
     reporter: Reporter | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     tokens_per_batch: int = field(init=False)
+    seconds_before: float = 0.0
     evaluated: tuple[int, np.ndarray] | None = None
+    best_examples: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         self.tokens_per_batch = self.job.config.train.tokens_per_batch

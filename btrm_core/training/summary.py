@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from btrm_core.config import to_toml
 from btrm_core.console import dumps, say
 from btrm_core.evaluation import evaluation_text, subset_table
@@ -125,10 +123,12 @@ def _one_line(text: str) -> str:
 EXAMPLES = 3
 
 
-def examples(data: Data, rewards_P2: np.ndarray) -> tuple[dict[str, Any], ...]:
-    """The first held-out pairs with their rewards, to be shown to a person."""
-    if data.eval is None or data.eval_rows is None:
+def examples(session: Session) -> tuple[dict[str, Any], ...]:
+    """The first held-out pairs with their rewards in the last evaluation, to be shown to a person."""
+    data = session.data
+    if data.eval is None or data.eval_rows is None or session.evaluated is None:
         return ()
+    rewards_P2 = session.evaluated[1]
     shown = []
     for i in range(min(EXAMPLES, len(data.eval))):
         pair = data.eval_rows[int(data.eval.index_P[i])]

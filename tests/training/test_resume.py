@@ -137,7 +137,7 @@ def _newest(output: Path) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(
     root: Path, tmp_path: Path, whole: Trajectory, number: int, code: int
 ) -> None:
@@ -183,7 +183,7 @@ def test_changes_are_refused_and_named(root: Path, stopped: Path, tmp_path: Path
         ),
         (
             {"data__train": (str(more),)},
-            r"data\.train: \[.*train\.jsonl'\] -> \[.*more\.jsonl'\]; data: '\w+' -> '\w+'",
+            r"training pairs: \w+… -> \w+…; use the settings and data of before",
         ),
         ({"distributed__deepspeed": "zero2"}, "ZeRO stage: 1 -> 2; the optimiser's state cannot be taken over"),
     ):
@@ -209,12 +209,12 @@ def _truncated(data: Path) -> None:
         (
             _rewritten,
             CheckpointError,
-            r"cannot resume from .*: data: '\w+' -> '\w+'; use the settings and data of before",
+            r"cannot resume from .*: training pairs: \w+… -> \w+…; use the settings and data of before",
         ),
         (
             _truncated,
             CheckpointError,
-            r"cannot resume from .*: data: '\w+' -> '\w+'; use the settings and data of before",
+            r"cannot resume from .*: training pairs: \w+… -> \w+…; use the settings and data of before",
         ),
         (Path.unlink, DataError, r"train\.jsonl"),
     ],

@@ -1,0 +1,239 @@
+"""What a run may go on with (equal contents wherever they lie, equal settings), and what it leaves at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import trajectories
+from support.trajectories import Trajectory, distance, metrics, trajectory
+
+from btrm_core.errors import CheckpointError, ConfigError
+from btrm_core.model import read_manifest
+from btrm_core.training import loop, resume
+from btrm_core.training.identity import differences
+
+EXACT = 1e-6
+SAVING = {"output__save_every": 4, "output__eval_every": 2}
+ON = {"output__resume": "auto"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trajectories.prepare(tmp_path_factory.mktemp("identity"))
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Trajectory:
+    return trajectory(root, root / "whole", **SAVING)
+
+
+@pytest.fixture
+def unfinished(whole: Trajectory, tmp_path: Path) -> Path:
+    """The uninterrupted run as it was when it had saved its first checkpoint."""
+    output = tmp_path / "run"
+    shutil.copytree(whole.directory.parent / "resume", output / "resume")
+    shutil.rmtree(output / "resume" / "step-00000008")
+    shutil.copy(whole.directory.parent / "metrics.jsonl", output)
+    return output
+
+
+def test_moved_and_renamed_data_and_weights_are_the_same(
+    root: Path, whole: Trajectory, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "train.jsonl", "held_out.jsonl"):
+        there, here = root / name, tmp_path / f"moved {name}"
+        shutil.copytree(there, here) if there.is_dir() else shutil.copy(there, here)
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "model__name": "moved base",
+        "data__train": ("moved train.jsonl",),
+        "data__eval": (str(tmp_path / "moved held_out.jsonl"),),
+    }
+    assert distance(trajectory(root, unfinished, **SAVING, **ON, **values), whole) < EXACT
+
+
+def _fewer_merges(base: Path) -> None:
+    path = base / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][: len(content["model"]["merges"]) // 2]
+    path.write_text(json.dumps(content))
+
+
+def _other_weights(base: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(base / "model.safetensors")
+    save_file({k: v + 0.01 for k, v in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(_fewer_merges, r"training pairs: \w+… -> \w+….*tokenizer: \w+… -> \w+…"), (_other_weights, r"base weights: ")],
+)
+def test_another_tokenizer_or_base_under_the_same_name_is_refused(
+    root: Path, unfinished: Path, tmp_path: Path, change: Callable[[Path], None], told: str
+) -> None:
+    shutil.copytree(root / "base", tmp_path / "base")
+    change(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=told):
+        trajectories.train(root, unfinished, **SAVING, **ON, model__name=str(tmp_path / "base"))
+
+
+def test_other_evaluation_pairs_are_refused_and_forced_they_forget_the_best(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keeping = {**SAVING, "output__keep_best": True}
+    _stop_after(tmp_path / "run", root, 5, **keeping)
+    rows = (root / "held_out.jsonl").read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    other = {"data__eval": (str(tmp_path / "other.jsonl"),)}
+    with pytest.raises(CheckpointError, match=r"evaluation pairs: \w+… -> \w+…"):
+        trajectories.train(root, tmp_path / "run", **keeping, **ON, **other)
+    capsys.readouterr()
+    outcome = trajectories.train(root, tmp_path / "run", **keeping, **ON, **other, output__force_resume=True)
+    assert "is forgotten: the evaluation pairs are others" in capsys.readouterr().err
+    assert outcome.evaluation is not None
+    assert outcome.evaluation["pairs"] == 2
+
+
+def _stop_after(output: Path, root: Path, steps: int, **values: Any) -> None:
+    """A run that is asked to stop in a step, and leaves a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        step = loop.train_step
+
+        def stopping(session: Any, batches: Any, around: Any, *, stop: bool) -> Any:
+            return step(session, batches, around, stop=stop or batches.index == steps - 1)
+
+        patch.setattr(loop, "train_step", stopping)
+        outcome = trajectories.train(root, output, **values)
+    assert (outcome.directory, outcome.progress.step, outcome.exit_code) == (None, steps, 143)
+
+
+def test_a_best_model_that_is_gone_is_forgotten(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keeping = {**SAVING, "output__keep_best": True}
+    _stop_after(tmp_path / "run", root, 5, **keeping)
+    shutil.rmtree(tmp_path / "run" / "best")
+    record = tmp_path / "run" / "resume" / "step-00000005"
+    state = json.loads((record / "trainer.json").read_text())
+    state["progress"]["best_loss"] = 0.0  # no later evaluation can be lower
+    (record / "trainer.json").write_text(json.dumps(state))
+    (record / "COMPLETE").write_text("")
+    outcome = trajectories.train(root, tmp_path / "run", **keeping, **ON)
+    assert "(loss 0.0000) is forgotten: its model is not there" in capsys.readouterr().err
+    manifest = read_manifest(tmp_path / "run" / "model")
+    assert manifest["evaluation"] == outcome.evaluation
+    losses = [row["loss"] for row in _evaluations(tmp_path / "run") if row["step"] > 5]
+    assert manifest["evaluation"]["loss"] == min(losses)
+
+
+def _evaluations(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "eval"]
+
+
+def test_report_and_model_come_from_one_state(root: Path, tmp_path: Path) -> None:
+    """Early stopping alone keeps the best model too, and shows the rewards that this model gives."""
+    from btrm_core.scoring import Scorer
+
+    values = {"output__eval_every": 1, "train__early_stopping": 3, "train__learning_rate": 0.05, "train__max_steps": 40}
+    outcome = trajectories.train(root, tmp_path / "run", **values, train__epochs=20.0)
+    rows = _evaluations(tmp_path / "run")
+    assert outcome.progress.stopped is not None
+    assert outcome.evaluation is not None
+    best = min(rows, key=lambda row: row["loss"])
+    assert best["step"] < rows[-1]["step"]
+    assert outcome.evaluation["loss"] == pytest.approx(best["loss"])
+    scorer = Scorer(str(tmp_path / "run"))
+    example = outcome.examples[0]
+    pair = json.loads((root / "held_out.jsonl").read_text().splitlines()[0])
+    assert pair["chosen"][-1]["content"] == example["chosen"][1]
+    sides = ([pair[side][-1]["content"]] for side in ("chosen", "rejected"))
+    chosen, rejected = scorer.pair_rewards([pair["chosen"][:-1]], *sides)[0]
+    assert (chosen, rejected) == pytest.approx((example["chosen"][0], example["rejected"][0]), abs=1e-4)
+    assert not (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.parametrize("asked", [{"output__keep_best": True}, {"train__early_stopping": 2}])
+def test_the_best_needs_evaluation_pairs(root: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
+    flag = "--keep-best" if "output__keep_best" in asked else "--early-stopping"
+    with pytest.raises(ConfigError, match=f"{flag} needs evaluation pairs: give --eval-data SRC"):
+        trajectories.train(root, tmp_path / "run", **asked, data__eval=(), data__held_out_fraction=0.0)
+
+
+def test_an_edited_position_is_noticed(root: Path, unfinished: Path) -> None:
+    record = unfinished / "resume" / "step-00000004" / "trainer.json"
+    record.write_text(record.read_text().replace('"step": 4', '"step": 7'))
+    with pytest.raises(CheckpointError, match=r"the content of trainer\.json has changed since it was written"):
+        trajectories.train(root, unfinished, **SAVING, **ON)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(root: Path, whole: Trajectory, unfinished: Path) -> None:
+    """It recorded paths and the rows' fingerprint, no digests of contents, and left its mark empty."""
+    record = unfinished / "resume" / "step-00000004"
+    state = json.loads((record / "trainer.json").read_text())
+    for name in ("training pairs", "evaluation pairs", "tokenizer", "base weights", "btrm"):
+        del state["identity"][name]
+    state["identity"] |= {"model.name": "/elsewhere/base", "data.train": ["/elsewhere/train.jsonl"], "data.eval": []}
+    state["identity"] |= {"train.epochs": 2.0, "train.max_steps": None, "model.revision": None}
+    del state["progress"]["best_step"], state["schedule"]
+    (record / "trainer.json").write_text(json.dumps(state))
+    (record / "COMPLETE").write_text("")
+    assert distance(trajectory(root, unfinished, **SAVING, **ON), whole) < EXACT
+
+
+def test_a_setting_that_a_newer_version_added_had_its_default() -> None:
+    before = {"btrm": "0.1.0", "train.seed": 0}
+    assert differences(before, {**before, "loss.centering": 0.0, "btrm": "0.2.0"}) == {}
+    assert differences(before, {**before, "loss.centering": 0.5}) == {"loss.centering": "loss.centering: 0.0 -> 0.5"}
+
+
+def test_dropout_on_adapters_depends_on_the_rows(root: Path, tmp_path: Path) -> None:
+    lora = {**SAVING, "lora__rank": 2, "lora__dropout": 0.1}
+    _stop_after(tmp_path / "run", root, 5, **lora)
+    with pytest.raises(CheckpointError, match=r"train\.tokens_per_batch: 300 -> 5000"):
+        trajectories.train(root, tmp_path / "run", **lora, **ON, train__tokens_per_batch=5000)
+
+
+def test_a_longer_run_goes_on_and_says_what_becomes_of_the_learning_rate(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trajectory(root, tmp_path / "run", **SAVING)
+    capsys.readouterr()
+    again = trajectories.train(root, tmp_path / "run", **SAVING, **ON)
+    assert (again.directory, again.exit_code) == (tmp_path / "run" / "model", 0)
+    assert re.search(r"this run is finished \(10 steps\); --epochs N", capsys.readouterr().err)
+    longer = trajectories.train(root, tmp_path / "run", **SAVING, **ON, train__max_steps=12)
+    said = capsys.readouterr().err
+    assert longer.progress.step == 12
+    assert "the run now has 12 steps instead of 10: the learning rate follows its new schedule from step 9 on" in said
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_hours_count_from_this_start_unless_all_are_asked_for(root: Path, unfinished: Path, tmp_path: Path) -> None:
+    record = unfinished / "resume" / "step-00000004"
+    state = json.loads((record / "trainer.json").read_text())
+    state["progress"]["seconds"] = 7200.0
+    (record / "trainer.json").write_text(json.dumps(state))
+    (record / "COMPLETE").write_text("")
+    shutil.copytree(unfinished, tmp_path / "all")
+    done = trajectories.train(root, unfinished, **SAVING, **ON, train__max_hours=1.0)
+    assert (done.progress.step, done.progress.stopped) == (trajectories.STEPS, None)
+    cut = trajectories.train(root, tmp_path / "all", **SAVING, **ON, train__max_total_hours=1.0)
+    assert (cut.progress.step, cut.progress.stopped) == (5, "after 1 hours, as asked")
+
+
+def test_what_was_left_half_written_is_removed(root: Path, unfinished: Path) -> None:
+    left = [unfinished / "resume" / "step-00000009", unfinished / ".best-x1", unfinished / ".model-old-2"]
+    for path in left:
+        path.mkdir(parents=True)
+    os.utime(left[0])
+    resume.clean(unfinished / "resume")
+    assert not any(path.exists() for path in left)
+    assert (unfinished / "resume" / "step-00000004" / "COMPLETE").exists()
