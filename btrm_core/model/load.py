@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrm_core import config, families
-from btrm_core import config as config_module
+from btrm_core import families
 from btrm_core.chat import ChatFormat, install_pad, one_line, settle
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError
 from btrm_core.families import PadToken
@@ -129,7 +128,7 @@ def check_head(directory: Path) -> None:
 
 def is_adapters(directory: Path) -> bool:
     """True if a model directory holds adapters and a head, without the base model's weights."""
-    return (directory / config.SETTINGS).is_file()
+    return (directory / adapters.SETTINGS).is_file()
 
 
 def weight_names(directory: Path) -> set[str]:
@@ -200,7 +199,7 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{directory} holds adapters, which need peft; {adapters.INSTALL}") from error
     described, made, config = (
-        _json(directory / config_module.SETTINGS),
+        _json(directory / adapters.SETTINGS),
         read_manifest(directory),
         saved_config(directory),
     )
@@ -217,7 +216,7 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
         except (CheckpointError, ConfigError) as error:
             raise type(error)(
                 f"{directory} holds adapters, and their base model cannot be loaded: {error}. "
-                f"{config_module.SETTINGS} says where it is (base_model_name_or_path, revision)"
+                f"{adapters.SETTINGS} says where it is (base_model_name_or_path, revision)"
             ) from error
         text = config.get_text_config()
         base_module.set_reward_config(hf, text.pad_token_id)
@@ -241,7 +240,7 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
 
 def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> str:
     """A SHA-256 that changes when the rewards may: configuration, template, training run, head, compute type."""
-    names = ("config.json", MANIFEST, "tokenizer.json", config.SETTINGS, adapters.WEIGHTS)
+    names = ("config.json", MANIFEST, "tokenizer.json", adapters.SETTINGS, adapters.WEIGHTS)
     files = [directory / name for name in names]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
     head = hf.score.weight.detach().float().cpu().numpy().tobytes()
