@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import sys
@@ -12,7 +10,7 @@ from typing import Any, TextIO
 import click
 
 from btrm_core.cli.flags import flags, read, with_file
-from btrm_core.console import dumps
+from btrm_core.console import dumps, quiet_libraries
 from btrm_core.errors import ConfigError
 from btrm_core.settings import RunConfig
 
@@ -47,7 +45,7 @@ def doctor(subject: str | None, pairs: int, no_model: bool, full: bool, as_json:
     config = read({**given, "model": subject or given["model"]})
 
     results = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print what they like
+    with quiet_libraries(stdout=sys.stderr):
         failed = _diagnose(config, pairs, with_model=not no_model, full=full, as_json=as_json, to=results)
     if failed:
         raise SystemExit(1)
@@ -56,15 +54,12 @@ def doctor(subject: str | None, pairs: int, no_model: bool, full: bool, as_json:
 def _diagnose(config: RunConfig, pairs: int, *, with_model: bool, full: bool, as_json: bool, to: TextIO) -> bool:
     """Write everything to `to`, each verdict when it is there; returns whether a check failed."""
     import torch
-    from transformers.utils import logging
 
     from btrm_core.preflight.doctor import as_json as case_as_json
     from btrm_core.preflight.doctor import checks, closing, examine, opening, verdict_line, worst
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which would look for one aloud
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what is wrong is said in a verdict
     width = shutil.get_terminal_size().columns if to.isatty() else None
     case = examine(config, pairs)
     found = []
@@ -75,7 +70,7 @@ def _diagnose(config: RunConfig, pairs: int, *, with_model: bool, full: bool, as
         if not as_json:
             _echo(verdict_line(check, width), to)
     if as_json:
-        _echo(json.dumps(case_as_json(case, found), indent=2, ensure_ascii=False), to)
+        _echo(dumps(case_as_json(case, found)), to)
     else:
         _echo(closing(found), to)
     return worst(found) == "fail"

@@ -17,7 +17,7 @@ from typing import Any
 
 from btrm_core.config import flat
 from btrm_core.console import say
-from btrm_core.errors import CheckpointError
+from btrm_core.errors import CheckpointError, first_line
 from btrm_core.files import explained, publish
 from btrm_core.settings import OutputConfig
 from btrm_core.training import reshard
@@ -253,9 +253,8 @@ def load(session: Session, path: Path) -> Progress:
     except CheckpointError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "" if output.restart_optimizer else "; --restart-optimizer takes its weights alone"
-        raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first}{advice}") from error
+        raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first_line(error)}{advice}") from error
     return Progress(**{**state["progress"], "stopped": None})
 
 
