@@ -10,52 +10,65 @@ Precedence, strongest first: flags and `--set`, the `--config` file, the family'
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from btrm_core.errors import ConfigError, did_you_mean
-from btrm_core.settings import CHOICES, NOT_NEGATIVE, POSITIVE, LoraConfig, RunConfig
+from btrm_core.marks import OneOf, Setting
+from btrm_core.settings import LoraConfig, RunConfig, declared
 
 Number = TypeVar("Number", int, float)
 
 
 def read_settings(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a TOML file (if any), apply overrides ("section.key" -> value or text) and check every value.
+    """Read a TOML file (if any), apply overrides ("section.key" -> value or text) and check them, also together.
+
+    Args:
+        path: The file; None for none.
+        overrides: What wins over the file.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (with a suggestion), or a value has the wrong type or
-            range.
+        ConfigError: the file cannot be read, a key is unknown (with a suggestion), a value has the wrong type or
+            range, or settings contradict each other.
     """
     values = _flatten(_read_toml(path)) if path else {}
     values.update(overrides or {})
-    return apply(RunConfig(), values)
+    config = apply(RunConfig(), values)
+    check(config)
+    return config
 
 
 def apply(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return `config` with `values` ("section.key" -> value or its text) put in, checked.
+    """Return `config` with `values` ("section.key" -> value or its text) put in, each checked by itself.
+
+    Args:
+        config: Keeps what `values` does not name; it is not changed.
+        values: By key.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type or range.
 
     >>> apply(RunConfig(), {"train.learning_rate": "1e-5"}).train.learning_rate
     1e-05
     """
-    known = setting_types()
+    known = declared()
     changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"unknown setting '{key}'.{did_you_mean(key, known)} Known sections: {_sections()}")
         section, _, name = key.rpartition(".")
-        changes.setdefault(section, {})[name] = _convert(key, value, known[key])
+        changes.setdefault(section, {})[name] = _convert(known[key], value)
     for section, change in changes.items():
         if section:
             part = dataclasses.replace(getattr(config, section), **change)
             config = dataclasses.replace(config, **{section: part})
         else:
             config = dataclasses.replace(config, **change)
-    _check(config)
     return config
 
 
@@ -83,7 +96,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML that `load_config` reads back to an equal value (None is left out)."""
+    """The configuration as TOML that `read_settings` reads back to an equal value (None is left out)."""
     import tomli_w
 
     tree: dict[str, Any] = {}
@@ -134,17 +147,6 @@ def settled(value: Number | None, key: str) -> Number:
     return value
 
 
-def setting_types() -> dict[str, Any]:
-    """Every setting as "section.key" -> its type."""
-    out: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(RunConfig).items():
-        if is_dataclass(kind):
-            out.update({f"{name}.{key}": hint for key, hint in typing.get_type_hints(kind).items()})
-        else:
-            out[name] = kind
-    return out
-
-
 def _sections() -> str:
     return ", ".join(f.name for f in fields(RunConfig) if f.name != "family")
 
@@ -168,16 +170,18 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in options and (value is None or value == "none"):
+def _convert(setting: Setting, value: Any) -> Any:
+    if setting.optional and (value is None or value == "none"):
         return None
-    kind = next(o for o in options if o is not type(None))
     try:
-        return _to_kind(value, kind)
-    except (TypeError, ValueError):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list")
-        raise ConfigError(f"{key} = {value!r}: expected {wanted}") from None
+        converted = _to_kind(value, setting.kind)
+    except (TypeError, ValueError, OverflowError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+            setting.kind, "a list"
+        )
+        raise ConfigError(f"{setting.key} = {value!r}: expected {wanted}") from None
+    _check_value(setting, converted)
+    return converted
 
 
 def _to_kind(value: Any, kind: Any) -> Any:
@@ -199,56 +203,124 @@ def _to_bool(text: str) -> bool:
     return text in ("true", "yes", "1")
 
 
-def _check(config: RunConfig) -> None:
-    values = flat(config)
-    for key, allowed in CHOICES.items():
-        if values[key] not in allowed:
-            hint = did_you_mean(values[key], allowed)
-            raise ConfigError(f"{key} = {values[key]!r}: expected one of {', '.join(allowed)}.{hint}")
-    for key in POSITIVE:
-        if values[key] is not None and not values[key] > 0:
-            raise ConfigError(f"{key} = {values[key]}: expected a number above 0")
-    for key in NOT_NEGATIVE:
-        if values[key] is not None and not values[key] >= 0:
-            raise ConfigError(f"{key} = {values[key]}: expected 0 or more")
-    other = [name for name in ("margin", "label_smoothing") if getattr(config.loss, name)]
-    if config.loss.ranking == "plackett-luce" and (other or config.data.ties == "half"):
-        which = f"loss.{other[0]}" if other else "data.ties=half"
-        raise ConfigError(f"loss.ranking=plackett-luce knows no {which}: leave that out, or use loss.ranking=pairs")
-    if not 0 <= config.loss.label_smoothing < 0.5:
-        raise ConfigError(f"loss.label_smoothing = {config.loss.label_smoothing}: expected at least 0 and below 0.5")
-    if config.data.held_out_fraction >= 1:
-        raise ConfigError(f"data.held_out_fraction = {config.data.held_out_fraction}: expected below 1")
+LARGEST_WHOLE = 2**63 - 1
+"""The largest number that every library below can count to."""
 
 
-SETTINGS = "adapter_config.json"
+def _check_value(setting: Setting, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{setting.key} = {value}: expected a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+        raise ConfigError(f"{setting.key} = {value}: expected a whole number below 2^63")
+    for rule in setting.rules:
+        if not rule.allows(value):
+            hint = did_you_mean(value, rule.choices) if isinstance(rule, OneOf) else ""
+            raise ConfigError(f"{setting.key} = {value!r}: expected {rule}{hint}")
 
 
-def check_adapters(config: RunConfig) -> None:
-    """Refuse settings that say nothing without adapters, or that adapters would leave without effect.
+def check(config: RunConfig) -> None:
+    """Refuse complete settings if one is out of range, or some contradict each other.
+
+    Args:
+        config: However it was made.
 
     Raises:
-        ConfigError: names the setting.
+        ConfigError: names the settings, and which to leave out.
     """
-    lora, default = config.lora, LoraConfig()
-    if lora.rank is None:
-        idle = [
-            name for name in ("alpha", "dropout", "targets", "merge") if getattr(lora, name) != getattr(default, name)
-        ]
-        if idle:
-            raise ConfigError(
-                f"lora.{idle[0]} is set, but there are no adapters; give --lora-rank N too, or leave it out"
-            )
-        if config.model.quantize != "none":
-            raise ConfigError(
-                f"--quantize {config.model.quantize} needs --lora-rank N: weights of 4 bits cannot be trained, only "
-                "adapters beside them"
-            )
-        return
-    if lora.dropout >= 1:
-        raise ConfigError(f"lora.dropout = {lora.dropout}: expected below 1")
-    if config.model.train_last_layers is not None:
-        raise ConfigError(
-            "--train-last-layers and --lora-rank contradict each other: adapters are trained in every layer and "
-            "nothing else is; leave one out, or choose layers with --lora-targets"
-        )
+    values = flat(config)
+    for key, setting in declared().items():
+        _convert(setting, values[key])
+    for rule in RULES:
+        if said := rule(config):
+            raise ConfigError(said)
+
+
+def check_zero(config: RunConfig, zero: Mapping[str, Any]) -> None:
+    """Refuse settings that contradict the DeepSpeed configuration they name.
+
+    Args:
+        config: Complete settings.
+        zero: `zero_optimization` of that configuration.
+
+    Raises:
+        ConfigError: names the settings, and which to change.
+    """
+    for rule in ZERO_RULES:
+        if said := rule(config, zero):
+            raise ConfigError(said)
+
+
+def _ranking_is_whole(config: RunConfig) -> str | None:
+    other = [f"loss.{name}" for name in ("margin", "label_smoothing") if getattr(config.loss, name)]
+    other += ["data.ties=half"] if config.data.ties == "half" else []
+    if config.loss.ranking != "plackett-luce" or not other:
+        return None
+    return f"loss.ranking=plackett-luce knows no {other[0]}: leave that out, or use loss.ranking=pairs"
+
+
+def _adapters_have_a_rank(config: RunConfig) -> str | None:
+    names = ("alpha", "dropout", "targets", "merge")
+    idle = [name for name in names if getattr(config.lora, name) != getattr(LoraConfig(), name)]
+    if config.lora.rank is not None or not idle:
+        return None
+    return f"lora.{idle[0]} is set, but there are no adapters; give --lora-rank N too, or leave it out"
+
+
+def _four_bits_have_adapters(config: RunConfig) -> str | None:
+    if config.lora.rank is not None or config.model.quantize == "none":
+        return None
+    return (
+        f"--quantize {config.model.quantize} needs --lora-rank N: weights of 4 bits cannot be trained, only "
+        "adapters beside them"
+    )
+
+
+def _adapters_are_everywhere(config: RunConfig) -> str | None:
+    if config.lora.rank is None or config.model.train_last_layers is None:
+        return None
+    return (
+        "--train-last-layers and --lora-rank contradict each other: adapters are trained in every layer and "
+        "nothing else is; leave one out, or choose layers with --lora-targets"
+    )
+
+
+def _four_bits_stay_whole(config: RunConfig, zero: Mapping[str, Any]) -> str | None:
+    if config.model.quantize == "none" or _stage(zero) != 3:
+        return None
+    return (
+        f"--quantize {config.model.quantize} with --deepspeed {config.distributed.deepspeed}: ZeRO-3 cuts weights into "
+        "pieces, and packed 4-bit weights lose their scales by it; use --deepspeed zero1 or zero2"
+    )
+
+
+def _eight_bits_stay_whole(config: RunConfig, zero: Mapping[str, Any]) -> str | None:
+    offloaded = any(
+        str((zero.get(f"offload_{part}") or {}).get("device", "none")) != "none" for part in ("optimizer", "param")
+    )
+    if not config.train.optimizer.startswith("adamw-8bit") or not (_stage(zero) == 3 or offloaded):
+        return None
+    return (
+        f"--optimizer {config.train.optimizer} with --deepspeed {config.distributed.deepspeed}: 8-bit states are known "
+        "to be right only where the optimizer stays whole on its GPU; use --deepspeed zero1 or zero2, or "
+        "--optimizer adamw"
+    )
+
+
+def _stage(zero: Mapping[str, Any]) -> int:
+    return int(zero.get("stage", 1))
+
+
+RULES: tuple[Callable[[RunConfig], str | None], ...] = (
+    _ranking_is_whole,
+    _adapters_have_a_rank,
+    _four_bits_have_adapters,
+    _adapters_are_everywhere,
+)
+"""What settings mean together: each rule says what is wrong, or None."""
+
+
+ZERO_RULES: tuple[Callable[[RunConfig, Mapping[str, Any]], str | None], ...] = (
+    _four_bits_stay_whole,
+    _eight_bits_stay_whole,
+)
+"""The same for settings and ZeRO's own, which are known once the DeepSpeed configuration is read."""

@@ -1,15 +1,21 @@
 """What a person is shown: remarks beside the progress bar, JSON, tables.
 
-Decides: that remarks go to standard error, once over all processes, and that JSON knows no NaN.
+Decides: that remarks go to standard error, once over all processes, that JSON knows no NaN, and which libraries are
+kept silent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import sys
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+LOUD = ("transformers", "huggingface_hub")
+"""Loggers whose reports say less than the one line that btrm prints."""
 
 
 class Member(Protocol):
@@ -28,11 +34,58 @@ def say(runtime: Member, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def finite_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN: it becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+@contextlib.contextmanager
+def quiet_libraries(stdout: TextIO | None = None, stderr: TextIO | None = None) -> Iterator[None]:
+    """Keep the reports and progress bars of libraries off the screen: what is wrong is said in one line.
+
+    Args:
+        stdout: Where goes what they print meanwhile; None leaves it.
+        stderr: The same for standard error.
+    """
+    from transformers.utils import logging as bars
+
+    loggers = [logging.getLogger(name) for name in LOUD]
+    levels, shown = [logger.level for logger in loggers], bars.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    bars.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(stdout or sys.stdout), contextlib.redirect_stderr(stderr or sys.stderr):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinity, which it does not know, become None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def dumps(value: Any) -> str:
     """JSON as btrm prints it on standard output."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)
+
+
+def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Lines with the cells of each column below each other.
+
+    Args:
+        rows: Cells of equally long rows, the names of the columns first if there are any.
+        right: Columns that end below each other instead of beginning so.
+
+    >>> table([("name", "pairs"), ("maths", "7")], right={1})
+    ['name   pairs', 'maths      7']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(cells)).rstrip())
+    return lines

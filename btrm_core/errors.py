@@ -49,5 +49,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """The type and the first line of an exception; of btrm's own the line alone, since it is written to be read."""
-    line = (str(error).strip() or repr(error)).splitlines()[0]
+    line = first_line(error)
     return line if isinstance(error, BtrmError) else f"{type(error).__name__}: {line}"
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of an exception's message, or the name of its type if it has none.
+
+    >>> first_line(ValueError("no such file\nTraceback ..."))
+    'no such file'
+    >>> first_line(KeyboardInterrupt())
+    'KeyboardInterrupt'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

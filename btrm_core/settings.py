@@ -1,40 +1,51 @@
-"""The settings of a training run: names, types, defaults and what each means.
+"""The settings of a training run: names, types, defaults, what each means, and which values it may take.
 
-Decides: which settings exist and which values they may take. Reading, overriding and checking them is `config`'s.
-A setting left at None is filled by the family's recipe or derived by the module that needs it.
+Decides: everything about one setting, beside the setting: its choices or range, its flag on the command line and, in
+the first sentence of its docstring, the flag's help. Reading, overriding and what settings mean together are
+`config`'s; `cli.flags` makes the flags. A setting left at None is filled by the family's recipe or derived by the
+module that needs it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any
+
+from btrm_core.marks import Above, AtLeast, AtMost, Flag, OneOf, Rule, Setting
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The base model and how it computes."""
 
-    name: str | None = None
-    """Directory or hub id of the base model; None trains the embedded default."""
-    revision: str | None = None
+    name: Annotated[str | None, Flag("model", "ID|DIR")] = None
+    """Base model. Default: a tiny model of the family. A directory or a hub id; None trains the embedded default."""
+    revision: Annotated[str | None, Flag()] = None
     """Branch, tag or commit of a hub id."""
-    dtype: str = "auto"
-    """Compute type: auto (bf16 on a GPU, fp32 on CPU), bf16 or fp32. Masters, head and loss are fp32 in any case."""
-    attention: str = "auto"
-    """Attention kernel: auto, flash, varlen, flex, sdpa or eager."""
-    quantize: str = "none"
-    """Frozen base weights in 4 bits: none or 4bit (NF4, only with adapters; QLoRA, arXiv:2305.14314)."""
-    kernels: str = "auto"
-    """Kernels of norms, rotary embedding and MLP: liger (needs liger-kernel and a GPU) or torch; auto is torch."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    activation_offload: bool = False
-    """Keep saved activations in CPU memory between forward and backward."""
-    train_last_layers: int | None = None
-    """Train only the last N layers (and the final norm and head); the rest stays frozen."""
-    freeze_embeddings: bool = False
+    dtype: Annotated[str, OneOf("auto", "bf16", "fp32"), Flag(names_choices=True)] = "auto"
+    """Compute type; auto is bf16 on a GPU and fp32 on CPU. Masters, head and loss are fp32 in any case."""
+    attention: Annotated[str, OneOf("auto", "flash", "varlen", "flex", "sdpa", "eager"), Flag(names_choices=True)] = (
+        "auto"
+    )
+    """Attention kernel."""
+    quantize: Annotated[str, OneOf("none", "4bit"), Flag(metavar="BITS")] = "none"
+    """4bit: frozen weights in 4 bits under the adapters (QLoRA). The type is NF4 (arXiv:2305.14314); only with
+    adapters."""
+    kernels: Annotated[str, OneOf("auto", "liger", "torch"), Flag(names_choices=True)] = "auto"
+    """Kernels of norms, rotary embedding and MLP; liger needs liger-kernel and a GPU, auto is torch."""
+    gradient_checkpointing: Annotated[bool, Flag(negated=True)] = False
+    """Less memory, more compute. Activations are computed again in the backward pass: about a third more."""
+    activation_offload: Annotated[bool, Flag()] = False
+    """Keep activations in CPU memory meanwhile. They come back for the backward pass."""
+    freeze_embeddings: Annotated[bool, Flag()] = False
     """Do not train the token embeddings."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. Off unless asked for."""
+    train_last_layers: Annotated[int | None, Above(0), Flag(metavar="N")] = None
+    """Train only the last N layers, final norm and head. The rest stays frozen."""
+    trust_remote_code: Annotated[bool, Flag()] = False
+    """Run code that comes with the checkpoint. Off unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class TokenizerConfig:
 class HeadConfig:
     """The linear map from hidden state to reward."""
 
-    init_std: float | None = None
+    init_std: Annotated[float | None, Above(0)] = None
     """Standard deviation of the initial head; None: the family's, else 1/sqrt(hidden + 1)."""
 
 
@@ -59,22 +70,22 @@ class HeadConfig:
 class DataConfig:
     """Where pairs come from and what happens to long or broken ones."""
 
-    train: tuple[str, ...] = ()
-    """Sources of training pairs; several are mixed."""
-    eval: tuple[str, ...] = ()
-    """Sources of evaluation pairs; none: held out from the training data by prompt hash."""
-    max_length: int | None = None
-    """Longest conversation in tokens; longer ones lose whole oldest turns of the prompt, equally on both sides."""
-    held_out_fraction: float = 0.05
+    train: Annotated[tuple[str, ...], Flag("data", "SRC", repeat=True)] = ()
+    """Training pairs; repeat to mix. Default: the sample."""
+    eval: Annotated[tuple[str, ...], Flag("eval-data", "SRC", repeat=True)] = ()
+    """Evaluation pairs. Default: held out by prompt. `held_out_fraction` says how many."""
+    max_length: Annotated[int | None, Above(0), Flag()] = None
+    """Longest conversation in tokens. Longer ones lose whole oldest turns of the prompt, equally on both sides."""
+    held_out_fraction: Annotated[float, AtLeast(0), AtMost(1, included=False)] = 0.05
     """Share of the training pairs held out for evaluation when no evaluation data is given; 0 holds out none."""
-    scored: str = "best-vs-worst"
-    """Pairs of a row with several scored responses: best-vs-worst, best-vs-each or all; a row's pairs weigh 1 together,
-    are computed together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
-    ties: str = "skip"
+    scored: Annotated[str, OneOf("best-vs-worst", "best-vs-each", "all")] = "best-vs-worst"
+    """Pairs of a row with several scored responses: best-vs-worst, best-vs-each or all. A row's pairs weigh 1
+    together, are computed together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
+    ties: Annotated[str, OneOf("skip", "half")] = "skip"
     """Declared ties and equal scores: skip, or half to train on them as half a win for each answer (Davidson 1970)."""
-    strict: bool = False
-    """Stop at the first bad row instead of counting it and going on."""
-    workers: int | None = None
+    strict: Annotated[bool, Flag()] = False
+    """Stop at the first bad row. Otherwise it is counted, and the run goes on."""
+    workers: Annotated[int | None, Above(0), AtMost(1024)] = None
     """Processes that tokenise; None: one per two cores, at most 8."""
     cache_dir: str | None = None
     """Where prepared data is kept; None: $BTRM_CACHE, else the user's cache directory."""
@@ -84,44 +95,46 @@ class DataConfig:
 class TrainConfig:
     """The optimisation, in pairs per step, and the memory, in tokens per micro-batch."""
 
-    pairs_per_step: int | None = None
-    """Pairs of one optimiser step over all processes; the result depends on it and not on the number of GPUs."""
-    tokens_per_batch: int = 8192
-    """Token budget of one micro-batch on one process. Memory only: it never changes the result."""
-    learning_rate: float | None = None
-    """Peak learning rate of AdamW."""
-    epochs: float | None = None
-    """Passes over the training pairs."""
-    max_steps: int | None = None
-    """Stop after this many optimiser steps."""
-    max_hours: float | None = None
-    """Stop cleanly, with a saved model, after this many hours since this start."""
-    max_total_hours: float | None = None
+    pairs_per_step: Annotated[int | None, Above(0), Flag()] = None
+    """Pairs of an optimiser step, over all processes. The result depends on it and not on the number of GPUs."""
+    tokens_per_batch: Annotated[int, Above(0), Flag()] = 8192
+    """Tokens of a micro-batch on one process (memory only). It never changes the result."""
+    learning_rate: Annotated[float | None, Above(0), Flag()] = None
+    """Peak learning rate. AdamW uses it."""
+    epochs: Annotated[float | None, Above(0), AtMost(1_000_000), Flag()] = None
+    """Passes over the pairs."""
+    max_steps: Annotated[int | None, Above(0), Flag()] = None
+    """Stop after so many steps."""
+    max_hours: Annotated[float | None, Above(0), Flag()] = None
+    """Stop cleanly after so many hours. They count from this start; the model is saved."""
+    max_total_hours: Annotated[float | None, Above(0)] = None
     """Stop cleanly, with a saved model, after this many hours of training over all starts of the run."""
-    warmup_ratio: float | None = None
+    warmup_ratio: Annotated[float | None, AtLeast(0), AtMost(1)] = None
     """Share of the steps over which the learning rate rises; a cosine brings it down to zero."""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, AtLeast(0)] = None
     """AdamW weight decay; never on norms, biases or the head."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Above(0)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
-    optimizer: str = "adamw"
-    """adamw, adamw-8bit or adamw-8bit-paged (both moments in 8 bits; bitsandbytes, arXiv:2110.02861)."""
-    adam_beta1: float = 0.9
+    optimizer: Annotated[
+        str, OneOf("adamw", "adamw-8bit", "adamw-8bit-paged"), Flag(metavar="NAME", names_choices=True)
+    ] = "adamw"
+    """AdamW, or with both moments in 8 bits (bitsandbytes, arXiv:2110.02861)."""
+    adam_beta1: Annotated[float, AtLeast(0, below=1)] = 0.9
     """AdamW's first moment decay."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, AtLeast(0, below=1)] = 0.999
     """AdamW's second moment decay."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, AtLeast(0)] = 1e-8
     """AdamW's epsilon."""
-    seed: int = 0
-    """Seed of the head, of the order of the pairs and of any dropout."""
-    layout: str = "shared"
+    seed: Annotated[int, AtLeast(0), Flag()] = 0
+    """Seed of head and order. It is the seed of any dropout as well."""
+    layout: Annotated[str, OneOf("shared", "packed", "padded")] = "shared"
     """Rows: shared (packed, common prefixes once), packed (no sharing) or padded (the reference)."""
-    auto_budget: bool = False
-    """After running out of GPU memory, halve tokens_per_batch and go on from the same step."""
-    skip_nan: bool = False
-    """Skip and count steps with a loss or gradient that is not finite, instead of stopping."""
-    early_stopping: int | None = None
-    """Stop when the evaluation loss has not fallen for this many evaluations."""
+    auto_budget: Annotated[bool, Flag()] = False
+    """Halve the token budget when GPU memory runs out. The run goes on from the same step."""
+    skip_nan: Annotated[bool, Flag()] = False
+    """Skip and count steps that are not finite. Otherwise a loss or gradient that is not finite stops the run."""
+    early_stopping: Annotated[int | None, Above(0), Flag(metavar="N")] = None
+    """Stop when N evaluations bring no lower loss."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +143,11 @@ class LossConfig:
 
     margin: bool = False
     """Subtract the data's margin from the reward margin (Llama 2, arXiv:2307.09288, section 3.2.2)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, AtLeast(0, below=0.5)] = 0.0
     """Probability that a label is wrong (conservative loss, arXiv:2305.18290 follow-up note; 0 to 0.5)."""
-    centering: float = 0.0
+    centering: Annotated[float, AtLeast(0)] = 0.0
     """Coefficient of mean((r_chosen + r_rejected)^2), which keeps rewards centred (arXiv:2312.09244)."""
-    ranking: str = "pairs"
+    ranking: Annotated[str, OneOf("pairs", "plackett-luce")] = "pairs"
     """Several responses to a prompt: the mean over its pairs (InstructGPT, arXiv:2203.02155, section 3.5), or
     plackett-luce, the likelihood of the whole ranking (arXiv:2305.18290, appendix A.3)."""
 
@@ -143,25 +156,25 @@ class LossConfig:
 class LoraConfig:
     """Low-rank adaptation (peft); the head is always trained and saved."""
 
-    rank: int | None = None
-    """Rank of the adapters; None trains all weights."""
-    alpha: float | None = None
-    """Scale; None: twice the rank."""
-    dropout: float = 0.0
+    rank: Annotated[int | None, Above(0), Flag("lora-rank", "N")] = None
+    """Train low-rank adapters instead of all weights. Their rank; None trains all weights."""
+    alpha: Annotated[float | None, Above(0), Flag("lora-alpha")] = None
+    """Scale of the adapters. Default: twice the rank."""
+    dropout: Annotated[float, AtLeast(0), AtMost(1, included=False), Flag("lora-dropout")] = 0.0
     """Dropout on the adapters' input."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """Module names to adapt; all-linear means every linear layer of the backbone."""
-    merge: bool = True
-    """Save an ordinary checkpoint with the adapters merged; false saves the adapters alone."""
+    targets: Annotated[tuple[str, ...], Flag("lora-targets", "NAME,...")] = ("all-linear",)
+    """Layers to adapt, as q_proj,v_proj. Default: all linear ones. The word for these is all-linear."""
+    merge: Annotated[bool, Flag(negated=True)] = True
+    """Save whole weights, or the adapters alone. Default: merge. Merged they are an ordinary model directory."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
     """Processes and ZeRO."""
 
-    deepspeed: str = "zero1"
-    """zero1, zero2, zero2-offload, zero3, zero3-offload or a DeepSpeed JSON file."""
-    join_seconds: float = 300.0
+    deepspeed: Annotated[str, Flag(metavar="PRESET|FILE")] = "zero1"
+    """zero1, zero2, zero2-offload, zero3, zero3-offload or JSON. JSON is a DeepSpeed configuration file."""
+    join_seconds: Annotated[float, Above(0), AtMost(1_000_000)] = 300.0
     """How long the processes of a run wait for each other at its start."""
 
 
@@ -169,40 +182,42 @@ class DistributedConfig:
 class OutputConfig:
     """What a run leaves behind, and how often."""
 
-    dir: str | None = None
-    """Directory of the finished model; None: runs/<family>-<model>."""
-    overwrite: bool = False
-    """Replace a finished model that is already there."""
-    eval_every: int | None = None
-    """Steps between evaluations; None: ten times in a run."""
-    save_every: int | None = None
-    """Steps between resumable checkpoints; None: only at the end."""
-    keep_last: int = 2
+    dir: Annotated[str | None, Flag("output", "DIR")] = None
+    """Where to write. Default: runs/FAMILY-MODEL."""
+    overwrite: Annotated[bool, Flag()] = False
+    """Replace a finished model."""
+    eval_every: Annotated[int | None, Above(0), Flag()] = None
+    """Steps between evaluations. None: ten times in a run."""
+    save_every: Annotated[int | None, Above(0), Flag()] = None
+    """Steps between resumable checkpoints. None: only at the end."""
+    keep_last: Annotated[int, Above(0), Flag(metavar="N")] = 2
     """Resumable checkpoints to keep."""
-    keep_best: bool = False
-    """Also keep the model with the lowest evaluation loss, and make it the final one."""
-    resume: str = "no"
-    """no, auto (the newest complete checkpoint of the output directory), latest-good, or a checkpoint directory."""
-    force_resume: bool = False
-    """Resume although data or settings have changed."""
-    restart_optimizer: bool = False
-    """Resume with weights and position of the checkpoint and a fresh optimizer; goes on under another ZeRO stage."""
-    report_to: str = "none"
-    """none, wandb, tensorboard, or several separated by commas."""
+    keep_best: Annotated[bool, Flag()] = False
+    """Keep the model with the lowest evaluation loss. It becomes the final one."""
+    resume: Annotated[str, Flag(bare="auto")] = "no"
+    """Go on from the last checkpoint, or the one named. Values: no, auto (the newest complete checkpoint of the output
+    directory), latest-good, or a checkpoint directory."""
+    force_resume: Annotated[bool, Flag()] = False
+    """Resume although data or settings differ."""
+    restart_optimizer: Annotated[bool, Flag()] = False
+    """Resume with a fresh optimizer, at any stage. Weights and position are the checkpoint's; the stage is ZeRO's."""
+    report_to: Annotated[str, Flag(metavar="TRACKER")] = "none"
+    """none, wandb, tensorboard, ... Several are separated by commas."""
     project: str = "btrm"
     """Project name for the tracker."""
     run_name: str | None = None
     """Name of the run for the tracker."""
-    profile: bool = False
-    """Write a profiler trace of a few steps and print where the time goes."""
+    profile: Annotated[bool, Flag()] = False
+    """Profile a few steps. Writes a trace and prints where the time goes."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """All settings of one training run."""
 
-    family: str | None = None
-    """Name of the family plugin; None asks every installed family whether it claims the checkpoint."""
+    family: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Model family; `btrm families` lists them. Default: ask them all. The name of a plugin; None asks every installed
+    one whether it claims the checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -214,40 +229,26 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "data.scored": ("best-vs-worst", "best-vs-each", "all"),
-    "data.ties": ("skip", "half"),
-    "loss.ranking": ("pairs", "plackett-luce"),
-    "model.dtype": ("auto", "bf16", "fp32"),
-    "model.attention": ("auto", "flash", "varlen", "flex", "sdpa", "eager"),
-    "model.kernels": ("auto", "liger", "torch"),
-    "model.quantize": ("none", "4bit"),
-    "train.layout": ("shared", "packed", "padded"),
-    "train.optimizer": ("adamw", "adamw-8bit", "adamw-8bit-paged"),
-}
+@cache
+def declared() -> dict[str, Setting]:
+    """Every setting by its key, in the order of the dataclasses."""
+    found: dict[str, Setting] = {}
+    for name, hint in typing.get_type_hints(RunConfig, include_extras=True).items():
+        if is_dataclass(hint):
+            section = typing.get_type_hints(hint, include_extras=True)
+            found.update({f"{name}.{key}": _setting(f"{name}.{key}", inner) for key, inner in section.items()})
+        else:
+            found[name] = _setting(name, hint)
+    return found
 
 
-POSITIVE = (
-    "data.max_length",
-    "data.workers",
-    "distributed.join_seconds",
-    "head.init_std",
-    "lora.alpha",
-    "lora.rank",
-    "model.train_last_layers",
-    "output.eval_every",
-    "output.keep_last",
-    "output.save_every",
-    "train.early_stopping",
-    "train.epochs",
-    "train.learning_rate",
-    "train.max_grad_norm",
-    "train.max_hours",
-    "train.max_total_hours",
-    "train.max_steps",
-    "train.pairs_per_step",
-    "train.tokens_per_batch",
-)
-
-
-NOT_NEGATIVE = ("train.weight_decay", "loss.centering", "train.warmup_ratio", "data.held_out_fraction", "lora.dropout")
+def _setting(key: str, hint: Any) -> Setting:
+    kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return Setting(
+        key,
+        kind=next(k for k in kinds if k is not type(None)),
+        optional=type(None) in kinds,
+        rules=tuple(mark for mark in marks if isinstance(mark, Rule)),
+        flag=next((mark for mark in marks if isinstance(mark, Flag)), None),
+    )

@@ -2,10 +2,10 @@
 
 import pytest
 
-from btrm_core.config import apply, flat, parse_assignments, read_settings, resolve, setting_types, to_toml
+from btrm_core.config import apply, check, flat, parse_assignments, read_settings, resolve, to_toml
 from btrm_core.errors import ConfigError
 from btrm_core.families.hookspecs import Recipe
-from btrm_core.settings import CHOICES, NOT_NEGATIVE, POSITIVE, RunConfig
+from btrm_core.settings import LossConfig, RunConfig, TrainConfig, declared
 
 
 def fails(values, message):
@@ -80,10 +80,27 @@ def test_a_recipe_fills_only_what_is_open():
     assert config.data.max_length is None
 
 
-def test_every_rule_names_a_setting():
-    known = setting_types()
-    assert set(POSITIVE) | set(NOT_NEGATIVE) | set(CHOICES) <= set(known)
-    assert list(flat(RunConfig())) == list(known)
+def test_every_setting_is_declared_and_every_default_is_allowed():
+    assert list(flat(RunConfig())) == list(declared())
+    check(RunConfig())
+    numbers = [s for s in declared().values() if s.kind in (int, float)]
+    assert [s.key for s in numbers if not s.rules] == []
+
+
+def test_settings_made_by_a_program_are_checked_as_those_of_a_file():
+    with pytest.raises(ConfigError, match=r"^train\.tokens_per_batch = -1: expected a number above 0$"):
+        check(RunConfig(train=TrainConfig(tokens_per_batch=-1)))
+    with pytest.raises(ConfigError, match=r"^train\.seed = None: expected a whole number"):
+        check(RunConfig(train=TrainConfig(seed=None)))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^loss\.ranking=plackett-luce knows no loss\.margin: leave that out"):
+        check(RunConfig(loss=LossConfig(ranking="plackett-luce", margin=True)))
+
+
+def test_rules_between_settings_wait_until_all_are_said():
+    first = apply(RunConfig(), {"lora.alpha": 8})
+    check(apply(first, {"lora.rank": 4}))
+    with pytest.raises(ConfigError, match="there are no adapters"):
+        check(first)
 
 
 def test_every_setting_is_documented():

@@ -14,7 +14,7 @@ import btrm_core
 
 ROOT = Path(btrm_core.__file__).parent
 LAYERS = """
-errors
+errors marks
 settings console files
 config
 families

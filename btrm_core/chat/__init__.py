@@ -4,7 +4,6 @@ Template, tokenizer and maximum length together decide them; nothing else in btr
 """
 
 from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, opens_turns, prepare_chat, settle, spare
-from btrm_core.chat.templates import one_line
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "Encoder",
     "fast_backend",
     "install_pad",
-    "one_line",
     "opens_turns",
     "prepare_chat",
     "self_contained",

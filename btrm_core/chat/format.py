@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from btrm_core.chat.shorten import Shorten, smallest, ways_to_shorten
-from btrm_core.chat.templates import inspect_template, one_line
+from btrm_core.chat.templates import inspect_template
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
-from btrm_core.errors import BtrmError, DataError
+from btrm_core.errors import BtrmError, DataError, first_line
 from btrm_core.families import Family, PadToken
 
 Message = dict[str, str]
@@ -82,7 +82,7 @@ class ChatFormat:
         try:
             return self._render([conversation], add_generation_prompt)[0]
         except Exception as error:  # a template is a program of its own and may fail in any way
-            raise DataError(f"the chat template refuses it: {one_line(error)}") from error
+            raise DataError(f"the chat template refuses it: {first_line(error)}") from error
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """Return the ids of finished conversations (the last message is the assistant's).
@@ -202,7 +202,7 @@ class ChatFormat:
         except BtrmError:
             raise
         except Exception as error:  # a template is a program of its own and may fail in any way
-            return f"the chat template refuses it: {one_line(error)}"
+            return f"the chat template refuses it: {first_line(error)}"
         return self._checked(ids)
 
     def _checked(self, ids: list[int]) -> list[int] | str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from btrm_core.chat.tokenizers import Encoder, fast_backend
-from btrm_core.errors import FamilyError
+from btrm_core.errors import FamilyError, first_line
 
 OTHER_TEMPLATE = "give another one with --set tokenizer.chat_template=FILE"
 
@@ -88,12 +88,6 @@ def inspect_template(tokenizer: Any, template: str, given_by: str) -> TemplateFa
     return TemplateFacts(bos_id, terminal_id, controls, anchors)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 def _render_probes(tokenizer: Any, template: str, who: str) -> dict[str, str]:
     """Render the probes; the system one may be refused, as its rows then are, with a reason each."""
     texts = {}
@@ -106,7 +100,7 @@ def _render_probes(tokenizer: Any, template: str, who: str) -> dict[str, str]:
             line = getattr(error, "lineno", None)
             place = "" if line is None else f", line {line}"
             raise FamilyError(
-                f"{who} does not render a {name} conversation: {one_line(error)}{place}; {OTHER_TEMPLATE}"
+                f"{who} does not render a {name} conversation: {first_line(error)}{place}; {OTHER_TEMPLATE}"
             ) from error
         position = 0
         for message in conversation:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from btrm_core.data.issues import RowIssue
-from btrm_core.errors import DataError
+from btrm_core.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from btrm_core.data.sources import Source
@@ -256,8 +256,7 @@ def _parquet(source: Source) -> Iterator[Numbered]:
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk, not the data
             raise
-        text = str(error).strip().splitlines()[0]
-        reason = f"unreadable Parquet data from here on ({text}); the file may be truncated"
+        reason = f"unreadable Parquet data from here on ({first_line(error)}); the file may be truncated"
         yield line + 1, RowIssue(source.where, line + 1, reason, "unreadable Parquet")
 
 

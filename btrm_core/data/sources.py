@@ -14,16 +14,16 @@ What exists on disk wins over the Hub. Reading the rows is `readers.py`'s work.
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from btrm_core import files
 from btrm_core import files as files_module
-from btrm_core.errors import DataError, did_you_mean
+from btrm_core.console import quiet_libraries
+from btrm_core.errors import DataError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -165,7 +165,7 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # any library underneath may raise its own type
-        raise DataError(f"cannot load the data set folder '{where}': {_first_line(error)}") from error
+        raise DataError(f"cannot load the data set folder '{where}': {_sentence(error)}") from error
     notes = []
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose(where, list(loaded), split)
@@ -187,13 +187,13 @@ def _hub(spec: str, name: str, rest: list[str]) -> Source:
     split = rest[-1] if rest else "train"
     reached = _reach(spec, name)
     try:
-        with _quiet(offline=not reached):
+        with quiet_libraries(), contextlib.nullcontext() if reached else _only_the_cache():
             table = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the Hub client, the data set's builder and Arrow raise what they like
         hint = "Check the id, the split and the connection, or pass a local file."
         if not reached:
             hint = "The Hub cannot be reached and the data set is not in its cache; pass a local file."
-        raise DataError(f"cannot load '{spec}' from the Hugging Face Hub: {_first_line(error)} {hint}") from error
+        raise DataError(f"cannot load '{spec}' from the Hugging Face Hub: {_sentence(error)} {hint}") from error
     # The builder's fingerprint follows the repository's revision and the split.
     return Source(spec, name, "table", files.digest(name, config, split, table._fingerprint), table=table)
 
@@ -220,21 +220,17 @@ def _reach(spec: str, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet(*, offline: bool) -> Iterator[None]:
-    """Silence the Hub client's retry messages; with `offline` let only its cache answer."""
+def _only_the_cache() -> Iterator[None]:
+    """Let the Hub client answer from its cache alone."""
     import datasets
     import huggingface_hub.constants as hub
 
-    logger = logging.getLogger("huggingface_hub")
-    before = (datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE, logger.level)
-    if offline:
-        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    logger.setLevel(logging.ERROR)
+    before = (datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE)
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before[:2]
-        logger.setLevel(before[2])
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 
 def _choose(where: str, splits: list[str], wanted: str | None) -> str:
@@ -298,7 +294,5 @@ def _shorten(names: Sequence[str], shown: int = 6) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _first_line(error: Any) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip() if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."
+def _sentence(error: BaseException) -> str:
+    return f"{first_line(error).removesuffix('.')}."

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from btrm_core.console import table
+
 
 def evaluation_text(figures: Mapping[str, Any]) -> str:
     """One line about an evaluation."""
@@ -19,12 +21,17 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
 
 def subset_table(rows: list[Mapping[str, Any]]) -> str:
     """Accuracy per subset, one line each."""
-    width = max((len(str(row["name"])) for row in rows), default=0)
-    return "\n".join(
-        f"  {row['name']:<{width}}  accuracy {row['accuracy']:.3f}  margin {row['reward_margin']:+.3f}  "
-        f"pairs {row['pairs']}"
-        for row in rows
-    )
+    cells = [
+        (
+            "",
+            str(r["name"]),
+            f"accuracy {r['accuracy']:.3f}",
+            f"margin {r['reward_margin']:+.3f}",
+            f"pairs {r['pairs']}",
+        )
+        for r in rows
+    ]
+    return "\n".join(table(cells))
 
 
 def format_evaluation(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from btrm_core import families
+from btrm_core.console import table
 from btrm_core.errors import CheckpointError, FamilyError, one_line
 from btrm_core.families.discovery import FamilyEntry
 from btrm_core.families.family import Family
@@ -125,10 +126,7 @@ def format_families(entries: Sequence[FamilyEntry]) -> str:
         return "no families are installed; `pip install btrm` brings some"
     rows = [("NAME", "ORIGIN", "STATUS", "SUMMARY")]
     rows += [(entry.name, entry.origin, entry.status, entry.cause or entry.summary) for entry in entries]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
-    )
+    return "\n".join(table(rows))
 
 
 def tracebacks(entries: Sequence[FamilyEntry]) -> list[str]:

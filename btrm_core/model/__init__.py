@@ -25,7 +25,7 @@ from btrm_core.model.load import (
     template_difference,
     tolerance,
 )
-from btrm_core.model.quantized import OPTIMIZERS, check, optimizer, require
+from btrm_core.model.quantized import OPTIMIZERS, optimizer, require
 from btrm_core.model.reward import RewardModel, choose_for
 from btrm_core.model.selfcheck import check_first_loss, expected_first_loss, self_check
 from btrm_core.model.shape import GPUS, Parameters, Shape, device_name, flops_per_token, mfu_per_token_rate, read_shape
@@ -43,7 +43,6 @@ __all__ = [
     "build_model",
     "build_toy",
     "chat_from_checkpoint",
-    "check",
     "check_first_loss",
     "check_head",
     "choose_for",

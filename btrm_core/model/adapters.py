@@ -28,7 +28,7 @@ from btrm_core.settings import LoraConfig
 INSTALL = "pip install 'btrm[lora]'"
 
 
-WEIGHTS = "adapter_model.safetensors"
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 PREFIX = "base_model.model."

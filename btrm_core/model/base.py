@@ -10,7 +10,6 @@ Shapes: H hidden.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from btrm_core.chat import ChatFormat
-from btrm_core.errors import CheckpointError, ConfigError
+from btrm_core.console import quiet_libraries
+from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.model import adapters
 from btrm_core.model.quantized import loading_options, settle
@@ -51,7 +51,7 @@ def base_config(model: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the configuration of the base model {name}: {_first(error)}") from error
+        raise CheckpointError(f"cannot read the configuration of the base model {name}: {first_line(error)}") from error
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -63,7 +63,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
-        raise CheckpointError(f"cannot load the tokenizer of {model.name}: {_first(error)}") from error
+        raise CheckpointError(f"cannot load the tokenizer of {model.name}: {first_line(error)}") from error
 
 
 def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
@@ -80,7 +80,7 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
     _check_weights(Path(name))
     packed = loading_options(model.quantize, dtype)
     try:
-        with _silence("transformers"):
+        with quiet_libraries():  # they report that the head is new: btrm checks it and says so itself
             hf, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=model.revision,
@@ -93,7 +93,7 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
                 **packed,
             )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the base model {name}: {_first(error)}") from error
+        raise CheckpointError(f"cannot load the base model {name}: {first_line(error)}") from error
     settle(hf)
     missing = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
     if not isinstance(getattr(hf, "score", None), nn.Linear):
@@ -255,23 +255,6 @@ def _check_weights(path: Path) -> None:
     )
 
 
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _silence(logger: str) -> Iterator[None]:
-    """Hide the report that the head is new: btrm checks it and says so itself."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
 def build_model(
     config: RunConfig, family: Family, chat: ChatFormat, dtype: torch.dtype, device: torch.device
 ) -> tuple[RewardModel, bool]:
@@ -316,7 +299,7 @@ def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, devi
         with torch.device("meta"):
             hf = AutoModelForSequenceClassification.from_config(described, dtype=dtype)
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"cannot load the base model {model.name}: {_first(error)}") from error
+        raise CheckpointError(f"cannot load the base model {model.name}: {first_line(error)}") from error
     return choose_for(hf, model.attention, device_type, family.recipe().attention)
 
 

@@ -7,13 +7,11 @@ never run. No family is needed; an installed one is compared.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrm_core import config, families
-from btrm_core import config as config_module
-from btrm_core.chat import ChatFormat, install_pad, one_line, settle
-from btrm_core.errors import CheckpointError, ConfigError, FamilyError
+from btrm_core import families
+from btrm_core.chat import ChatFormat, install_pad, settle
+from btrm_core.console import quiet_libraries
+from btrm_core.errors import CheckpointError, ConfigError, FamilyError, first_line
 from btrm_core.families import PadToken
 from btrm_core.files import digest
 from btrm_core.model import adapters
@@ -67,7 +65,7 @@ def find_model(name: str) -> Path:
         raise
     except Exception as error:  # the hub's client raises types of several libraries
         raise CheckpointError(
-            f"there is no model directory {name}, and it cannot be had from the Hugging Face hub: {_first(error)}"
+            f"there is no model directory {name}, and it cannot be had from the Hugging Face hub: {first_line(error)}"
         ) from error
 
 
@@ -108,7 +106,7 @@ def saved_config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError: depends on what is wrong with the file
-        raise CheckpointError(f"{directory}: the configuration cannot be read: {_first(error)}") from error
+        raise CheckpointError(f"{directory}: the configuration cannot be read: {first_line(error)}") from error
 
 
 def check_head(directory: Path) -> None:
@@ -129,7 +127,7 @@ def check_head(directory: Path) -> None:
 
 def is_adapters(directory: Path) -> bool:
     """True if a model directory holds adapters and a head, without the base model's weights."""
-    return (directory / config.SETTINGS).is_file()
+    return (directory / adapters.SETTINGS).is_file()
 
 
 def weight_names(directory: Path) -> set[str]:
@@ -150,7 +148,7 @@ def weight_names(directory: Path) -> set[str]:
         with safe_open(path, "pt") as file:
             return set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
@@ -179,12 +177,12 @@ def _whole(directory: Path, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        with _silent():
+        with quiet_libraries():
             hf, info = AutoModelForSequenceClassification.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # transformers and safetensors raise many types
-        raise CheckpointError(f"{directory} cannot be loaded: {_first(error)}") from error
+        raise CheckpointError(f"{directory} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(f"the weights of {directory} are incomplete: {some} missing; copy the directory anew")
@@ -200,7 +198,7 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{directory} holds adapters, which need peft; {adapters.INSTALL}") from error
     described, made, config = (
-        _json(directory / config_module.SETTINGS),
+        _json(directory / adapters.SETTINGS),
         read_manifest(directory),
         saved_config(directory),
     )
@@ -210,14 +208,14 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
         revision=described.get("revision"),
         quantize=made.get("config", {}).get("model.quantize", "none"),
     )
-    with _silent(), warnings.catch_warnings():
+    with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             hf = base_module.load_base(base, type_).hf
         except (CheckpointError, ConfigError) as error:
             raise type(error)(
                 f"{directory} holds adapters, and their base model cannot be loaded: {error}. "
-                f"{config_module.SETTINGS} says where it is (base_model_name_or_path, revision)"
+                f"{adapters.SETTINGS} says where it is (base_model_name_or_path, revision)"
             ) from error
         text = config.get_text_config()
         base_module.set_reward_config(hf, text.pad_token_id)
@@ -226,7 +224,7 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
         try:
             wrapped = PeftModel.from_pretrained(hf, directory, torch_device="cpu")
         except Exception as error:  # peft and safetensors raise many types
-            raise CheckpointError(f"the adapters in {directory} do not fit {base.name}: {_first(error)}") from error
+            raise CheckpointError(f"the adapters in {directory} do not fit {base.name}: {first_line(error)}") from error
     if missing := sorted(
         set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) - weight_names(directory)
     ):
@@ -241,7 +239,7 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
 
 def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> str:
     """A SHA-256 that changes when the rewards may: configuration, template, training run, head, compute type."""
-    names = ("config.json", MANIFEST, "tokenizer.json", config.SETTINGS, adapters.WEIGHTS)
+    names = ("config.json", MANIFEST, "tokenizer.json", adapters.SETTINGS, adapters.WEIGHTS)
     files = [directory / name for name in names]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
     head = hf.score.weight.detach().float().cpu().numpy().tobytes()
@@ -283,7 +281,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {_first(error)}") from error
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
     return value if isinstance(value, dict) else {}
 
 
@@ -291,28 +289,6 @@ def _token(value: Any) -> str | None:
     """A token as `tokenizer_config.json` writes it: text, or an object with the text in it."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers' report and progress bar off the screen: what is wrong is said in one line."""
-    from transformers.utils import logging as transformers_logging
-
-    log = logging.getLogger("transformers")
-    level, bar = log.level, transformers_logging.is_progress_bar_enabled()
-    log.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
@@ -333,7 +309,7 @@ def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # OSError, ValueError, ImportError, and whatever the parsers raise
-        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({one_line(error)})") from error
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({first_line(error)})") from error
     file = directory / "chat_template.jinja"
     template = file.read_bytes().decode("utf-8") if file.is_file() else tokenizer.chat_template
     if not isinstance(template, str):
@@ -359,7 +335,9 @@ def _honour_manifest(chat: ChatFormat, file: Path) -> ChatFormat:
     try:
         manifest = json.loads(file.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({one_line(error)}); expected the file btrm wrote") from error
+        raise CheckpointError(
+            f"{file} is not valid JSON ({first_line(error)}); expected the file btrm wrote"
+        ) from error
     trained = {"template_sha256": chat.template_sha256, "terminal_token": chat.terminal_token}
     for key, found in trained.items():
         if manifest.get(key, found) != found:

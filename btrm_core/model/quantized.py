@@ -1,7 +1,7 @@
 """Fewer bits through bitsandbytes: frozen base weights in 4, states of the optimizer in 8.
 
-Decides: which 4-bit format (NF4, its scales quantised once more, computed in the run's own type), and what neither goes
-together with. bitsandbytes is an extra and is imported only where one of the two is asked for.
+Decides: which 4-bit format (NF4, its scales quantised once more, computed in the run's own type). What neither goes
+together with is said in `config`. bitsandbytes is an extra and is imported only where one of the two is asked for.
 
 References: Dettmers et al., QLoRA, arXiv:2305.14314; 8-bit optimizers via block-wise quantization, arXiv:2110.02861.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from btrm_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from btrm_core.settings import RunConfig, TrainConfig
 
@@ -30,30 +30,6 @@ OPTIMIZERS = {"adamw-8bit": "AdamW8bit", "adamw-8bit-paged": "PagedAdamW8bit"}
 
 LARGEST_PARTITION = 2**31 - 1
 """bitsandbytes counts the elements of a tensor in 32 bits, and ZeRO hands it each group as one flat tensor."""
-
-
-def check(config: RunConfig, zero: Mapping[str, Any]) -> None:
-    """Refuse what does not go together, from the settings alone.
-
-    Args:
-        config: the run's settings.
-        zero: `zero_optimization` of its DeepSpeed configuration.
-
-    Raises:
-        ConfigError: 4-bit weights under ZeRO-3, or an 8-bit optimizer under ZeRO-3 or offloaded.
-    """
-    stage, name = int(zero.get("stage", 1)), config.train.optimizer
-    preset = config.distributed.deepspeed
-    if config.model.quantize != "none" and stage == 3:
-        raise ConfigError(
-            f"--quantize {config.model.quantize} with --deepspeed {preset}: ZeRO-3 cuts weights into pieces, and "
-            "packed 4-bit weights lose their scales by it; use --deepspeed zero1 or zero2"
-        )
-    if name in OPTIMIZERS and (stage == 3 or _offloads(zero)):
-        raise ConfigError(
-            f"--optimizer {name} with --deepspeed {preset}: 8-bit states are known to be right only where the "
-            "optimizer stays whole on its GPU; use --deepspeed zero1 or zero2, or --optimizer adamw"
-        )
 
 
 def require(config: RunConfig) -> None:
@@ -169,9 +145,3 @@ def optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig, world: int) 
         groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_eps
     )
     return made
-
-
-def _offloads(zero: Mapping[str, Any]) -> bool:
-    return any(
-        str((zero.get(f"offload_{part}") or {}).get("device", "none")) != "none" for part in ("optimizer", "param")
-    )

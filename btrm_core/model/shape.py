@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from btrm_core.errors import BtrmError
+from btrm_core.errors import BtrmError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,7 @@ def read_shape(config: Any, lora_rank: int | None = None, four_bits: bool = Fals
     except (ValueError, LookupError, AttributeError, TypeError, ImportError, RuntimeError) as error:
         raise BtrmError(
             f"cannot plan for model type {kind!r}: transformers builds no sequence-classification model from its "
-            f"configuration ({str(error).splitlines()[0][:120]}); expected a decoder with the usual names"
+            f"configuration ({first_line(error)[:120]}); expected a decoder with the usual names"
         ) from error
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise _unknown(kind, f"{type(hf).__name__} has no linear head called `score`")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from btrm_core.errors import TrainingError
+from btrm_core.errors import TrainingError, first_line
 from btrm_core.settings import RunConfig
 from btrm_core.training.loss import bradley_terry, plackett_luce
 from btrm_core.training.metrics import PairSums, named, summarise, token_figures
@@ -171,8 +171,7 @@ def smaller_budget(error: torch.OutOfMemoryError, session: Session) -> int:
         advice = "--gradient-checkpointing, --deepspeed zero3-offload or --max-length (a row is a single pair already)"
     if not train.auto_budget or session.runtime.world > 1 or budget <= longest:
         more = "" if train.auto_budget else "; --auto-budget halves it by itself on one GPU"
-        first = str(error).strip().splitlines()[0]
-        raise TrainingError(f"the GPU is out of memory ({first}); try {advice}{more}") from error
+        raise TrainingError(f"the GPU is out of memory ({first_line(error)}); try {advice}{more}") from error
     return max(budget // 2, longest)
 
 

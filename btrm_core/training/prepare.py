@@ -86,7 +86,7 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
             without a rank.
     """
     trackers(config.output.report_to)
-    config_module.check_adapters(config)
+    config_module.check(config)
     if config.model.name is None and config.family is None:
         raise ConfigError("nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR")
     if config.model.name is None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from btrm_core.config import flat
-from btrm_core.console import finite_figures
-from btrm_core.errors import ConfigError
+from btrm_core.console import finite
+from btrm_core.errors import ConfigError, first_line
 from btrm_core.evaluation import evaluation_text
 from btrm_core.settings import RunConfig
 from btrm_core.training.processes import Runtime
@@ -59,9 +59,8 @@ def start_trackers(runtime: Runtime, directory: Path, first_step: int, config: R
         runtime.accelerator.init_trackers(config.output.project, config=settings, init_kwargs=options)
     except Exception as error:  # every tracker has errors of its own
         hint = "; `wandb login`, or WANDB_MODE=offline keeps it local" if "wandb" in config.output.report_to else ""
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"--report-to {config.output.report_to}: the tracker does not start ({first}){hint}"
+            f"--report-to {config.output.report_to}: the tracker does not start ({first_line(error)}){hint}"
         ) from error
 
 
@@ -114,7 +113,7 @@ class Reporter:
         self.runtime.accelerator.log({f"{split}/{k}": v for k, v in numbers.items()}, step=step)
         if self.file is None:
             return
-        line = {"split": split, "step": step, "time": round(time.time(), 3), **finite_figures(figures)}
+        line = {"split": split, "step": step, "time": round(time.time(), 3), **finite(figures)}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if split == "train":

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from btrm_core.console import quiet_libraries
 from btrm_core.files import explained
 from btrm_core.model import gathered
 from btrm_core.training.processes import Runtime
@@ -110,7 +111,11 @@ def _convert(state: Path, place: Path) -> None:
         "inject_missing_state": True,  # what ZeRO 1 and 2 leave out when there is no tensor parallelism
     }
     try:
-        with plainly_named(state) as source, plainly_named(place) as target, _quietly():
+        with (
+            plainly_named(state) as source,
+            plainly_named(place) as target,
+            quiet_libraries(io.StringIO(), io.StringIO()),
+        ):
             folders = {"input_folder": str(source), "output_folder": str(target / state.name)}
             ds_to_universal.main(argparse.Namespace(**folders, **options))
     except Exception as error:
@@ -127,7 +132,7 @@ def _whole_weights(state: Path) -> dict[str, Any]:
 
     read = functools.partial(torch.load, map_location="cpu", mmap=True, weights_only=False)
     model = state / "mp_rank_00_model_states.pt"
-    with plainly_named(state) as link, _quietly():
+    with plainly_named(state) as link, quiet_libraries(io.StringIO(), io.StringIO()):
         if not model.exists():  # ZeRO-3
             whole = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
             return dict(whole(str(link.parent), tag=link.name, lazy_mode=True))
@@ -181,10 +186,3 @@ def _main_first(runtime: Runtime) -> Iterator[bool]:
     yield runtime.is_main
     torch.distributed.barrier(patient)
     torch.distributed.destroy_process_group(patient)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what DeepSpeed's tools print."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

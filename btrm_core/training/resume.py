@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from btrm_core.console import say
-from btrm_core.errors import CheckpointError
+from btrm_core.errors import CheckpointError, first_line
 from btrm_core.files import explained, publish
 from btrm_core.model import is_finished, read_manifest
 from btrm_core.training import reshard
@@ -219,9 +219,8 @@ def load(session: Session, path: Path) -> Progress:
     except CheckpointError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "" if output.restart_optimizer else "; --restart-optimizer takes its weights alone"
-        raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first}{advice}") from error
+        raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first_line(error)}{advice}") from error
     progress = Progress(**{**state["progress"], "stopped": None})
     _tell_new_schedule(session, progress, state.get("schedule"))
     _forget_what_is_gone(session, progress, same_evaluation=before.get(EVALUATION) in (None, who[EVALUATION]))

@@ -12,9 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from btrm_core.cli import main
-from btrm_core.cli.train import FLAGS, train
-from btrm_core.config import setting_types
+from btrm_core.cli.preflight import doctor
+from btrm_core.cli.train import train
 from btrm_core.data.sample import sample_path
+from btrm_core.settings import declared
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def invoke(*arguments):
@@ -60,11 +63,42 @@ def test_help_and_families_answer_without_torch():
     assert {"gemma", "gemma2", "llama3", "mistral"} <= set(names)
 
 
-def test_every_flag_is_a_setting():
-    assert set(FLAGS.values()) <= set(setting_types())
-    options = {parameter.name for parameter in train.params}
-    assert set(FLAGS) <= options
-    assert options - set(FLAGS) == {"gpus", "processes", "config_file", "assignments", "dry_run"}
+def test_every_flag_is_made_from_its_setting_once():
+    flagged = [setting for setting in declared().values() if setting.flag]
+    own = {"gpus", "processes", "config_file", "assignments", "dry_run"}
+    assert len(train.params) == len(flagged) + len(own) == 49
+    assert len({parameter.name for parameter in train.params}) == 49
+    assert {parameter.name for parameter in doctor.params} - {"subject", "pairs", "no_model", "full", "as_json"} == {
+        *("family", "model", "revision", "trust_remote_code", "data", "eval_data", "max_length", "dtype", "attention"),
+        *("config_file", "assignments"),
+    }
+
+
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_the_help_is_as_written_down(command):
+    result = CliRunner().invoke(main, [command, "--help"], prog_name="btrm", terminal_width=78)
+    assert result.output == (GOLDEN / f"help_{command}.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "train.seed = -1: expected 0 or more"),
+        (["--seed", "1e999"], "train.seed = '1e999': expected a whole number"),
+        (["--seed", "9" * 30], f"train.seed = {'9' * 30}: expected a whole number below 2^63"),
+        (["--learning-rate", "inf"], "train.learning_rate = inf: expected a finite number"),
+        (["--learning-rate", "1e999"], "train.learning_rate = inf: expected a finite number"),
+        (["--epochs", "nan"], "train.epochs = nan: expected a finite number"),
+        (["--epochs", "1e300"], "train.epochs = 1e+300: expected at most 1,000,000"),
+        (["--max-steps", "0"], "train.max_steps = 0: expected a number above 0"),
+        (["--max-hours", "two"], "train.max_hours = 'two': expected a number"),
+        (["--set", "train.adam_beta2=1"], "train.adam_beta2 = 1.0: expected at least 0 and below 1"),
+        (["--set", "train.adam_eps=-inf"], "train.adam_eps = -inf: expected a finite number"),
+        (["--set", "train.warmup_ratio=2"], "train.warmup_ratio = 2.0: expected at most 1"),
+    ],
+)
+def test_an_absurd_number_is_one_line(arguments, message):
+    assert fails("train", "--family", "llama3", *arguments) == message
 
 
 def test_unknown_family():

@@ -105,7 +105,7 @@ def test_the_slurm_script():
     words = shlex.split(run.removesuffix("&"))
     options, btrm = passed_on(words[words.index("torchrun") :])
     assert options.nproc_per_node == given["gpus-per-node"]
-    assert (btrm["resume"], btrm["save_every"]) == ("auto", 500)
+    assert (btrm["resume"], int(btrm["save_every"])) == ("auto", 500)
 
 
 def stand_ins(directory, srun):

@@ -13,19 +13,20 @@ seconds. The same checks run as `pytest --btrm-family=foo` and as `btrm families
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
 
+from btrm_core.console import quiet_libraries
+from btrm_core.errors import first_line
 from btrm_core.preflight.conformance.contract import ContractChecks
 from btrm_core.preflight.conformance.model import ModelChecks
 from btrm_core.preflight.conformance.subject import Subject
 from btrm_core.preflight.conformance.text import TextChecks
-from btrm_core.preflight.conformance.verdict import Missing, NotConforming, first_line
+from btrm_core.preflight.conformance.verdict import Missing, NotConforming
 
 
 class FamilyConformance(ModelChecks, TextChecks, ContractChecks):
@@ -105,7 +106,7 @@ def run_checks(name: str, model: str | None = None) -> list[CheckResult]:
 
     Checked.family, Checked.model = name, model
     try:
-        with _quiet():
+        with quiet_libraries(stdout=sys.stderr):  # what is printed is no result
             return [_run(Checked(), check) for check in _checks()]
     finally:
         Checked.teardown_class()
@@ -123,21 +124,6 @@ def format_checks(results: Sequence[CheckResult]) -> str:
 
 
 _WORDS = {"pass": "passed", "fail": "failed", "skip": "skipped"}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars off the screen, and what libraries and plugins print out of the results."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _checks() -> list[str]:

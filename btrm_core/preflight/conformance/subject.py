@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from btrm_core import families
+from btrm_core.errors import first_line
 from btrm_core.families import ENTRY_POINT_GROUP, Family, TinyShape
-from btrm_core.preflight.conformance.verdict import Missing, first_line
+from btrm_core.preflight.conformance.verdict import Missing
 
 LONG = 160
 """Tokens (at least) of the longest conversation in `groups`: more than the sliding windows of tiny shapes."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from btrm_core.errors import first_line
 from btrm_core.preflight.conformance.subject import Subject
-from btrm_core.preflight.conformance.verdict import Missing, NotConforming, first_line, require
+from btrm_core.preflight.conformance.verdict import Missing, NotConforming, require
 
 Conversation = list[dict[str, str]]
 

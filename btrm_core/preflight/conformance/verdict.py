@@ -33,8 +33,3 @@ def require(condition: object, what: str, why: str, what_to_do: str) -> None:
     __tracebackhide__ = True
     if not condition:
         raise NotConforming(what, why, what_to_do)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,6 @@ Colours say the same as words and signs, so nothing is lost without them.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import click
 
 from btrm_core.chat import ChatFormat
+from btrm_core.console import finite
 from btrm_core.packing import Group
 from btrm_core.preflight.doctor.case import Case
 from btrm_core.preflight.doctor.examples import Example
@@ -127,18 +127,9 @@ def as_json(case: Case, checks: Sequence[Check]) -> dict[str, Any]:
         "eval_data": list(data.eval),
         "max_length": data.max_length,
         "pairs": len(case.rows),
-        "checks": [{**vars(check), "figures": _finite(dict(check.figures))} for check in checks],
+        "checks": [{**vars(check), "figures": finite(check.figures)} for check in checks],
         "examples": [_example_json(example, case.chat) for example in case.examples],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pieces(chat: ChatFormat, ids: Sequence[int], start: int, kind: str) -> list[Piece]:

@@ -132,9 +132,9 @@ def estimate(
     Raises:
         BtrmError: the configuration cannot be read, its architecture is unknown, or settings contradict each other.
     """
-    from btrm_core.config import check_adapters
+    from btrm_core.config import check
 
-    check_adapters(_settings("zero1", bf16, lora_rank, quantize, optimizer))
+    check(_settings("zero1", bf16, lora_rank, quantize, optimizer))
     if isinstance(config, str):
         from btrm_core.model import base_config
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from btrm_core.config import check_zero
 from btrm_core.errors import ConfigError, did_you_mean
-from btrm_core.model import OPTIMIZERS, check
+from btrm_core.model import OPTIMIZERS
 from btrm_core.settings import RunConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     if world == 1:
         # nothing is sent, so gradients need not be copied into a bucket; those larger than it are taken as they are
         merged["zero_optimization"].setdefault("reduce_bucket_size", LONE_BUCKET)
-    check(config, merged["zero_optimization"])
+    check_zero(config, merged["zero_optimization"])
     if config.train.optimizer in OPTIMIZERS:
         del merged["optimizer"]  # it is made here and handed over whole, see `prepare.make_engine`
         merged["zero_allow_untested_optimizer"] = True
