@@ -72,6 +72,9 @@ class DataConfig:
     are computed together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
     ties: str = "skip"
     """Declared ties and equal scores: skip, or half to train on them as half a win for each answer (Davidson 1970)."""
+    group_by: str = "prompt"
+    """What is shuffled: prompt (its pairs then fall into one step and share its tokens; InstructGPT, arXiv:2203.02155,
+    section 3.5) or pair. Every step has the same number of pairs either way."""
     strict: bool = False
     """Stop at the first bad row instead of counting it and going on."""
     workers: int | None = None
@@ -214,6 +217,7 @@ class RunConfig:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.scored": ("best-vs-worst", "best-vs-each", "all"),
+    "data.group_by": ("prompt", "pair"),
     "data.ties": ("skip", "half"),
     "loss.ranking": ("pairs", "plackett-luce"),
     "model.dtype": ("auto", "bf16", "fp32"),

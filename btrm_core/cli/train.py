@@ -20,6 +20,7 @@ FLAGS: dict[str, str] = {
     "output": "output.dir",
     "overwrite": "output.overwrite",
     "max_length": "data.max_length",
+    "group_by": "data.group_by",
     "strict": "data.strict",
     "pairs_per_step": "train.pairs_per_step",
     "tokens_per_batch": "train.tokens_per_batch",
@@ -69,6 +70,7 @@ FLAGS: dict[str, str] = {
 @click.option("--output", metavar="DIR", help="Where to write. Default: runs/FAMILY-MODEL.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace a finished model.")
 @click.option("--max-length", type=int, help="Longest conversation in tokens.")
+@click.option("--group-by", metavar="WHAT", help="What is shuffled: prompt (its pairs share a step) or pair.")
 @click.option("--strict", is_flag=True, default=None, help="Stop at the first bad row.")
 @click.option("--pairs-per-step", type=int, help="Pairs of an optimiser step, over all processes.")
 @click.option("--tokens-per-batch", type=int, help="Tokens of a micro-batch on one process (memory only).")

@@ -65,7 +65,7 @@ def fingerprints(job: Job, data: Data) -> dict[str, str]:
     whole = {
         "data": str(data.report["fingerprint"]),
         "chat template": job.chat.template_sha256,
-        "encoded pairs": data.train.folder.name,
+        "encoded pairs": data.train.key,
     }
     return {name: value[:12] for name, value in whole.items()}
 
