@@ -83,6 +83,9 @@ class DataConfig:
     together, are computed together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
     ties: Annotated[str, OneOf("skip", "half")] = "skip"
     """Declared ties and equal scores: skip, or half to train on them as half a win for each answer (Davidson 1970)."""
+    group_by: Annotated[str, OneOf("prompt", "pair"), Flag(metavar="WHAT")] = "prompt"
+    """What is shuffled: prompt (its pairs share a step) or pair. Every step has the same number of pairs either way;
+    pairs of one step share their tokens (InstructGPT, arXiv:2203.02155, section 3.5)."""
     strict: Annotated[bool, Flag()] = False
     """Stop at the first bad row. Otherwise it is counted, and the run goes on."""
     workers: Annotated[int | None, Above(0), AtMost(1024)] = None

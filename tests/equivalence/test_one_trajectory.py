@@ -228,8 +228,8 @@ def session_of(root: Path, **values: Any) -> Any:
             model, _ = base.build_model(job.config, job.family, job.chat, runtime.dtype, runtime.device)
             with start_engine(model, job.config, runtime) as engine:
                 form = prepare.usable_form(job, model, data, runtime)
-                budget, lengths = job.config.train.tokens_per_batch, data.train.groups.lengths
-                epoch = plan_of_epoch(job.config, lengths, form, runtime.world, budget)
+                budget, places = job.config.train.tokens_per_batch, data.train.places
+                epoch = plan_of_epoch(job.config, places, form, runtime.world, budget)
                 yield Session(job, runtime, data, engine, form, epoch, Schedule.of(job.config, epoch.num_steps))
 
 
