@@ -144,11 +144,6 @@ class TokenStore:
         return len(self.group_P)
 
     @property
-    def key(self) -> str:
-        """What the cache calls it: equal for equal tokens of equal pairs; empty for a store in memory."""
-        return self.folder.name if self.folder is not None else ""
-
-    @property
     def num_groups(self) -> int:
         """Number of groups."""
         return len(self.first_pair_G) - 1
@@ -183,7 +178,7 @@ class TokenStore:
 
         whole = xxhash.xxh3_128()
         columns = (self.group_P, self.chosen_P, self.rejected_P, self.margin_P, self.weight_P, self.probability_P)
-        lists = (part for column in self._lists.values() for part in (*column.chunks(), column.sizes()))
+        lists = (part for column in self._lists.values() for part in (column.sizes(), *column.chunks))
         for values in (*columns, self.places.unit_P, *lists):
             whole.update(np.ascontiguousarray(values).data)
         return str(whole.hexdigest())

@@ -69,10 +69,14 @@ def pair_schema() -> pyarrow.Schema:
 
 
 class Lists:
-    """A column of lists: views of what is mapped, a chunk at a time; nothing is copied before a row is built."""
+    """A column of lists: views of what is mapped, a chunk at a time; nothing is copied before a row is built.
+
+    Attributes:
+        chunks: the values of each chunk, one list after another.
+    """
 
     def __init__(self, column: pyarrow.ChunkedArray) -> None:
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        self.chunks = [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
         self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in column.chunks]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
 
@@ -80,15 +84,11 @@ class Lists:
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[chunk])
         start, stop = self._offsets[chunk][row : row + 2]
-        return cast("NDArray[np.int32]", self._values[chunk][start:stop])
-
-    def chunks(self) -> list[NDArray[np.int32]]:
-        """All values, as views of what is mapped."""
-        return self._values
+        return cast("NDArray[np.int32]", self.chunks[chunk][start:stop])
 
     def flat(self) -> NDArray[np.int32]:
         """All values, one list after another."""
-        return np.concatenate([np.zeros(0, np.int32), *self._values])
+        return np.concatenate([np.zeros(0, np.int32), *self.chunks])
 
     def sizes(self) -> IntArray:
         """The length of every list."""
