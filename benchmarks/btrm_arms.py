@@ -17,17 +17,17 @@ import numpy as np
 from benchmarks.gate import Gate
 from benchmarks.workload import Pair, Workload
 from btrm_core.data import TokenStore
-from btrm_core.packing import Group, share
+from btrm_core.packing import Tree, grow
 
 
 class ArrayPairs(TokenStore):
     """Pairs given as ids, behind the part of `EncodedPairs` that planning, loading and training use."""
 
     def __init__(self, pairs: list[Pair]) -> None:
-        self._groups = [share([ids.tolist() for ids in pair]) for pair in pairs]
+        self._groups = [grow([ids.tolist() for ids in pair]) for pair in pairs]
         self.shared_P = np.array([group.shared for group in self._groups], dtype=np.int32)
-        self.chosen_P = np.array([group.tails[0] for group in self._groups], dtype=np.int32)
-        self.rejected_P = np.array([group.tails[1] for group in self._groups], dtype=np.int32)
+        self.chosen_P = np.array([group.lengths[0] - group.shared for group in self._groups], dtype=np.int32)
+        self.rejected_P = np.array([group.lengths[1] - group.shared for group in self._groups], dtype=np.int32)
         self.weight_P = np.ones(len(pairs), dtype=np.float32)
         self.margin_P = np.zeros(len(pairs), dtype=np.float32)
         self.probability_P = np.ones(len(pairs), dtype=np.float32)
@@ -39,7 +39,7 @@ class ArrayPairs(TokenStore):
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state)
 
-    def group(self, index: int) -> Group:
+    def group(self, index: int) -> Tree:
         """The pair's chosen and rejected sequence as a group."""
         return self._groups[index]
 

@@ -87,7 +87,7 @@ def build_arms(arguments: argparse.Namespace, sequences: list[list[int]]) -> tup
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from btrm_core.model import RewardModel, choose_for
-    from btrm_core.packing import collate, row_multiple, share
+    from btrm_core.packing import collate, grow, row_multiple
 
     device, dtype = (
         torch.device(arguments.device),
@@ -113,7 +113,7 @@ def build_arms(arguments: argparse.Namespace, sequences: list[list[int]]) -> tup
     ids = torch.tensor(sequences, device=device)
 
     def shared() -> Any:
-        batch = collate([share(sequences)], kernel=kernel, multiple_of=row_multiple(kernel, device.type))
+        batch = collate([grow(sequences)], kernel=kernel, multiple_of=row_multiple(kernel, device.type))
         return model(batch.to(device))
 
     def batch() -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 from btrm_core.chat import spare
 from btrm_core.errors import DataError
-from btrm_core.packing import Group, share
+from btrm_core.packing import common
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,9 +77,9 @@ def _encode_chunk(data: PairData, chat: ChatFormat, max_length: int, start: int,
         "index": np.array([pair.index for pair in kept], np.int64),
         "id": [pair.row["id"] for pair in kept],
         "subset": [pair.row["subset"] for pair in kept],
-        "shared": np.array([pair.tokens.shared for pair in kept], np.int32),
-        "chosen": np.array([pair.tokens.tails[0] for pair in kept], np.int32),
-        "rejected": np.array([pair.tokens.tails[1] for pair in kept], np.int32),
+        "shared": np.array([pair.lengths[0] for pair in kept], np.int32),
+        "chosen": np.array([pair.lengths[1] for pair in kept], np.int32),
+        "rejected": np.array([pair.lengths[2] for pair in kept], np.int32),
         "margin": np.array([pair.row["margin"] or 0.0 for pair in kept], np.float32),
         "weight": np.array([pair.row["weight"] for pair in kept], np.float32),
         "probability": np.array([pair.row["probability"] for pair in kept], np.float32),
@@ -88,18 +88,22 @@ def _encode_chunk(data: PairData, chat: ChatFormat, max_length: int, start: int,
         "rejected_place": np.array([pair.places[1] for pair in kept], np.int32),
     }
     if kept:
-        chunk.tokens = np.concatenate([pair.tokens.tokens for pair in kept])
-        chunk.offsets = np.cumsum([0, *(len(pair.tokens.tokens) for pair in kept)], dtype=np.int32)
+        chunk.tokens = np.concatenate([pair.tokens for pair in kept])
+        chunk.offsets = np.cumsum([0, *(len(pair.tokens) for pair in kept)], dtype=np.int32)
     return chunk
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A pair that can be trained on: its position, its row, its tokens, and which responses of its prompt it has."""
+    """A pair that can be trained on: its position, its row, its tokens and which responses of its prompt it has.
+
+    The tokens are those that both sides begin with, those left of chosen, those left of rejected; `lengths` of each.
+    """
 
     index: int
     row: dict[str, Any]
-    tokens: Group
+    tokens: NDArray[np.int32]
+    lengths: tuple[int, int, int]
     places: tuple[int, int]
 
 
@@ -130,12 +134,14 @@ def _take(
         if problem:
             chunk.dropped.append((problem, row["id"]))
             continue
-        tokens = share([sequences[chosen], sequences[rejected]])
-        taken.append(_Kept(index, row, tokens, (chosen, rejected)))
+        left, right = (np.array(sequences[place], dtype=np.int32) for place in (chosen, rejected))
+        shared = common(left, right)
+        tokens, lengths = np.concatenate([left, right[shared:]]), (shared, len(left) - shared, len(right) - shared)
+        taken.append(_Kept(index, row, tokens, lengths, (chosen, rejected)))
         chunk.truncated += cut
         chunk.dropped_turns += result.dropped_turns
         chunk.cut_characters += result.cut_characters
-        chunk.longest = max(chunk.longest, tokens.shared + max(tokens.tails))
+        chunk.longest = max(chunk.longest, len(left), len(right))
         chunk.with_margin += row["margin"] is not None
     whole = sum(row["weight"] for _, row in rows) / (sum(pair.row["weight"] for pair in taken) or 1.0)
     kept += [replace(pair, row={**pair.row, "weight": pair.row["weight"] * whole}) for pair in taken]

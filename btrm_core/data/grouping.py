@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from btrm_core.packing import Group, Lengths, share
+from btrm_core.packing import Lengths, Tree, grow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class PairGroup:
             number of worse responses, so it orders them.
     """
 
-    tokens: Group
+    tokens: Tree
     pair_ids_P: IntArray
     chosen_P: IntArray
     rejected_P: IntArray
@@ -55,7 +55,7 @@ class PairColumns(Protocol):
 
     def __len__(self) -> int: ...
 
-    def group(self, index: int) -> Group:
+    def group(self, index: int) -> Tree:
         """A pair's two sequences."""
 
 
@@ -93,10 +93,10 @@ class PairGroups:
         else:
             tokens, chosen_P, rejected_P = self._joined(ids_P)
         won_P = pairs.probability_P[ids_P] > 0.5
-        wins_S = np.bincount(chosen_P[won_P], minlength=len(tokens.tails))
+        wins_S = np.bincount(chosen_P[won_P], minlength=len(tokens.leaf))
         return PairGroup(tokens, ids_P, chosen_P, rejected_P, wins_S)
 
-    def _joined(self, ids_P: IntArray) -> tuple[Group, IntArray, IntArray]:
+    def _joined(self, ids_P: IntArray) -> tuple[Tree, IntArray, IntArray]:
         """The sequences of several pairs, each once, and where those of each pair are."""
         pairs = self._pairs
         places: dict[int, int] = {}
@@ -109,7 +109,7 @@ class PairGroups:
                     sequences.append(sequence)
         sides = (pairs.chosen_place_P[ids_P], pairs.rejected_place_P[ids_P])
         chosen_P, rejected_P = (np.array([places[int(place)] for place in side]) for side in sides)
-        return share(sequences), chosen_P, rejected_P
+        return grow(sequences), chosen_P, rejected_P
 
     def _lengths(self, group_of_P: IntArray) -> Lengths:
         """Tokens of every group, each response counted once; no token is read for it."""

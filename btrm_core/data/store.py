@@ -28,7 +28,7 @@ from btrm_core.data.encode import Chunk, encoded_chunks
 from btrm_core.data.grouping import PairGroups
 from btrm_core.errors import DataError
 from btrm_core.evaluation import Judged
-from btrm_core.packing import Group
+from btrm_core.packing import Tree
 
 if TYPE_CHECKING:
     import pyarrow
@@ -147,10 +147,18 @@ class TokenStore:
         start, stop = self._offsets[chunk][row : row + 2]
         return cast("NDArray[np.int32]", self._tokens[chunk][start:stop])
 
-    def group(self, index: int) -> Group:
-        """The pair's chosen and rejected sequence as a group, its ids a view of the file."""
-        tails = (int(self.chosen_P[index]), int(self.rejected_P[index]))
-        return Group(self.tokens(index), int(self.shared_P[index]), tails)
+    def group(self, index: int) -> Tree:
+        """The pair's chosen and rejected sequence as a tree, its ids a view of the file."""
+        shared, chosen, rejected = (int(x[index]) for x in (self.shared_P, self.chosen_P, self.rejected_P))
+        borders, parents = [0], []
+        for size, parent in ((shared, -1), (chosen, 0), (rejected, 0)):
+            if size:
+                borders.append(borders[-1] + size)
+                parents.append(parent if shared else -1)
+        edges = np.array([borders[:-1], borders[1:], parents], dtype=np.int32).T
+        last = len(parents) - 1
+        leaf = np.array([(last - 1 if rejected else last) if chosen else 0, last if rejected else 0], dtype=np.int32)
+        return Tree(self.tokens(index), edges, leaf)
 
     def id(self, index: int) -> str:
         """The pair's id."""

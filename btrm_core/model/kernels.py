@@ -12,8 +12,8 @@ in where they are fast. Which one is used is decided in `attention`.
 * `eager`: explicit softmax, run by run, with soft-capping.
 
 Two traps this module avoids. Merging separate attention calls by their log-sum-exp is not
-differentiable through torch's kernels (the backward ignores it, silently); one call over repeated
-prefix keys needs no merging. And slicing queries, keys and values per run makes autograd add up one
+differentiable through torch's kernels (the backward ignores it, silently); one call over gathered
+keys needs no merging. And slicing queries, keys and values per run makes autograd add up one
 full-size gradient per slice, twice the time of the attention itself; `split` does not.
 """
 
@@ -38,11 +38,11 @@ Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
-class _RepeatPrefixes(torch.autograd.Function):
-    """Gathers keys or values [T, kv_heads, D] to [K, kv_heads, D], prefixes repeated per tail.
+class _GatherPaths(torch.autograd.Function):
+    """Gathers keys or values [T, kv_heads, D] to [K, kv_heads, D]: the path of every run, then its own tokens.
 
-    The gradient is gathered back rather than scattered: every sum has a fixed order, and no atomic
-    additions in half precision are needed.
+    The gradient is gathered back rather than scattered: the keys that a token is for its readers lie next to each
+    other and are added up in one fixed order, in at least float32, without atomic additions.
     """
 
     @staticmethod
@@ -57,9 +57,9 @@ class _RepeatPrefixes(torch.autograd.Function):
         layout: Visibility = ctx.layout
         assert layout.own_index_T is not None
         total = gradient.index_select(0, layout.own_index_T)
-        for row_offsets, key_offsets in layout.repeats:
-            repeated = gradient.index_select(0, key_offsets)
-            total.index_copy_(0, row_offsets, total.index_select(0, row_offsets) + repeated)
+        for tokens, keys in layout.readers:
+            read = gradient.index_select(0, keys)
+            total.index_copy_(0, tokens, read.view(len(tokens), -1, *read.shape[1:]).sum(1))
         return total, None
 
 
@@ -73,8 +73,8 @@ def _keys(states: Tensor, layout: Visibility) -> Tensor:
     rows = _rows(states)
     if layout.key_index_K is None:
         return rows
-    repeated: Tensor = _RepeatPrefixes.apply(rows, layout)  # type: ignore[no-untyped-call]
-    return repeated
+    gathered: Tensor = _GatherPaths.apply(rows, layout)  # type: ignore[no-untyped-call]
+    return gathered
 
 
 def run_loop(
@@ -82,7 +82,7 @@ def run_loop(
 ) -> Tensor:
     """PyTorch's fused attention, one call per run.
 
-    Plain causal runs need no mask. A tail's run has more keys than queries, where PyTorch aligns
+    Plain causal runs need no mask. A run with a path before it has more keys than queries, where PyTorch aligns
     `is_causal` to the top left, so it gets a small mask, built once and used by all layers.
     """
     query_lengths = [run.queries for run in layout.runs]

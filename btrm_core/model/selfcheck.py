@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from btrm_core.errors import TrainingError
-from btrm_core.packing import PADDED, Group, collate, pad_rows, row_multiple
+from btrm_core.packing import PADDED, Tree, collate, pad_rows, row_multiple
 
 if TYPE_CHECKING:
     from btrm_core.model.reward import RewardModel
@@ -37,7 +37,7 @@ class SelfCheck:
     reason: str
 
 
-def self_check(model: RewardModel, groups: Sequence[Group], tolerance: float | None = None) -> SelfCheck:
+def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | None = None) -> SelfCheck:
     """Compare packed, prefix-shared rewards with separate forward passes on up to three real groups.
 
     The separate passes take one unpadded sequence each through transformers' own eager attention. Only as many layers
@@ -114,7 +114,7 @@ def _small_and_exact(model: RewardModel) -> Iterator[float]:
             backbone.layers = layers
 
 
-def _separate_rewards(model: RewardModel, groups: Sequence[Group]) -> torch.Tensor:
+def _separate_rewards(model: RewardModel, groups: Sequence[Tree]) -> torch.Tensor:
     """Rewards of every sequence by itself, unpadded, through transformers' eager attention."""
     rewards = []
     with model.own_attention():

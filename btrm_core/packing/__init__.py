@@ -1,4 +1,4 @@
-"""Packing: how token groups become rows, and rows the steps of every rank.
+"""Packing: how trees of tokens become rows, and rows the steps of every rank.
 
 NumPy throughout; tensors are made at the very end. Loads no torch until a row becomes a batch.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from btrm_core.packing.bundles import Bundle, bundles, packed_rows, padded_rows
-from btrm_core.packing.groups import Group, Lengths, share
+from btrm_core.packing.bundles import Bundle, bundles, divided, packed_rows, padded_rows
+from btrm_core.packing.groups import Lengths
 from btrm_core.packing.rows import PADDED, Batch, RowForm, collate, pack_row, pad_rows, row_form, row_multiple
 from btrm_core.packing.steps import EpochPlan, make_plan, plan
+from btrm_core.packing.trees import Tree, alone, common, grow, part, room, split
 
 if TYPE_CHECKING:
     from btrm_core.packing.visibility import Visibility
@@ -20,21 +21,27 @@ __all__ = [
     "Batch",
     "Bundle",
     "EpochPlan",
-    "Group",
     "Lengths",
     "RowForm",
+    "Tree",
     "Visibility",
+    "alone",
     "bundles",
     "collate",
+    "common",
+    "divided",
+    "grow",
     "make_plan",
     "pack_row",
     "packed_rows",
     "pad_rows",
     "padded_rows",
+    "part",
     "plan",
+    "room",
     "row_form",
     "row_multiple",
-    "share",
+    "split",
 ]
 
 

@@ -12,37 +12,28 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from btrm_core.packing.groups import Group, share
-
-KEYS_PER_TOKEN = 16
-"""Keys of a row per token of its budget. Attention repeats the keys of a shared beginning for every response, so
-without a limit hundreds of short responses to a long prompt would need little compute and much memory."""
+from btrm_core.packing.trees import Tree, grow, part, room, split
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A group and the places of its sequences among all that are scored."""
+    """A tree and the places of its sequences among all that are scored."""
 
-    group: Group
+    tree: Tree
     members: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens that a packed row computes for it."""
-        return len(self.group.tokens)
-
-    @property
-    def keys(self) -> int:
-        """Keys of all its sequences: the shared ones counted once per sequence."""
-        return self.group.shared * len(self.members) + sum(self.group.tails)
+        return len(self.tree.tokens)
 
 
 def bundles(sequences: Sequence[Sequence[int]], together: Sequence[Hashable], budget: int) -> list[Bundle]:
-    """Group the sequences of equal `together`, and split groups that are larger than the budget.
+    """Make a tree of the sequences of equal `together`, and split trees that are larger than the budget.
 
     >>> found = bundles([[1, 2, 3], [7, 8], [1, 2, 4]], ["a", "b", "a"], budget=100)
-    >>> [(bundle.members, bundle.group.shared) for bundle in found]
-    [((0, 2), 2), ((1,), 2)]
+    >>> [(bundle.members, bundle.tokens) for bundle in found]
+    [((0, 2), 4), ((1,), 2)]
 
     Args:
         sequences: S finished sequences, none empty.
@@ -54,40 +45,32 @@ def bundles(sequences: Sequence[Sequence[int]], together: Sequence[Hashable], bu
         members_of[key].append(index)
     found = []
     for members in members_of.values():
-        found += _split(sequences, members, budget)
+        found += divided(Bundle(grow([sequences[i] for i in members]), tuple(members)), budget)
     return found
 
 
-def _split(sequences: Sequence[Sequence[int]], members: list[int], budget: int) -> list[Bundle]:
-    """One bundle of all members if it is small enough, else several, each with the shared part again."""
-    whole = Bundle(share([sequences[i] for i in members]), tuple(members))
-    if len(members) == 1 or (whole.tokens <= budget and whole.keys <= KEYS_PER_TOKEN * budget):
+def divided(whole: Bundle, budget: int) -> list[Bundle]:
+    """The bundle itself if a row has room for it, else several that repeat what they share."""
+    if len(whole.members) == 1 or room(whole.tokens, whole.tree.keys) <= budget:
         return [whole]
-    shared = whole.group.shared
-    parts: list[list[int]] = []
-    tokens = keys = 0
-    for index, tail in zip(members, whole.group.tails, strict=True):
-        tokens, keys = tokens + tail, keys + shared + tail
-        if not parts or tokens > budget or keys > KEYS_PER_TOKEN * budget:
-            parts.append([])
-            tokens = keys = shared + tail
-        parts[-1].append(index)
-    return [Bundle(share([sequences[i] for i in part]), tuple(part)) for part in parts]
+    return [
+        Bundle(part(whole.tree, places), tuple(whole.members[place] for place in places))
+        for places in split(whole.tree, budget)
+    ]
 
 
 def packed_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
     """Put bundles into rows of at most `budget` tokens, longest first, each into the first row with room."""
     rows: list[list[Bundle]] = []
-    room: list[tuple[int, int]] = []
+    left: list[int] = []
     for bundle in sorted(found, key=lambda bundle: -bundle.tokens):
-        fits = (n for n, (tokens, keys) in enumerate(room) if bundle.tokens <= tokens and bundle.keys <= keys)
-        number = next(fits, len(rows))
+        needed = room(bundle.tokens, bundle.tree.keys)
+        number = next((n for n, free in enumerate(left) if needed <= free), len(rows))
         if number == len(rows):
             rows.append([])
-            room.append((budget, KEYS_PER_TOKEN * budget))
+            left.append(budget)
         rows[number].append(bundle)
-        tokens, keys = room[number]
-        room[number] = (tokens - bundle.tokens, keys - bundle.keys)
+        left[number] -= needed
     return rows
 
 
@@ -96,7 +79,7 @@ def padded_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
     lines = [
         Bundle(alone, (member,))
         for bundle in found
-        for alone, member in zip(bundle.group.unshared(), bundle.members, strict=True)
+        for alone, member in zip(bundle.tree.unshared(), bundle.members, strict=True)
     ]
     rows: list[list[Bundle]] = []
     longest = 0

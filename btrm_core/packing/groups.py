@@ -1,11 +1,10 @@
-"""Groups: K token sequences over one prompt, their common beginning stored once, and their lengths.
+"""How long groups of sequences are, and what they cost.
 
-Shapes: P pairs or groups, K sequences of a group.
+Shapes: P pairs or groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,77 +15,6 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.int64]
     FloatArray = NDArray[np.float64]
-
-BLOCK = 128
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """K finished sequences over one prompt, their common beginning stored once.
-
-    Attributes:
-        tokens: int32 ids laid out `[shared | tail_1 | ... | tail_K]`.
-        shared: number of tokens that every sequence begins with.
-        tails: number of remaining tokens of each sequence; 0 is allowed (the sequence is the
-            shared part), as long as no whole sequence is empty.
-
-    Raises:
-        ValueError: the lengths do not add up, there is no sequence, or a sequence is empty.
-    """
-
-    tokens: NDArray[np.int32]
-    shared: int
-    tails: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.shared + sum(self.tails) != len(self.tokens):
-            raise ValueError(
-                f"a group of {len(self.tokens)} tokens cannot be {self.shared} shared tokens "
-                f"and tails of {list(self.tails)}"
-            )
-        if not self.tails or self.shared + min(self.tails) < 1 or min(self.tails) < 0:
-            raise ValueError(f"every sequence needs a token: shared {self.shared}, tails {list(self.tails)}")
-
-    @property
-    def sequences(self) -> list[NDArray[np.int32]]:
-        """The K sequences as separate id arrays, in order."""
-        sequences, start = [], self.shared
-        for tail in self.tails:
-            sequences.append(np.concatenate([self.tokens[: self.shared], self.tokens[start : start + tail]]))
-            start += tail
-        return sequences
-
-    def unshared(self) -> list[Group]:
-        """The same sequences as K groups of one, each with its whole sequence as its tail."""
-        return [Group(tokens, 0, (len(tokens),)) for tokens in self.sequences]
-
-
-def share(sequences: Sequence[Sequence[int] | NDArray[np.int32]]) -> Group:
-    """Store sequences with their longest common beginning once.
-
-    The comparison is on the tokens of the finished sequences, so it needs no knowledge of where the
-    prompt ends and cannot be broken by a tokenizer that merges across that border.
-
-    >>> group = share([[1, 2, 3, 4], [1, 2, 5]])
-    >>> group.tokens.tolist(), group.shared, group.tails
-    ([1, 2, 3, 4, 5], 2, (2, 1))
-
-    Args:
-        sequences: K lists of token ids, none empty.
-
-    Raises:
-        ValueError: there is no sequence, or one is empty.
-    """
-    if not sequences:
-        raise ValueError("a group needs at least one sequence")
-    arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
-    shared = min(len(array) for array in arrays)
-    for array in arrays[1:]:
-        differs = np.flatnonzero(arrays[0][:shared] != array[:shared])
-        shared = int(differs[0]) if len(differs) else shared
-    tails = [array[shared:] for array in arrays]
-    tokens = np.concatenate([arrays[0][:shared], *tails])
-    return Group(tokens, shared, tuple(len(tail) for tail in tails))
 
 
 @dataclass(frozen=True, eq=False)

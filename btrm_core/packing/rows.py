@@ -1,21 +1,21 @@
-"""Lays preference pairs out as token rows: nothing padded, every shared token once.
+"""Lays trees of token sequences out as rows: nothing padded, every shared token once.
 
 This module decides where each token of a row lies, which tokens it may look at, and where the
-rewards are read. It does not decide which pairs share a row (`planner`) or how attention is
+rewards are read. It does not decide which trees share a row (`steps`) or how attention is
 computed (`kernels`, `attention`); it needs torch only to turn finished rows into tensors.
 
-A group of K responses to one prompt is stored `[shared | tail_1 | ... | tail_K]`: the tokens that
-all K finished sequences begin with, then what is left of each. A row is groups one after another.
-Positions restart after the shared part for every tail, and every token carries `end`, one past the
-last row offset that may look at it. One rule is then the whole mask, `window` being the layer's
-sliding window or infinity:
+A row is trees one after another, the tokens of each in depth-first order (`trees`). A token's position
+is its depth, and every token carries `end`, one past the last row offset that may look at it: where
+all that goes on from it ends. One rule is then the whole mask, `window` being the layer's sliding
+window or infinity:
 
     visible(q, kv) = kv <= q and q < end[kv] and position[q] - position[kv] < window
 
 Where a reward is read follows from lengths alone; no token id is ever compared with the pad id.
 
 Shape letters, here and in the modules to the right of this one: P pairs, S sequences (rewards),
-T tokens of a row, R attention runs, K key rows of all runs, H hidden, B lines of a batch.
+T tokens of a row, R attention runs, M ranges of tokens before runs, K key rows of all runs, H hidden,
+B lines of a batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core.packing.groups import BLOCK, Group
+from btrm_core.packing.trees import BLOCK, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +45,12 @@ class Row:
         input_ids_T: token ids, int64.
         position_ids_T: each token's position in its own sequence, int64.
         end_T: one past the last row offset that may look at the token, int64.
-        reward_index_S: offset of every sequence's last token, groups in order, K each, int64.
-        group_sizes: K of every group.
-        runs_R4: attention runs, int64 columns query start, query end, prefix start, prefix end. The
-            queries of a run look at its prefix and, causally, at themselves; the prefix is empty
-            but for the second and later tails of a group. Runs cover the row in order.
+        reward_index_S: offset of every sequence's last token, trees in order, K each, int64.
+        group_sizes: K of every tree.
+        runs_R2: attention runs, int64 columns query start and end; they cover the row in order. The queries
+            of a run look at the tokens before it on its path and, causally, at themselves.
+        prefix_starts_R: int64 [R + 1]: where the ranges of each run begin in `prefixes_M2`.
+        prefixes_M2: the tokens before runs on their paths, int64 columns start and end, run after run.
         useful: tokens of all sequences, each counted by itself: what a separate pass for every
             sequence would compute, and so the same for any arrangement.
         shared: tokens of `useful` that the row does not compute again.
@@ -60,7 +61,9 @@ class Row:
     end_T: IntArray
     reward_index_S: IntArray
     group_sizes: tuple[int, ...]
-    runs_R4: IntArray
+    runs_R2: IntArray
+    prefix_starts_R: IntArray
+    prefixes_M2: IntArray
     useful: int
     shared: int
 
@@ -84,7 +87,9 @@ class Row:
             input_ids=torch.from_numpy(self.input_ids_T)[None],
             position_ids=torch.from_numpy(self.position_ids_T)[None],
             attention_mask=None,
-            layout=Visibility.from_runs(self.runs_R4, self.end_T, self.position_ids_T),
+            layout=Visibility.from_runs(
+                self.runs_R2, self.prefix_starts_R, self.prefixes_M2, self.end_T, self.position_ids_T
+            ),
             reward_index=torch.from_numpy(self.reward_index_S),
             group_sizes=self.group_sizes,
             computed=self.computed,
@@ -104,58 +109,58 @@ class _RowParts:
     ids: list[NDArray[np.int32]] = field(default_factory=list)
     positions: list[IntArray] = field(default_factory=list)
     ends: list[IntArray] = field(default_factory=list)
-    rewards: list[int] = field(default_factory=list)
-    runs: list[tuple[int, int, int, int]] = field(default_factory=list)
+    rewards: list[NDArray[np.integer[Any]]] = field(default_factory=list)
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    prefix_starts: list[int] = field(default_factory=lambda: [0])
+    prefixes: list[tuple[int, int]] = field(default_factory=list)
     length: int = 0
 
-    def add(self, group: Group) -> None:
-        """Append a group `[shared | tail_1 | ...]` with its positions, ends, rewards and runs."""
-        start, shared = self.length, group.shared
-        stop = start + len(group.tokens)
-        self.ids.append(group.tokens)
-        self.positions.append(np.arange(shared))
-        self.ends.append(np.full(shared, stop))
-        offset = start + shared
-        for number, tail in enumerate(group.tails):
-            self.positions.append(np.arange(shared, shared + tail))
-            self.ends.append(np.full(tail, offset + tail))
-            self.rewards.append(offset + tail - 1 if tail else start + shared - 1)
-            if number == 0:
-                self.runs.append((start, offset + tail, start, start))
-            elif tail:
-                self.runs.append((offset, offset + tail, start, start + shared))
-            offset += tail
-        self.length = stop
+    def add(self, tree: Tree) -> None:
+        """Append a tree with its positions, ends, rewards and runs."""
+        first = self.length
+        start_E, stop_E = tree.edges[:, 0], tree.edges[:, 1]
+        size_E = stop_E - start_E
+        self.ids.append(tree.tokens)
+        self.positions.append(np.arange(len(tree.tokens)) + np.repeat(tree.depths - start_E, size_E))
+        self.ends.append(np.repeat(tree.ends + first, size_E))
+        self.rewards.append(stop_E[tree.leaf] + (first - 1))
+        for start, stop, prefix in tree.stretches:
+            self.runs.append((first + start, first + stop))
+            self.prefixes += [(first + a, first + b) for a, b in prefix]
+            self.prefix_starts.append(len(self.prefixes))
+        self.length += len(tree.tokens)
 
     def pad(self, count: int, pad_id: int) -> None:
         """Append `count` pad tokens as one sequence of their own, which nothing else looks at."""
         self.ids.append(np.full(count, pad_id, dtype=np.int32))
         self.positions.append(np.arange(count))
         self.ends.append(np.full(count, self.length + count))
-        self.runs.append((self.length, self.length + count, self.length, self.length))
+        self.runs.append((self.length, self.length + count))
+        self.prefix_starts.append(len(self.prefixes))
         self.length += count
 
 
-def pack_row(groups: Sequence[Group], *, share_prefix: bool = True, multiple_of: int = 1, pad_id: int = 0) -> Row:
-    """Lay groups one after another in one row.
+def pack_row(trees: Sequence[Tree], *, share_prefix: bool = True, multiple_of: int = 1, pad_id: int = 0) -> Row:
+    """Lay trees one after another in one row.
 
-    >>> row = pack_row([share([[1, 2, 3, 4], [1, 2, 5]])])
+    >>> from btrm_core.packing import grow
+    >>> row = pack_row([grow([[1, 2, 3, 4], [1, 2, 5]])])
     >>> row.position_ids_T.tolist(), row.end_T.tolist(), row.reward_index_S.tolist()
     ([0, 1, 2, 3, 2], [5, 5, 4, 4, 5], [3, 4])
 
     Args:
-        groups: the groups, in order. None gives a row of padding without rewards, which lets a
+        trees: the trees, in order. None gives a row of padding without rewards, which lets a
             rank without pairs take part in a step.
         share_prefix: False computes every sequence whole, through the same code.
         multiple_of: round T up to this with pad tokens.
         pad_id: id of the tokens that fill the row up; any id of the vocabulary will do.
     """
     parts = _RowParts()
-    for group in groups:
-        for part in [group] if share_prefix else group.unshared():
-            parts.add(part)
-    missing = -parts.length % multiple_of or (0 if groups else multiple_of)
-    useful = sum(group.shared * len(group.tails) + sum(group.tails) for group in groups)
+    for tree in trees:
+        for one in [tree] if share_prefix else tree.unshared():
+            parts.add(one)
+    missing = -parts.length % multiple_of or (0 if trees else multiple_of)
+    useful = sum(int(tree.lengths.sum()) for tree in trees)
     saved = useful - parts.length
     if missing:
         parts.pad(missing, pad_id)
@@ -163,9 +168,11 @@ def pack_row(groups: Sequence[Group], *, share_prefix: bool = True, multiple_of:
         input_ids_T=np.concatenate(parts.ids).astype(np.int64),
         position_ids_T=np.concatenate(parts.positions).astype(np.int64, copy=False),
         end_T=np.concatenate(parts.ends).astype(np.int64, copy=False),
-        reward_index_S=np.array(parts.rewards, dtype=np.int64),
-        group_sizes=tuple(len(group.tails) for group in groups),
-        runs_R4=np.array(parts.runs, dtype=np.int64).reshape(-1, 4),
+        reward_index_S=np.concatenate([np.zeros(0, np.int64), *parts.rewards]).astype(np.int64, copy=False),
+        group_sizes=tuple(len(tree.leaf) for tree in trees),
+        runs_R2=np.array(parts.runs, dtype=np.int64).reshape(-1, 2),
+        prefix_starts_R=np.array(parts.prefix_starts, dtype=np.int64),
+        prefixes_M2=np.array(parts.prefixes, dtype=np.int64).reshape(-1, 2),
         useful=useful,
         shared=saved,
     )
@@ -176,11 +183,11 @@ class PaddedRows:
     """Sequences one per line, padded on the right: the reference, and the fallback.
 
     Attributes:
-        input_ids_BT: token ids, int64; a batch without groups is one line of padding.
+        input_ids_BT: token ids, int64; a batch without trees is one line of padding.
         position_ids_BT: 0, 1, 2, ... on every line, int64.
         attention_mask_BT: 1 for tokens of a sequence, 0 for padding, int64.
         reward_index_S: offset of every sequence's last token in the flattened lines, int64.
-        group_sizes: K of every group.
+        group_sizes: K of every tree.
         useful: tokens of all sequences.
         shared: always 0: padded lines share nothing.
     """
@@ -224,19 +231,20 @@ class PaddedRows:
         return self.batch().to(device)
 
 
-def pad_rows(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) -> PaddedRows:
+def pad_rows(trees: Sequence[Tree], *, pad_id: int = 0, multiple_of: int = 1) -> PaddedRows:
     """Lay every sequence on a line of its own, padded on the right to the longest.
 
-    >>> rows = pad_rows([share([[1, 2, 3, 4], [1, 2, 5]])], pad_id=9)
+    >>> from btrm_core.packing import grow
+    >>> rows = pad_rows([grow([[1, 2, 3, 4], [1, 2, 5]])], pad_id=9)
     >>> rows.input_ids_BT.tolist(), rows.reward_index_S.tolist()
     ([[1, 2, 3, 4], [1, 2, 5, 9]], [3, 6])
 
     Args:
-        groups: the groups, in order; sequences keep the order of `pack_row`.
+        trees: the trees, in order; sequences keep the order of `pack_row`.
         pad_id: id of the tokens that fill lines up; masked out, so any id of the vocabulary will do.
         multiple_of: round the length of the lines up to this.
     """
-    sequences = [sequence for group in groups for sequence in group.sequences]
+    sequences = [sequence for tree in trees for sequence in tree.sequences]
     lengths_S = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     lines, longest = max(len(sequences), 1), max(int(lengths_S.max(initial=1)), 1)
     longest += -longest % multiple_of
@@ -251,7 +259,7 @@ def pad_rows(groups: Sequence[Group], *, pad_id: int = 0, multiple_of: int = 1) 
         position_ids_BT=np.tile(position_T, (lines, 1)),
         attention_mask_BT=(position_T[None, :] < seen_B[:, None]).astype(np.int64),
         reward_index_S=np.arange(len(sequences)) * longest + lengths_S - 1,
-        group_sizes=tuple(len(group.tails) for group in groups),
+        group_sizes=tuple(len(tree.leaf) for tree in trees),
         useful=int(lengths_S.sum()),
     )
 
@@ -264,9 +272,9 @@ class Batch:
         input_ids: [B, T] int64; B is 1 for a packed row.
         position_ids: [B, T] int64.
         attention_mask: [B, T] int64 for padded lines, None for a packed row.
-        layout: who sees whom in a packed row (`layout.Layout`), None for padded lines.
-        reward_index: [S] int64, offsets into the flattened B*T tokens, groups in order.
-        group_sizes: K of every group; they sum to S.
+        layout: who sees whom in a packed row (`visibility.Visibility`), None for padded lines.
+        reward_index: [S] int64, offsets into the flattened B*T tokens, trees in order.
+        group_sizes: K of every tree; they sum to S.
         computed: tokens computed, padding included.
         useful: tokens of all sequences, each counted by itself.
         shared: tokens of `useful` that are not computed again.
@@ -334,7 +342,7 @@ def row_multiple(kernel: str, device_type: str) -> int:
 
 
 def collate(
-    groups: Sequence[Group],
+    trees: Sequence[Tree],
     *,
     kernel: str,
     share_prefix: bool = True,
@@ -344,12 +352,12 @@ def collate(
     """Build one micro-batch for a kernel; pure, for loader workers.
 
     Args:
-        groups: the micro-batch's groups, possibly none.
+        trees: the micro-batch's trees, possibly none.
         kernel: one of `KERNELS` for a packed row, `PADDED` for padded lines.
         share_prefix: compute shared beginnings once (packed rows only).
         multiple_of: round lengths up to this (see `row_multiple`).
         pad_id: id of the tokens that fill up.
     """
     if kernel == PADDED:
-        return pad_rows(groups, pad_id=pad_id, multiple_of=multiple_of).batch()
-    return pack_row(groups, share_prefix=share_prefix, multiple_of=multiple_of, pad_id=pad_id).batch()
+        return pad_rows(trees, pad_id=pad_id, multiple_of=multiple_of).batch()
+    return pack_row(trees, share_prefix=share_prefix, multiple_of=multiple_of, pad_id=pad_id).batch()

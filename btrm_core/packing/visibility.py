@@ -1,14 +1,16 @@
 """Who sees whom in one packed row, in the form each attention kernel wants it.
 
-A `Layout` is made from the numbers of a packed row on the host, travels to the device with its batch, and is
+A `Visibility` is made from the numbers of a packed row on the host, travels to the device with its batch, and is
 shared by all layers and by the recomputation of checkpointed ones. Masks are built once per distinct
 sliding window. It knows nothing about models or kernels.
 
 Forms, all of the rule in `packing`:
 
-* runs: queries [a, b) against keys [p, s) + [a, b), causal from the bottom right. Two runs per pair
-  are `[shared + chosen]` and `[rejected]` against `[shared + rejected]`. Nothing is computed twice
-  and no mask is needed where the kernel knows causal and windowed attention by itself.
+* runs: queries [a, b) against the keys of the tokens before them on their path and of [a, b), causal
+  from the bottom right. A run is an edge of a tree with the first edge that goes on from it, and so on:
+  as many runs as leaves. Nothing is computed twice, and no mask is needed where the kernel knows causal
+  and windowed attention by itself. What several runs read is gathered for each of them; the gradient of
+  a token is the sum over its readers, in their order.
 * `visible`: the T x T boolean matrix, the plain reference.
 * `block_mask`: FlexAttention's 128 x 128 blocks, classified on the host from each block's smallest
   and largest `end` and position: no T x T tensor, nothing compiled.
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from btrm_core.packing.groups import BLOCK
+from btrm_core.packing.trees import BLOCK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,22 +34,16 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """Queries [start, stop) of a row against keys [prefix_start, prefix_stop) + [start, stop)."""
+    """Queries [start, stop) of a row against the `prefix` keys before them on their path and, causally, themselves."""
 
     start: int
     stop: int
-    prefix_start: int
-    prefix_stop: int
+    prefix: int
 
     @property
     def queries(self) -> int:
         """Number of query tokens."""
         return self.stop - self.start
-
-    @property
-    def prefix(self) -> int:
-        """Number of keys in front of the run's own tokens; 0 for plain causal attention."""
-        return self.prefix_stop - self.prefix_start
 
     @property
     def keys(self) -> int:
@@ -57,7 +53,7 @@ class Run(NamedTuple):
 
 @dataclass(eq=False)
 class Visibility:
-    """Attention structure of one row of T tokens, R runs and K key rows (prefixes repeated).
+    """Attention structure of one row of T tokens, R runs and K key rows (a run's path, then its own tokens).
 
     Attributes:
         runs: the runs, in row order, covering every token.
@@ -66,9 +62,9 @@ class Visibility:
         query_starts: [R+1] int32, cumulative numbers of queries.
         key_starts: [R+1] int32, cumulative numbers of keys.
         key_index_K: int64 row offset of every key, or None when the keys are the row itself.
-        repeats: per repetition of a prefix, `(offsets in the row, offsets in the keys)`; each list
-            of offsets holds no offset twice, so gradients are added without atomics.
         own_index_T: int64 offset in the keys of each token as a key of its own run, or None.
+        readers: the tokens that several runs read, by the number of their readers: `(offsets in the row [n],
+            offsets in the keys [n * readers])`, the readers of one token next to each other and in order.
     """
 
     runs: tuple[Run, ...]
@@ -78,29 +74,38 @@ class Visibility:
     key_starts: torch.Tensor
     key_index_K: torch.Tensor | None
     own_index_T: torch.Tensor | None
-    repeats: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    readers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     host_end_T: NDArray[np.int64]
     host_position_T: NDArray[np.int64]
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_runs(
-        cls, runs_R4: NDArray[np.int64], end_T: NDArray[np.int64], position_T: NDArray[np.int64]
+        cls,
+        runs_R2: NDArray[np.int64],
+        prefix_starts_R: NDArray[np.int64],
+        prefixes_M2: NDArray[np.int64],
+        end_T: NDArray[np.int64],
+        position_T: NDArray[np.int64],
     ) -> Visibility:
-        """Build the layout of a packed row on the host; the arguments are `packing.Row`'s."""
-        runs = tuple(Run(*map(int, run)) for run in runs_R4)
-        queries_R = np.array([run.queries for run in runs], dtype=np.int32)
-        keys_R = np.array([run.keys for run in runs], dtype=np.int32)
-        key_index, own_index, repeats = _key_index(runs) if any(run.prefix for run in runs) else (None, None, ())
+        """Build the visibility of a packed row on the host; the arguments are `rows.Row`'s."""
+        ranges_M = np.diff(prefixes_M2, axis=1)[:, 0]
+        ends_R = np.append(0, np.cumsum(ranges_M))[prefix_starts_R]
+        prefix_R = np.diff(ends_R)
+        runs = tuple(map(Run, *runs_R2.T.tolist(), prefix_R.tolist()))
+        queries_R = np.diff(runs_R2, axis=1)[:, 0]
+        key_index, own_index, readers = (
+            _key_index(runs_R2, prefix_starts_R, prefixes_M2) if len(prefixes_M2) else (None, None, ())
+        )
         return cls(
             runs=runs,
             end_T=torch.from_numpy(end_T),
             position_T=torch.from_numpy(position_T),
             query_starts=_starts(queries_R),
-            key_starts=_starts(keys_R),
+            key_starts=_starts(prefix_R + queries_R),
             key_index_K=key_index,
             own_index_T=own_index,
-            repeats=repeats,
+            readers=readers,
             host_end_T=end_T,
             host_position_T=position_T,
         )
@@ -197,47 +202,41 @@ class Visibility:
             key_starts=move(self.key_starts),
             key_index_K=None if self.key_index_K is None else move(self.key_index_K),
             own_index_T=None if self.own_index_T is None else move(self.own_index_T),
-            repeats=tuple((move(row), move(key)) for row, key in self.repeats),
+            readers=tuple((move(row), move(key)) for row, key in self.readers),
             host_end_T=self.host_end_T,
             host_position_T=self.host_position_T,
         )
 
 
-def _starts(counts_R: NDArray[np.int32]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int32))
+def _starts(counts_R: NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(np.append(0, np.cumsum(counts_R)).astype(np.int32))
 
 
-_Repeats = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+_Readers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-def _key_index(runs: tuple[Run, ...]) -> tuple[torch.Tensor, torch.Tensor, _Repeats]:
-    """Row offset of every key, the inverse for own keys, and where prefixes are repeated.
-
-    Repetition n of a prefix is that of the n-th run that reads it, so the offsets inside one
-    repetition are distinct.
-    """
-    index: list[NDArray[np.int64]] = []
-    own: list[NDArray[np.int64]] = []
-    repeats: list[tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]] = []
-    readers: dict[int, int] = {}
-    offset = 0
-    for run in runs:
-        prefix = np.arange(run.prefix_start, run.prefix_stop)
-        index += [prefix, np.arange(run.start, run.stop)]
-        own.append(np.arange(offset + run.prefix, offset + run.keys))
-        if run.prefix:
-            number = readers[run.prefix_start] = readers.get(run.prefix_start, -1) + 1
-            if number == len(repeats):
-                repeats.append(([], []))
-            repeats[number][0].append(prefix)
-            repeats[number][1].append(np.arange(offset, offset + run.prefix))
-        offset += run.keys
-    pairs = tuple((_joined(row), _joined(key)) for row, key in repeats)
-    return _joined(index), _joined(own), pairs
+def _key_index(
+    runs_R2: NDArray[np.int64], prefix_starts_R: NDArray[np.int64], prefixes_M2: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor, _Readers]:
+    """Row offset of every key, where each token is a key of its own run, and which keys the shared tokens are."""
+    ranges = np.insert(prefixes_M2, prefix_starts_R[1:], runs_R2, axis=0)  # a run's own after its path
+    own = np.insert(np.zeros(len(prefixes_M2), dtype=bool), prefix_starts_R[1:], True)
+    size = ranges[:, 1] - ranges[:, 0]
+    index_K = np.arange(size.sum()) + np.repeat(ranges[:, 0] - (np.cumsum(size) - size), size)
+    count_T = np.bincount(index_K, minlength=runs_R2[-1, 1])
+    keys_K = np.argsort(index_K, kind="stable")  # the keys that each token is, token after token
+    first_T = np.cumsum(count_T) - count_T
+    readers = []
+    for count in np.unique(count_T[count_T > 1]):
+        tokens = np.flatnonzero(count_T == count)
+        readers.append((torch.from_numpy(tokens), torch.from_numpy(keys_K[_columns(first_T[tokens], count)])))
+    own_T = np.flatnonzero(np.repeat(own, size))
+    return torch.from_numpy(index_K), torch.from_numpy(own_T), tuple(readers)
 
 
-def _joined(parts: list[NDArray[np.int64]]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts))
+def _columns(first: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The `count` numbers from each of `first` on, one after another."""
+    return (first[:, None] + np.arange(count)).ravel()
 
 
 def _run_mask(run: Run, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -36,7 +36,7 @@ from btrm_core.model import (
     uses_softcap,
 )
 from btrm_core.model import tolerance as model_tolerance
-from btrm_core.packing import PADDED, Bundle, Group, bundles, collate, packed_rows, padded_rows, row_multiple, share
+from btrm_core.packing import PADDED, Bundle, Tree, bundles, collate, grow, packed_rows, padded_rows, row_multiple
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -172,11 +172,11 @@ class Scorer:
         _log.warning("packed rows cannot be used for this model (%s); scoring in padded batches", reason)
         return model
 
-    def _known_groups(self) -> list[Group]:
+    def _known_groups(self) -> list[Tree]:
         """Pairs to check the model with: the self-test's, or a made-up one."""
         vectors = [vector["input_ids"] for vector in self.manifest.get("self_test", ())]
-        groups = [share(vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
-        return groups or [share(self.chat.encode_group(_PROBE, _ANSWERS).sequences)]
+        groups = [grow(vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
+        return groups or [grow(self.chat.encode_group(_PROBE, _ANSWERS).sequences)]
 
     def rewards(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """Return the rewards [S] of finished conversations, float32.
@@ -304,7 +304,7 @@ class Scorer:
     def _row_rewards(self, row: Sequence[Bundle]) -> torch.Tensor:
         kernel = self.model.kernel
         batch = collate(
-            [bundle.group for bundle in row],
+            [bundle.tree for bundle in row],
             kernel=kernel,
             multiple_of=row_multiple(kernel, self.device.type),
             pad_id=self.chat.pad_id,

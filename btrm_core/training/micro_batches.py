@@ -117,7 +117,7 @@ def build_micro_batch(pairs: TokenStore, row: np.ndarray, form: RowForm) -> Micr
     and backward passes.
     """
     groups = [pairs.groups.group(int(i)) for i in (row if len(row) else [0])]
-    sizes = [len(group.tokens.tails) for group in groups]
+    sizes = [len(group.tokens.leaf) for group in groups]
     offsets = np.repeat(np.cumsum([0, *sizes[:-1]]), [len(group.pair_ids_P) for group in groups])
     ids_P = np.concatenate([group.pair_ids_P for group in groups])
     batch = collate(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from btrm_core.model import as_merged, merged_weights, model_card, plain_model, run_manifest, write_model
-from btrm_core.packing import collate, share
+from btrm_core.packing import alone, collate
 from btrm_core.training.schedule import Progress
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def self_test_vectors(session: Session) -> list[dict[str, Any]]:
     vectors = []
     for i in range(min(SELF_TEST_PAIRS, len(pairs))):
         for ids in pairs.group(i).sequences:
-            groups = [share([ids.tolist()])]
-            batch = collate(groups, kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id)
+            batch = collate([alone(ids)], kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id)
             reward = float(engine(batch.to(session.runtime.device)).item())
             vectors.append({"input_ids": ids.tolist(), "reward": reward})
     engine.train()

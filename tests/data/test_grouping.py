@@ -68,7 +68,7 @@ def test_a_prompt_is_one_group_and_each_response_is_there_once(chat, tmp_path):
     groups = pairs.groups
     assert len(pairs) == 3 + 1 + 5 + 1 + 1 + 2
     assert np.diff(groups.starts_G).tolist() == [3, 1, 5, 1, 1, 2]
-    assert [len(groups.group(g).tokens.tails) for g in range(6)] == [3, 2, 4, 2, 2, 3]
+    assert [len(groups.group(g).tokens.leaf) for g in range(6)] == [3, 2, 4, 2, 2, 3]
     np.testing.assert_allclose(groups.weight_G, 1, rtol=1e-6)
     for g in range(len(groups)):
         group = groups.group(g)
@@ -98,7 +98,7 @@ def test_an_over_long_prompt_is_cut_alike_for_all_its_responses(chat, tmp_path):
     pairs = encoded(chat, tmp_path, [long], max_length=most)
     assert pairs.report["truncated"] == len(pairs) == 6
     group = pairs.groups.group(0)
-    assert len(group.tokens.tails) == 4, "a response that is cut otherwise in every pair would be there again"
+    assert len(group.tokens.leaf) == 4, "a response that is cut otherwise in every pair would be there again"
     assert group.wins_S.tolist() == [3, 2, 1, 0]
     assert pairs.groups.lengths.tokens()[0] == len(group.tokens.tokens)
     assert pairs.groups.lengths.longest_P[0] <= most
@@ -110,7 +110,7 @@ def test_a_response_that_does_not_fit_costs_the_others_nothing(chat, tmp_path):
     pairs = encoded(chat, tmp_path, [row])
     assert len(pairs) == 3
     assert sum(pairs.report["dropped"].values()) == 3
-    assert len(pairs.groups.group(0).tokens.tails) == 3
+    assert len(pairs.groups.group(0).tokens.leaf) == 3
     assert pairs.groups.weight_G.tolist() == pytest.approx([1.0]), "what is left weighs as much as all"
 
 
@@ -151,10 +151,10 @@ def test_rewards_losses_and_gradients_are_those_of_separate_passes(chat, tmp_pat
 
 
 def _alone(model, ids):
-    from btrm_core.packing.groups import share
     from btrm_core.packing.rows import pad_rows
+    from btrm_core.packing.trees import grow
 
-    return model(pad_rows([share([ids.tolist()])]).batch())
+    return model(pad_rows([grow([ids.tolist()])]).batch())
 
 
 def _ranking_loss(pairs, g, rewards_P2):

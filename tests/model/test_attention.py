@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import awkward_groups, group, tiny_model
+from support.tiny_models import awkward_groups, deep_tree, group, tiny_model
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -23,14 +23,14 @@ from btrm_core.errors import ConfigError
 from btrm_core.model import attention, kernels
 from btrm_core.model.attention import KERNELS, LayerMask, attend, choose_kernel, layer_mask, masks_for
 from btrm_core.packing import rows
-from btrm_core.packing.groups import Group
 from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.trees import Tree
 from btrm_core.packing.visibility import Visibility
 
 WINDOWS = (None, 1, 5, 9, 1000)
 
 
-def layout_of(groups: list[Group], multiple_of: int = 1) -> Visibility:
+def layout_of(groups: list[Tree], multiple_of: int = 1) -> Visibility:
     layout = pack_row(groups, multiple_of=multiple_of).batch().layout
     assert layout is not None
     return layout
@@ -78,6 +78,35 @@ def test_kernels_compute_the_rule(kernel: Callable[..., torch.Tensor], window: i
 
 
 @pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kernel", [kernels.run_loop, kernels.dense, kernels.eager])
+def test_kernels_compute_the_rule_on_deep_trees(kernel: Callable[..., torch.Tensor], window: int | None) -> None:
+    layout = layout_of([deep_tree(depth, seed) for depth in (1, 3, 5) for seed in (0, 1)], multiple_of=16)
+    assert len(layout.readers) > 4, "tokens that are read by many runs"
+    assert_same(evaluate(kernel, layout, window=window), evaluate(written_out, layout, window=window))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 5), st.integers(0, 10**6), st.sampled_from([torch.float64, torch.float32]))
+def test_the_gradient_of_gathered_keys_is_autograds_own(depth: int, seed: int, dtype: torch.dtype) -> None:
+    layout = layout_of([group(3, 2), deep_tree(depth, seed), group(0, 4, 2)])
+    assert layout.key_index_K is not None
+    states = torch.randn(1, 2, layout.length, 4, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    weights = torch.randn(len(layout.key_index_K), 2, 4, dtype=dtype, generator=torch.Generator().manual_seed(seed + 1))
+    ours, theirs = (states.clone().requires_grad_() for _ in range(2))
+    (kernels._keys(ours, layout) * weights).sum().backward()
+    (kernels._rows(theirs).index_select(0, layout.key_index_K) * weights).sum().backward()
+    assert float((ours.grad - theirs.grad).abs().max()) <= (1e-13 if dtype == torch.float64 else 1e-5)
+
+
+def test_gathered_gradients_are_added_up_in_at_least_float32() -> None:
+    """Forty readers in half precision: adding one after another in bfloat16 would lose the small ones."""
+    layout = layout_of([group(1, *([1] * 40))])
+    rows = torch.zeros(1, 1, layout.length, 1, dtype=torch.bfloat16, requires_grad=True)
+    kernels._keys(rows, layout).backward(torch.full((len(layout.key_index_K), 1, 1), 1 + 2**-7, dtype=torch.bfloat16))
+    assert rows.grad[0, 0, 0, 0].item() == torch.tensor(40 * (1 + 2**-7)).bfloat16().item()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
 def test_eager_computes_softcaps(window: int | None) -> None:
     layout = layout_of(awkward_groups())
     expected = evaluate(written_out, layout, window=window, softcap=0.7)
@@ -106,8 +135,12 @@ def flash_semantics(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("groups", [awkward_groups(), [group(0, 7), group(0, 9, 4)]], ids=["shared", "unshared"])
-def test_the_variable_length_call_computes_the_rule(groups: list[Group], window: int | None) -> None:
+@pytest.mark.parametrize(
+    "groups",
+    [awkward_groups(), [group(0, 7), group(0, 9, 4)], [deep_tree(5, 1)]],
+    ids=["shared", "unshared", "deep"],
+)
+def test_the_variable_length_call_computes_the_rule(groups: list[Tree], window: int | None) -> None:
     """The numbers handed to the GPU kernels, through a reference of what those kernels do."""
 
     def call(query, key, value, layout, *, window, scaling) -> torch.Tensor:

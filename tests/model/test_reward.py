@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from btrm_core.errors import ConfigError
 from btrm_core.model.reward import RewardHead, RewardModel, choose_for
 from btrm_core.model.selfcheck import self_check
-from btrm_core.packing.groups import share
 from btrm_core.packing.rows import PADDED, collate, pack_row, pad_rows
+from btrm_core.packing.trees import grow
 
 
 def rewards(model: RewardModel, kernel: str = "varlen") -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_a_reward_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_a_single_sequence_is_an_ordinary_row_for_any_kernel() -> None:
-    row = pack_row([share([[5, 6, 7, 8]])]).batch()
+    row = pack_row([grow([[5, 6, 7, 8]])]).batch()
     with torch.no_grad():
         found = [RewardModel(tiny_model("llama3"), kernel)(row).item() for kernel in ("varlen", "eager", PADDED)]
     assert found[0] == pytest.approx(found[2], abs=1e-5)
@@ -140,10 +140,10 @@ def test_rewards_depend_on_positions_not_on_ids() -> None:
     with torch.no_grad():
         expected = hf.score(hf.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]).item()
         model = RewardModel(hf, "varlen")
-        assert model(collate([share([ids, [5, 9]])], kernel="varlen", pad_id=0))[0].item() == pytest.approx(
+        assert model(collate([grow([ids, [5, 9]])], kernel="varlen", pad_id=0))[0].item() == pytest.approx(
             expected, abs=1e-5
         )
-        assert model(collate([share([ids, [5, 9]])], kernel=PADDED, pad_id=0))[0].item() == pytest.approx(
+        assert model(collate([grow([ids, [5, 9]])], kernel=PADDED, pad_id=0))[0].item() == pytest.approx(
             expected, abs=1e-5
         )
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core.packing.bundles import KEYS_PER_TOKEN, bundles, packed_rows, padded_rows
+from btrm_core.packing.bundles import bundles, packed_rows, padded_rows
+from btrm_core.packing.trees import room
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 labelled = st.lists(st.tuples(ids, st.integers(0, 3)), max_size=30)
@@ -16,14 +17,14 @@ def test_every_sequence_is_in_one_row_under_the_budget(items: list[tuple[list[in
     found = bundles(sequences, labels, budget)
     for bundle in found:
         assert len({labels[member] for member in bundle.members}) == 1
-        assert [s.tolist() for s in bundle.group.sequences] == [sequences[member] for member in bundle.members]
+        assert [s.tolist() for s in bundle.tree.sequences] == [sequences[member] for member in bundle.members]
     rows = packed_rows(found, budget)
     assert sorted(m for row in rows for bundle in row for m in bundle.members) == list(range(len(items)))
     for row in rows:
         assert row
-        single = len(row) == 1 and len(row[0].members) == 1
-        assert single or sum(bundle.tokens for bundle in row) <= budget
-        assert single or sum(bundle.keys for bundle in row) <= KEYS_PER_TOKEN * budget
+        distinct = {tuple(ids.tolist()) for bundle in row for ids in bundle.tree.sequences}
+        single = len(row) == 1 and max(map(len, distinct)) == row[0].tokens
+        assert single or sum(room(bundle.tokens, bundle.tree.keys) for bundle in row) <= budget
     if rows:
         longest = [max(bundle.tokens for bundle in row) for row in rows]
         assert longest[0] == max(longest)
@@ -33,7 +34,7 @@ def test_every_sequence_is_in_one_row_under_the_budget(items: list[tuple[list[in
     for row in lines:
         assert len(row) == 1 or len(row) * max(bundle.tokens for bundle in row) <= budget
         for bundle in row:
-            assert bundle.group.sequences[0].tolist() == sequences[bundle.members[0]]
+            assert bundle.tree.sequences[0].tolist() == sequences[bundle.members[0]]
 
 
 def test_many_short_responses_to_a_long_prompt_are_split_for_their_keys() -> None:

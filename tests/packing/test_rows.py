@@ -1,26 +1,20 @@
 from __future__ import annotations
 
 import pickle
-import re
 
-import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.packing.groups import Group, share
 from btrm_core.packing.rows import Batch, pack_row, pad_rows
+from btrm_core.packing.trees import Tree, grow
 
 
 @st.composite
-def groups(draw: st.DrawFn) -> Group:
-    shared = draw(st.integers(0, 12))
-    tails = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
-    if shared == 0:
-        tails = [max(tail, 1) for tail in tails]
-    tokens = draw(st.lists(st.integers(0, 50), min_size=shared + sum(tails), max_size=shared + sum(tails)))
-    return Group(np.array(tokens, dtype=np.int32), shared, tuple(tails))
+def groups(draw: st.DrawFn) -> Tree:
+    prefix = draw(st.lists(st.integers(0, 50), max_size=12))
+    tails = draw(st.lists(st.lists(st.integers(0, 2), max_size=9), min_size=1, max_size=4))
+    return grow([[*prefix, *tail] or [7] for tail in tails])
 
 
 def visible_tokens(row, query: int) -> list[int]:
@@ -43,12 +37,13 @@ def test_every_reward_sees_exactly_its_own_sequence(given_groups, sharing, multi
 def test_runs_cover_the_row_and_agree_with_the_rule(given_groups, sharing, multiple) -> None:
     row = pack_row(given_groups, share_prefix=sharing, multiple_of=multiple)
     offset = 0
-    for start, stop, prefix_start, prefix_stop in row.runs_R4.tolist():
+    for number, (start, stop) in enumerate(row.runs_R2.tolist()):
         assert start == offset
         assert stop > start
         offset = stop
+        ranges = row.prefixes_M2[row.prefix_starts_R[number] : row.prefix_starts_R[number + 1]].tolist()
         for query in range(start, stop):
-            keys = [*range(prefix_start, prefix_stop), *range(start, query + 1)]
+            keys = [*(key for a, b in ranges for key in range(a, b)), *range(start, query + 1)]
             assert keys == visible_tokens(row, query)
     assert offset == row.computed
 
@@ -63,7 +58,7 @@ def test_counts(given_groups, sharing, multiple) -> None:
     assert row.shared == (sum(lengths) - distinct if sharing else 0)
     assert row.padding == row.computed - (distinct if sharing else sum(lengths))
     assert 0 <= row.padding <= max(multiple - 1, 0 if given_groups else multiple)
-    assert row.group_sizes == tuple(len(group.tails) for group in given_groups)
+    assert row.group_sizes == tuple(len(group.leaf) for group in given_groups)
 
 
 @given(st.lists(groups(), max_size=4), st.sampled_from([1, 8]))
@@ -81,25 +76,17 @@ def test_padded_lines_hold_the_same_sequences(given_groups, multiple) -> None:
     assert rows.attention_mask_BT.any(axis=1).all()
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=8), min_size=1, max_size=4))
-def test_share_keeps_the_sequences_and_shares_all_that_is_common(sequences) -> None:
-    group = share(sequences)
-    assert [sequence.tolist() for sequence in group.sequences] == sequences
-    firsts = {tuple(sequence[: group.shared + 1]) for sequence in sequences}
-    assert len(firsts) > 1 or 0 in group.tails
-
-
-def test_one_response_is_all_shared_or_all_tail_with_the_same_row() -> None:
-    alone, whole = share([[5, 6, 7]]), Group(np.array([5, 6, 7], dtype=np.int32), 0, (3,))
-    assert (alone.shared, alone.tails) == (3, (0,))
-    for field in ("input_ids_T", "position_ids_T", "end_T", "reward_index_S", "runs_R4"):
-        assert getattr(pack_row([alone]), field).tolist() == getattr(pack_row([whole]), field).tolist()
+def test_equal_sequences_are_read_at_one_place() -> None:
+    row = pack_row([grow([[5, 6, 7], [5, 6, 7], [5, 6]])])
+    assert row.reward_index_S.tolist() == [2, 2, 1]
+    assert (row.useful, row.computed, row.shared) == (8, 3, 5)
 
 
 def test_the_reward_position_ignores_token_ids() -> None:
-    pad_like = share([[0, 0, 0, 7, 0], [0, 0, 0, 0]])
+    pad_like = grow([[0, 0, 0, 7, 0], [0, 0, 0, 0]])
     row = pack_row([pad_like], pad_id=0, multiple_of=8)
-    assert row.reward_index_S.tolist() == [4, 5]
+    assert row.input_ids_T.tolist() == [0, 0, 0, 0, 7, 0, 0, 0]
+    assert row.reward_index_S.tolist() == [5, 3]
     assert pad_rows([pad_like], pad_id=0).reward_index_S.tolist() == [4, 8]
 
 
@@ -111,29 +98,8 @@ def test_no_groups_make_a_row_of_padding_without_rewards() -> None:
     assert pad_rows([], pad_id=3).input_ids_BT.tolist() == [[3]]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "shared", "tails", "message"),
-    [
-        (4, 2, (1,), "a group of 4 tokens cannot be 2 shared tokens and tails of [1]"),
-        (0, 0, (), "every sequence needs a token: shared 0, tails []"),
-        (2, 0, (2, 0), "every sequence needs a token: shared 0, tails [2, 0]"),
-        (2, 1, (2, -1), "every sequence needs a token: shared 1, tails [2, -1]"),
-    ],
-)
-def test_impossible_groups_are_refused(tokens, shared, tails, message) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Group(np.zeros(tokens, dtype=np.int32), shared, tails)
-
-
-def test_sharing_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="a group needs at least one sequence"):
-        share([])
-    with pytest.raises(ValueError, match="every sequence needs a token"):
-        share([[1, 2], []])
-
-
 def test_batches_are_tensors_that_survive_a_loader_worker() -> None:
-    batch = pack_row([share([[1, 2, 3, 4], [1, 2, 5]])], multiple_of=8).batch()
+    batch = pack_row([grow([[1, 2, 3, 4], [1, 2, 5]])], multiple_of=8).batch()
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.reward_index.dtype == torch.int64
     again: Batch = pickle.loads(pickle.dumps(batch)).to("cpu")
@@ -144,7 +110,7 @@ def test_batches_are_tensors_that_survive_a_loader_worker() -> None:
 
 
 def test_padded_batches_have_a_mask_and_no_layout() -> None:
-    batch = pad_rows([share([[1, 2, 3, 4], [1, 2, 5]])], pad_id=9).to("cpu")
+    batch = pad_rows([grow([[1, 2, 3, 4], [1, 2, 5]])], pad_id=9).to("cpu")
     assert batch.layout is None
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

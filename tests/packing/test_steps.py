@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from btrm_core.errors import ConfigError
 from btrm_core.packing.balance import fill
-from btrm_core.packing.groups import Group, Lengths
+from btrm_core.packing.groups import Lengths
 from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.steps import EpochPlan, plan, plan_epoch
+from btrm_core.packing.trees import grow
 
 
 def lognormal(rng: np.random.Generator, count: int, median: float, p90: float, low: int, high: int) -> np.ndarray:
@@ -196,7 +197,7 @@ def test_lengths_of_sequences_are_those_of_their_rows(sizes: list[list[int]], da
     lengths = Lengths.of_sequences(shared, groups, np.concatenate(sizes))
     for i, group in enumerate(sizes):
         tails = tuple(size - int(shared[i]) for size in group)
-        tokens = Group(np.zeros(int(shared[i]) + sum(tails), np.int32), int(shared[i]), tails)
+        tokens = grow([[0] * int(shared[i]) + [number + 1] * tail for number, tail in enumerate(tails)])
         assert lengths.tokens()[i] == pack_row([tokens]).computed
         assert lengths.tokens(share_prefix=False)[i] == pack_row([tokens], share_prefix=False).computed
         assert len(group) * lengths.longest_P[i] == pad_rows([tokens]).computed

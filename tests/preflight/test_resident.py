@@ -44,15 +44,15 @@ def trained(config: Any, runtime: Any, shape: dict[str, Any]) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from btrm_core.model.reward import RewardModel
-    from btrm_core.packing.groups import Group
     from btrm_core.packing.rows import PADDED, collate
+    from btrm_core.packing.trees import alone
     from btrm_core.training.engine import make_engine
 
     hf = AutoModelForSequenceClassification.from_config(
         CONFIG_MAPPING["llama"](**shape, num_labels=1), dtype=runtime.dtype
     )
     engine = make_engine(RewardModel(hf), config, runtime)
-    batch = collate([Group(torch.arange(1, 9, dtype=torch.int32).numpy(), 0, (8,))], kernel=PADDED)
+    batch = collate([alone(torch.arange(1, 9, dtype=torch.int32).numpy())], kernel=PADDED)
     for boundary in (False, True, False):
         engine.set_gradient_accumulation_boundary(boundary)
         engine.backward(engine(batch).sum(), scale_wrt_gas=False)

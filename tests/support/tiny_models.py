@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from btrm_core.packing.groups import Group
+from btrm_core.packing.trees import Tree, grow
 
 VOCAB = 61
 WINDOW = 9
@@ -68,13 +68,40 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **c
     return model.to(dtype)
 
 
-def group(shared: int, *tails: int, seed: int = 0) -> Group:
-    """A group of random tokens with the given lengths."""
+def group(shared: int, *tails: int, seed: int = 0) -> Tree:
+    """Sequences of random tokens that begin with `shared` equal ones and go on with `tails` of their own."""
     rng = np.random.default_rng([seed, shared, *tails])
-    return Group(rng.integers(3, VOCAB, shared + sum(tails)).astype(np.int32), shared, tails)
+    prefix = rng.integers(3, VOCAB, shared)
+    made = [rng.integers(3, VOCAB, tail) for tail in tails]
+    for number, tail in enumerate(made):
+        tail[:1] = 3 + (number + seed) % (VOCAB - 3)  # no two tails begin alike
+    return grow([np.concatenate([prefix, tail]) for tail in made])
 
 
-def awkward_groups() -> list[Group]:
+def deep_sequences(depth: int, seed: int = 0) -> list[list[int]]:
+    """Sequences of a random tree of `depth` edges: branches in two or three, ends in its midst, edges of one token."""
+    rng = np.random.default_rng([depth, seed])
+    found: list[list[int]] = []
+
+    def below(path: list[int], left: int, first: int) -> None:
+        path = [*path, first, *rng.integers(3, VOCAB, rng.choice([0, 0, 1, 4, 11])).tolist()]
+        if left == 1 or rng.random() < 0.4:
+            found.append(path)
+        if left > 1:
+            for number in range(int(rng.integers(2, 4))):
+                below(path, left - 1, 3 + number)
+
+    below([], depth, 3)
+    order = rng.permutation(len(found))
+    return [found[i] for i in order]
+
+
+def deep_tree(depth: int, seed: int = 0) -> Tree:
+    """The tree of `deep_sequences`."""
+    return grow(deep_sequences(depth, seed))
+
+
+def awkward_groups() -> list[Tree]:
     """Long prefixes, no prefix, empty and one-token tails, one response, many responses."""
     return [
         group(40, 7, 5),
@@ -144,11 +171,11 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-def weights_for(groups: Sequence[Group], dtype: torch.dtype) -> torch.Tensor:
+def weights_for(groups: Sequence[Tree], dtype: torch.dtype) -> torch.Tensor:
     """Fixed weights, one for each sequence, of either sign.
 
-    A quarter each: the largest gradient of `awkward_groups` is then 2 to 5 for every model, about the
+    A quarter each: the largest gradient of `awkward_groups` is then 2 to 7 for every model, about the
     largest reward, so one absolute tolerance means the same for both.
     """
-    count = sum(len(g.tails) for g in groups)
+    count = sum(len(g.leaf) for g in groups)
     return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + 0.3).to(dtype) / 4

@@ -175,8 +175,8 @@ class Subject:
 
     @cached_property
     def groups(self) -> list[Any]:
-        """A few pairs of the bundled sample as token groups, the last one with a long shared prompt."""
-        from btrm_core.packing import share
+        """A few pairs of the bundled sample as trees, the last one with a long shared prompt."""
+        from btrm_core.packing import grow
 
         pairs = _sample()
         turns = [message for pair in pairs for message in pair["chosen"] if message["role"] != "system"]
@@ -187,7 +187,7 @@ class Subject:
                 if len(long[0]) > LONG:
                     encoded.append(long)
                     break
-        return [share(sequences) for sequences in encoded]
+        return [grow(sequences) for sequences in encoded]
 
     @cached_property
     def model(self) -> Any:
@@ -231,10 +231,10 @@ class Subject:
         """Rewards from the trained model in memory, computed in one row."""
         import torch
 
-        from btrm_core.packing import collate, share
+        from btrm_core.packing import collate, grow
 
         _ = self.losses
-        groups = [share([ids]) for ids in self.chat.encode(conversations)]
+        groups = [grow([ids]) for ids in self.chat.encode(conversations)]
         with torch.no_grad():
             batch = collate(groups, kernel=self.model.kernel, pad_id=self.chat.pad_id)
             return [float(reward) for reward in self.model(batch)]

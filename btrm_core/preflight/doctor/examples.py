@@ -15,7 +15,7 @@ from btrm_core.chat import ChatFormat, Conversation, Encoder, fast_backend, inst
 from btrm_core.data import Pair, PairData
 from btrm_core.errors import DataError, FamilyError
 from btrm_core.families import Family, PadToken
-from btrm_core.packing import Group, share
+from btrm_core.packing import Tree, grow
 
 UNSOUND_PAIRS = 256
 """Pairs that are encoded as a refused template writes them."""
@@ -35,7 +35,7 @@ class Example:
 
     id: str
     subset: str
-    group: Group | None
+    group: Tree | None
     truncated: bool = False
     error: str | None = None
 
@@ -52,7 +52,7 @@ def encode_example(row: Pair, chat: ChatFormat | None, max_length: int, *, as_wr
     if encoded.error:
         return Example(row.id, row.subset, None, error=encoded.error)
     cut = bool(encoded.dropped_turns or encoded.cut_characters)
-    return Example(row.id, row.subset, share(encoded.sequences), cut)
+    return Example(row.id, row.subset, grow(encoded.sequences), cut)
 
 
 def format_as_written(tokenizer: Any, config: Any, family: Family, rows: PairData) -> ChatFormat | None:
@@ -96,17 +96,17 @@ def format_as_written(tokenizer: Any, config: Any, family: Family, rows: PairDat
     return chat
 
 
-def pairs_as_written(rows: PairData, chat: ChatFormat) -> Iterator[tuple[str, Group]]:
+def pairs_as_written(rows: PairData, chat: ChatFormat) -> Iterator[tuple[str, Tree]]:
     """Id and tokens of the first pairs, of those that a refused template renders."""
     for row in rows.rows(0, UNSOUND_PAIRS):
         if group := _group_as_written(chat, row["prompt"], [row["chosen"], row["rejected"]]):
             yield row["id"], group
 
 
-def _group_as_written(chat: ChatFormat, prompt: Conversation, answers: list[str]) -> Group | None:
+def _group_as_written(chat: ChatFormat, prompt: Conversation, answers: list[str]) -> Tree | None:
     try:
         texts = [chat.render([*prompt, {"role": "assistant", "content": answer}]) for answer in answers]
     except DataError:
         return None
     sequences = chat.encoder.encode(texts)
-    return share(sequences) if all(sequences) else None
+    return grow(sequences) if all(sequences) else None

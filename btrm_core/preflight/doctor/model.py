@@ -22,7 +22,7 @@ from btrm_core.data import TokenStore
 from btrm_core.errors import TrainingError
 from btrm_core.families import Family
 from btrm_core.model import RewardModel, check_first_loss, expected_first_loss, self_check, write_model
-from btrm_core.packing import PADDED, Group, collate, row_form, row_multiple, share
+from btrm_core.packing import PADDED, Tree, collate, grow, row_form, row_multiple
 from btrm_core.preflight.doctor.texts import Check, refused
 from btrm_core.training import some_rewards
 from btrm_core.training.processes import Runtime
@@ -196,7 +196,7 @@ def pipeline_parity(patient: Patient, full: bool) -> Check:
     if size > PIPELINE_PARAMETERS and not full:
         return Check(name, "skip", f"{size / 1e9:.1f} billion parameters; --full tries it all the same")
     model, chat = patient.model, patient.chat
-    ours_S = _rewards(model, share(chat.encode(patient.conversations)), chat.pad_id)
+    ours_S = _rewards(model, grow(chat.encode(patient.conversations)), chat.pad_id)
     if size <= SAVE_PARAMETERS and model.hf is model.base_model:  # adapters are not saved as one model
         with tempfile.TemporaryDirectory(prefix="btrm-doctor-") as folder:
             theirs_S, how = _saved(patient, Path(folder) / "model"), "of the saved and reloaded model"
@@ -224,10 +224,10 @@ def pipeline_parity(patient: Patient, full: bool) -> Check:
 
 
 @torch.no_grad()
-def _rewards(model: RewardModel, group: Group, pad_id: int) -> np.ndarray:
-    """Rewards [S] of a group as training computes them."""
+def _rewards(model: RewardModel, tree: Tree, pad_id: int) -> np.ndarray:
+    """Rewards [S] of a tree as training computes them."""
     multiple_of = row_multiple(model.kernel, model.device.type)
-    batch = collate([group], kernel=model.kernel, multiple_of=multiple_of, pad_id=pad_id)
+    batch = collate([tree], kernel=model.kernel, multiple_of=multiple_of, pad_id=pad_id)
     rewards: np.ndarray = model(batch.to(model.device)).float().cpu().numpy()
     return rewards
 

@@ -26,7 +26,7 @@ from btrm_core.data import (
     longer_wins_characters,
 )
 from btrm_core.evaluation import standard_error
-from btrm_core.packing import Group, pack_row
+from btrm_core.packing import Tree, pack_row
 
 TRUNCATED_WARN = 0.05
 """Share of pairs that lose a part of their prompt."""
@@ -110,10 +110,10 @@ class TokenCounts:
     first: dict[str, str] = field(default_factory=dict)
 
 
-def count_tokens(pairs: Iterable[tuple[str, Group]], chat: ChatFormat) -> TokenCounts:
+def count_tokens(pairs: Iterable[tuple[str, Tree]], chat: ChatFormat) -> TokenCounts:
     """Look at every token of the given pairs (id, tokens), laid out in rows as in training."""
     counts = TokenCounts()
-    batch: list[tuple[str, Group]] = []
+    batch: list[tuple[str, Tree]] = []
     for pair in pairs:
         batch.append(pair)
         if len(batch) == _ROW_PAIRS:
@@ -124,10 +124,10 @@ def count_tokens(pairs: Iterable[tuple[str, Group]], chat: ChatFormat) -> TokenC
     return counts
 
 
-def _count_row(batch: Sequence[tuple[str, Group]], chat: ChatFormat, counts: TokenCounts) -> None:
+def _count_row(batch: Sequence[tuple[str, Tree]], chat: ChatFormat, counts: TokenCounts) -> None:
     """Add the pairs of one row."""
     row = pack_row([group for _, group in batch])
-    name_S = [name for name, group in batch for _ in group.tails]
+    name_S = [name for name, group in batch for _ in group.leaf]
     last_S = row.input_ids_T[row.reward_index_S]
     tokens = np.concatenate([group.tokens for _, group in batch])
     counts.pairs += len(batch)
@@ -143,7 +143,7 @@ def _count_row(batch: Sequence[tuple[str, Group]], chat: ChatFormat, counts: Tok
         name = next(name for name, group in batch if (group.tokens == chat.pad_id).any())
         counts.first.setdefault("pad", name)
     bos = chat.bos_id
-    heads = sum(len(group.tokens) > 0 and group.shared > 0 and group.tokens[0] == bos for _, group in batch)
+    heads = sum(group.shared > 0 and group.tokens[0] == bos for _, group in batch)
     if bos is None or (heads == len(batch) == int((tokens == bos).sum())):
         return
     for name, group in batch:

@@ -18,7 +18,7 @@ import click
 
 from btrm_core.chat import ChatFormat
 from btrm_core.console import finite
-from btrm_core.packing import Group
+from btrm_core.packing import Tree
 from btrm_core.preflight.doctor.case import Case
 from btrm_core.preflight.doctor.examples import Example
 from btrm_core.preflight.doctor.texts import Check
@@ -170,7 +170,7 @@ def _shortened(text: str) -> str:
     return f"{text[:TEXT_HEAD]} … {text[-TEXT_TAIL:]}"
 
 
-def _sides(chat: ChatFormat, group: Group) -> dict[str, list[Piece]]:
+def _sides(chat: ChatFormat, group: Tree) -> dict[str, list[Piece]]:
     """What is shown of a pair: the shared part and both tails, each as pieces."""
     sequences = [sequence.tolist() for sequence in group.sequences]
     shared = pieces(chat, sequences[0][: group.shared], 0, "shared")
@@ -189,16 +189,21 @@ def _sides(chat: ChatFormat, group: Group) -> dict[str, list[Piece]]:
     return sides
 
 
+def _counts(pair: Tree) -> dict[str, int]:
+    """Tokens that both sides of a pair begin with, and those left of each."""
+    chosen, rejected = (length - pair.shared for length in pair.lengths.tolist())
+    return {"shared": pair.shared, "chosen": chosen, "rejected": rejected}
+
+
 def _example_lines(example: Example, chat: ChatFormat | None, width: int) -> list[str]:
     subset = f", {example.subset}" if example.subset else ""
     title = click.style(visible(example.id), bold=True) + visible(subset)
     if example.group is None or chat is None:
         return [f"{title}: cannot be encoded ({example.error})"]
     group, lines = example.group, []
-    counts = {"shared": group.shared, "chosen": group.tails[0], "rejected": group.tails[1]}
+    counts = _counts(group)
     cut = ", prompt cut to the maximum length" if example.truncated else ""
-    ends = [group.shared + tail for tail in group.tails]
-    reward = f"rewards at tokens {ends[0]:,} and {ends[1]:,}"
+    reward = "rewards at tokens {:,} and {:,}".format(*group.lengths.tolist())
     lines.append(title + click.style(f": {len(group.tokens):,} tokens, {reward}{cut}", **_STYLES["note"]))
     for kind, shown in _sides(chat, group).items():
         label = f"  {kind:<8} {counts[kind]:>5,}"
@@ -218,13 +223,12 @@ def _example_json(example: Example, chat: ChatFormat | None) -> dict[str, Any]:
         kind: "".join(piece.text for piece in shown if piece.kind != "mark")
         for kind, shown in _sides(chat, group).items()
     }
-    tokens = {"shared": group.shared, "chosen": group.tails[0], "rejected": group.tails[1]}
     ends = [int(sequence[-1]) for sequence in group.sequences]
     return {
         **out,
         "truncated": example.truncated,
-        "tokens": tokens,
-        "reward_positions": [group.shared + tail - 1 for tail in group.tails],
+        "tokens": _counts(group),
+        "reward_positions": [length - 1 for length in group.lengths.tolist()],
         "reward_tokens": [str(chat.tokenizer.convert_ids_to_tokens(index)) for index in ends],
         "text": sides,
     }
