@@ -12,36 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from benchmarks.gate import Gate
-from benchmarks.workload import Pair, Workload
-from btrm_core.data import TokenStore
-from btrm_core.packing import Tree, grow
-
-
-class ArrayPairs(TokenStore):
-    """Pairs given as ids, behind the part of `EncodedPairs` that planning, loading and training use."""
-
-    def __init__(self, pairs: list[Pair]) -> None:
-        self._groups = [grow([ids.tolist() for ids in pair]) for pair in pairs]
-        self.shared_P = np.array([group.shared for group in self._groups], dtype=np.int32)
-        self.chosen_P = np.array([group.lengths[0] - group.shared for group in self._groups], dtype=np.int32)
-        self.rejected_P = np.array([group.lengths[1] - group.shared for group in self._groups], dtype=np.int32)
-        self.weight_P = np.ones(len(pairs), dtype=np.float32)
-        self.margin_P = np.zeros(len(pairs), dtype=np.float32)
-        self.probability_P = np.ones(len(pairs), dtype=np.float32)
-        self.group_P = np.zeros(len(pairs), dtype=np.int64)
-
-    def __getstate__(self) -> Any:
-        return self.__dict__
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state)
-
-    def group(self, index: int) -> Tree:
-        """The pair's chosen and rejected sequence as a group."""
-        return self._groups[index]
+from benchmarks.workload import Workload, store_of
 
 
 def run_config(work: Workload, layout: str) -> Any:
@@ -95,7 +67,7 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
         stopped = not gate.step_done()
 
     with runtime_module.group(config), runtime_module.start(config) as runtime:
-        pairs = ArrayPairs(work.pairs)
+        pairs = store_of(work.pairs)
         model, form = load_model(work, config, layout, runtime.dtype, runtime.device)
         plans = plans_of(work, pairs, form)
         check_order(work, plans)
@@ -123,7 +95,7 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
 
     config = run_config(work, "shared")
     device = torch.device(work.settings.device)
-    pairs = ArrayPairs(work.pairs)
+    pairs = store_of(work.pairs)
     model, form = load_model(work, config, "shared", compute_dtype(work.settings.precision), device)
     model.to(device).train()
     plans = plans_of(work, pairs, form)
@@ -147,13 +119,13 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
         going = gate.step_done()
 
 
-def plans_of(work: Workload, pairs: ArrayPairs, form: Any) -> list[Any]:
+def plans_of(work: Workload, pairs: Any, form: Any) -> list[Any]:
     """The plan of every epoch, as btrm makes it."""
-    from btrm_core.packing import make_plan
+    from btrm_core.training import plan_of_epoch
 
-    s = work.settings
-    budget = {"pairs_per_step": s.pairs_per_step, "tokens_per_batch": s.tokens_per_batch, "world": 1, "seed": s.seed}
-    return [make_plan(pairs.groups.lengths, form, **budget, epoch=epoch) for epoch in range(s.passes + 1)]
+    config = run_config(work, form.layout)
+    epochs, budget = range(work.settings.passes + 1), work.settings.tokens_per_batch
+    return [plan_of_epoch(config, pairs.places, form, 1, budget, epoch) for epoch in epochs]
 
 
 def check_order(work: Workload, plans: list[Any]) -> None:

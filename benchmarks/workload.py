@@ -123,24 +123,23 @@ def plan_steps(settings: Settings, pairs: Sequence[Pair]) -> list[list[int]]:
     Every arm takes the same pairs in the same step. Inside a step they are shuffled, because the peers cut it into
     micro-batches as it comes and a sampler's order is random.
     """
-    from btrm_core.packing import plan
+    from btrm_core.packing import StepBudget, plan_epoch, row_form
 
-    shared = np.array([common_prefix(pair) for pair in pairs], dtype=np.int32)
-    tails = [np.array([len(ids) for ids in side], dtype=np.int32) - shared for side in zip(*pairs, strict=True)]
+    places, form = store_of(pairs).places, row_form("shared", "varlen", "cpu", 0)
+    what = StepBudget(settings.pairs_per_step, settings.tokens_per_batch, seed=settings.seed)
     steps = []
     for epoch in range(settings.passes + 1):
-        made = plan(
-            shared,
-            *tails,
-            pairs_per_step=settings.pairs_per_step,
-            tokens_per_batch=settings.tokens_per_batch,
-            world=1,
-            seed=settings.seed,
-            epoch=epoch,
-        )
+        made = plan_epoch(places, form, what, epoch)
         random = np.random.default_rng([settings.seed, epoch])
-        steps += [random.permutation(made.step(i).pair_ids).tolist() for i in range(made.num_steps)]
+        steps += [random.permutation(step.pair_ids).tolist() for step in made]
     return steps
+
+
+def store_of(pairs: Sequence[Pair]) -> Any:
+    """Pairs given as ids as btrm stores them, each a group of its own."""
+    from btrm_core.data import TokenStore
+
+    return TokenStore.of_ids([([ids.tolist() for ids in pair], [(0, 1)]) for pair in pairs])
 
 
 def encode(settings: Settings) -> tuple[list[Pair], int, Any, dict[str, Any]]:

@@ -80,8 +80,8 @@ def train(config: RunConfig) -> Outcome:
             model, head_is_new = build_model(job.config, job.family, job.chat, runtime.dtype, runtime.device)
             with start_engine(model, job.config, runtime) as engine:  # training: DeepSpeed around the model
                 form = usable_form(job, model, data, runtime)  # packing: packed rows, or padded ones and why
-                budget, lengths = job.config.train.tokens_per_batch, data.train.groups.lengths
-                epoch = plan_of_epoch(job.config, lengths, form, runtime.world, budget)
+                budget, places = job.config.train.tokens_per_batch, data.train.places
+                epoch = plan_of_epoch(job.config, places, form, runtime.world, budget)
                 schedule = Schedule.of(job.config, epoch.num_steps)
                 with contextlib.closing(Reporter(runtime, output, job.config)) as reporter:
                     session = Session(job, runtime, data, engine, form, epoch, schedule, reporter)
@@ -201,6 +201,6 @@ def dry_run(config: RunConfig, processes: int = 1) -> str:
     """
     job = choose(config)
     data = load_data(job.config, job.chat)
-    budget, lengths = job.config.train.tokens_per_batch, data.train.groups.lengths
-    epoch = plan_of_epoch(job.config, lengths, expected_form(job), processes, budget)
+    budget, places = job.config.train.tokens_per_batch, data.train.places
+    epoch = plan_of_epoch(job.config, places, expected_form(job), processes, budget)
     return describe_run(job, data, epoch, Schedule.of(job.config, epoch.num_steps))

@@ -83,6 +83,9 @@ class DataConfig:
     together, are computed together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
     ties: Annotated[str, OneOf("skip", "half")] = "skip"
     """Declared ties and equal scores: skip, or half to train on them as half a win for each answer (Davidson 1970)."""
+    group_by: Annotated[str, OneOf("prompt", "pair"), Flag(metavar="WHAT")] = "prompt"
+    """What is shuffled: prompt (its pairs share a step, and its tokens are computed once) or pair. By prompt as in
+    InstructGPT (arXiv:2203.02155, section 3.5). Every step has the same number of pairs either way."""
     strict: Annotated[bool, Flag()] = False
     """Stop at the first bad row. Otherwise it is counted, and the run goes on."""
     workers: Annotated[int | None, Above(0), AtMost(1024)] = None

@@ -20,6 +20,7 @@ COMMON = (
     "output.dir",
     "output.overwrite",
     "data.max_length",
+    "data.group_by",
     "data.strict",
     "train.pairs_per_step",
     "train.tokens_per_batch",

@@ -1,8 +1,12 @@
-"""Pairs to tokens, chunk by chunk, in one process or several.
+"""Pairs to trees of tokens, chunk by chunk, in one process or several.
 
-The chunks are fixed and come out in their order, so the result does not depend on the number of processes.
-What becomes of them is `encoded`'s decision, what the ids of a conversation are is `chat`'s. The pairs of one row of
-several responses are encoded together: one prompt for all of them, cut alike if it must be cut.
+Decides which pairs are one group: those of one prompt, wherever they are in the data. The pairs are put into the order
+of their prompts and encoded in fixed chunks that come out in their order, so the result does not depend on the number
+of processes, and no more than some chunks are ever in memory. A prompt with more pairs than a chunk holds becomes
+several groups. The responses to a prompt are encoded together: one prompt for all of them, cut alike if it must be cut.
+What becomes of the chunks is `store`'s decision, what the ids of a conversation are is `chat`'s.
+
+Shape letters: P pairs, G groups, K distinct conversations of a group.
 """
 
 from __future__ import annotations
@@ -10,21 +14,24 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from btrm_core.chat import spare
 from btrm_core.errors import DataError
-from btrm_core.packing import common
+from btrm_core.packing import Tree, grow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from btrm_core.chat import ChatFormat, EncodedResponses
+    from btrm_core.data.convert import Message
     from btrm_core.data.pairs import PairData
+
+    IntArray = NDArray[np.int64]
 
 CHUNK_PAIRS = 1024
 
@@ -35,125 +42,159 @@ _CHUNKS_PER_WORKER = 4
 
 @dataclass
 class Chunk:
-    """The encoded pairs of one chunk, column by column, and what was cut or dropped.
+    """The groups and pairs of one chunk, and what was cut or dropped.
 
     Attributes:
-        columns: every column of the Arrow file but the tokens.
-        tokens: the stored ids of all pairs, one after another.
-        offsets: where each pair's ids begin; one more entry than pairs.
+        groups: the tree of each group's distinct conversations.
+        pairs_G: how many pairs each group has.
+        pairs: a dictionary per pair: its values in the Arrow file, `group` counted within the chunk.
         given: pairs that went in.
         truncated: pairs whose prompt was cut, by `dropped_turns` messages and `cut_characters` in all.
         dropped: (reason, pair id) of the pairs that cannot be trained on.
         longest: tokens of the longest sequence.
+        pair_tokens: tokens of both sides of every pair, what is shared counted each time.
         with_margin: pairs that carry a margin.
     """
 
-    columns: dict[str, Any]
-    tokens: NDArray[np.int32]
-    offsets: NDArray[np.int32]
-    given: int
-    truncated: int
-    dropped_turns: int
-    cut_characters: int
-    dropped: list[tuple[str, str]]
-    longest: int
-    with_margin: int
+    groups: list[Tree] = field(default_factory=list)
+    pairs_G: list[int] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    given: int = 0
+    truncated: int = 0
+    dropped_turns: int = 0
+    cut_characters: int = 0
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    longest: int = 0
+    pair_tokens: int = 0
+    with_margin: int = 0
+
+    def add(self, pairs: Iterable[_Kept]) -> None:
+        """Add the pairs of one group, if there are any."""
+        kept = list(pairs)
+        if not kept:
+            return
+        places: dict[bytes, int] = {}
+        sequences: list[NDArray[np.int32]] = []
+        for pair in kept:
+            sides = []
+            for sequence in (pair.chosen, pair.rejected):
+                place = places.setdefault(sequence.tobytes(), len(sequences))
+                if place == len(sequences):
+                    sequences.append(sequence)
+                sides.append(place)
+                self.longest = max(self.longest, len(sequence))
+                self.pair_tokens += len(sequence)
+            values = {"group": len(self.groups), "chosen": sides[0], "rejected": sides[1]}
+            self.pairs.append({**pair.values, **values})
+        self.groups.append(grow(sequences))
+        self.pairs_G.append(len(kept))
 
 
-def _encode_chunk(data: PairData, chat: ChatFormat, max_length: int, start: int, stop: int) -> Chunk:
-    """Encode the pairs from `start` up to `stop` (exclusive)."""
-    rows = data.rows(start, stop)
-    units = [list(unit) for _, unit in itertools.groupby(range(len(rows)), lambda i: rows[i]["group"] or -i)]
-    asked = [(rows[unit[0]]["prompt"], _responses([rows[i] for i in unit])) for unit in units]
-    results = chat.encode_groups(asked, max_length)
-    kept: list[_Kept] = []
-    chunk = Chunk({}, np.empty(0, np.int32), np.zeros(1, np.int32), len(rows), 0, 0, 0, [], 0, 0)
-    for unit, (prompt, responses), result in zip(units, asked, results, strict=True):
-        errors: Sequence[str | None] = (result.error,) * len(responses)
-        if result.error and len(responses) > 2:
-            result, errors = spare(chat, prompt, responses, max_length)
-        _take(chunk, kept, [(start + i, rows[i]) for i in unit], responses, result, errors)
-    chunk.columns = {
-        "index": np.array([pair.index for pair in kept], np.int64),
-        "id": [pair.row["id"] for pair in kept],
-        "subset": [pair.row["subset"] for pair in kept],
-        "shared": np.array([pair.lengths[0] for pair in kept], np.int32),
-        "chosen": np.array([pair.lengths[1] for pair in kept], np.int32),
-        "rejected": np.array([pair.lengths[2] for pair in kept], np.int32),
-        "margin": np.array([pair.row["margin"] or 0.0 for pair in kept], np.float32),
-        "weight": np.array([pair.row["weight"] for pair in kept], np.float32),
-        "probability": np.array([pair.row["probability"] for pair in kept], np.float32),
-        "group": np.array([pair.row["group"] for pair in kept], np.int64),
-        "chosen_place": np.array([pair.places[0] for pair in kept], np.int32),
-        "rejected_place": np.array([pair.places[1] for pair in kept], np.int32),
-    }
-    if kept:
-        chunk.tokens = np.concatenate([pair.tokens for pair in kept])
-        chunk.offsets = np.cumsum([0, *(len(pair.tokens) for pair in kept)], dtype=np.int32)
-    return chunk
+@dataclass
+class _Kept:
+    """A pair that can be trained on: the ids of its sides, and its other values."""
+
+    chosen: NDArray[np.int32]
+    rejected: NDArray[np.int32]
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A pair that can be trained on: its position, its row, its tokens and which responses of its prompt it has.
+class _Answers:
+    """The responses to a prompt: ids or an error of each."""
 
-    The tokens are those that both sides begin with, those left of chosen, those left of rejected; `lengths` of each.
-    """
-
-    index: int
-    row: dict[str, Any]
-    tokens: NDArray[np.int32]
-    lengths: tuple[int, int, int]
-    places: tuple[int, int]
+    encoded: EncodedResponses
+    ids: dict[str, NDArray[np.int32]]
+    errors: dict[str, str]
 
 
-def _responses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The responses of some pairs to one prompt, each once."""
-    return list(dict.fromkeys(row[side] for row in rows for side in ("chosen", "rejected")))
+def _encode_chunk(data: PairData, index_P: IntArray, chat: ChatFormat, max_length: int, start: int, stop: int) -> Chunk:
+    """Encode the pairs from `start` up to `stop` (exclusive) of data in the order of its prompts."""
+    rows = data.rows(start, stop)
+    wanted: dict[Any, tuple[list[Message], dict[str, None]]] = {}
+    keys = [tuple((message["role"], message["content"]) for message in row["prompt"]) for row in rows]
+    for key, row in zip(keys, rows, strict=True):
+        _, responses = wanted.setdefault(key, (row["prompt"], {}))
+        responses |= dict.fromkeys((row["chosen"], row["rejected"]))
+    answers = dict(zip(wanted, _answers(chat, wanted.values(), max_length), strict=True))
+    chunk = Chunk(given=len(rows))
+    hash_P = data.prompt_hash_P[start:stop]
+    borders = [0, *(np.flatnonzero(np.diff(hash_P)) + 1).tolist(), len(rows)]
+    for first, last in itertools.pairwise(borders):
+        kept: list[_Kept] = []
+        for _, unit in itertools.groupby(range(first, last), lambda i: rows[i]["group"] or -i - 1):
+            numbered = [(int(index_P[start + i]), rows[i], answers[keys[i]]) for i in unit]
+            kept += _taken(chunk, numbered)
+        chunk.add(kept)
+    return chunk
 
 
-def _take(
-    chunk: Chunk,
-    kept: list[_Kept],
-    rows: Sequence[tuple[int, dict[str, Any]]],
-    responses: Sequence[str],
-    result: EncodedResponses,
-    errors: Sequence[str | None],
-) -> None:
-    """Keep the pairs of one prompt that can be trained on, which weigh as much as all, and count what was cut."""
-    cut = result.dropped_turns > 0 or result.cut_characters > 0
-    places = {response: place for place, response in enumerate(responses)}
-    good = iter(result.sequences)
-    sequences = [[] if error else next(good) for error in errors]
+def _answers(
+    chat: ChatFormat, wanted: Iterable[tuple[list[Message], dict[str, None]]], max_length: int
+) -> Iterator[_Answers]:
+    """Encode the responses to each prompt together; a bad one costs the others nothing."""
+    asked = [(prompt, list(responses)) for prompt, responses in wanted]
+    for (prompt, responses), result in zip(asked, chat.encode_groups(asked, max_length), strict=True):
+        errors: Sequence[str | None] = (result.error,) * len(responses)
+        if result.error and len(responses) > 2:
+            result, errors = spare(chat, prompt, responses, max_length)
+        failed = {response: error for response, error in zip(responses, errors, strict=True) if error}
+        good = (response for response in responses if response not in failed)
+        found = (np.array(sequence, dtype=np.int32) for sequence in result.sequences)
+        yield _Answers(result, dict(zip(good, found, strict=True)), failed)
+
+
+def _taken(chunk: Chunk, rows: Sequence[tuple[int, dict[str, Any], _Answers]]) -> list[_Kept]:
+    """Keep the pairs of one row of the data that can be trained on, which weigh as much as all; count what was cut."""
     taken: list[_Kept] = []
-    for index, row in rows:
-        chosen, rejected = places[row["chosen"]], places[row["rejected"]]
-        problem = errors[chosen] or errors[rejected]
-        if problem is None and sequences[chosen] == sequences[rejected]:
+    for index, row, answers in rows:
+        cut = answers.encoded.dropped_turns > 0 or answers.encoded.cut_characters > 0
+        problem = answers.errors.get(row["chosen"]) or answers.errors.get(row["rejected"])
+        if problem is None and np.array_equal(answers.ids[row["chosen"]], answers.ids[row["rejected"]]):
             problem = "chosen and rejected are the same tokens" + (" after cutting" if cut else "")
         if problem:
             chunk.dropped.append((problem, row["id"]))
             continue
-        left, right = (np.array(sequences[place], dtype=np.int32) for place in (chosen, rejected))
-        shared = common(left, right)
-        tokens, lengths = np.concatenate([left, right[shared:]]), (shared, len(left) - shared, len(right) - shared)
-        taken.append(_Kept(index, row, tokens, lengths, (chosen, rejected)))
+        values = {
+            "index": index,
+            "id": row["id"],
+            "subset": row["subset"],
+            "margin": row["margin"] or 0.0,
+            "weight": row["weight"],
+            "probability": row["probability"],
+            "ranking": row["group"],
+        }
+        taken.append(_Kept(answers.ids[row["chosen"]], answers.ids[row["rejected"]], values))
         chunk.truncated += cut
-        chunk.dropped_turns += result.dropped_turns
-        chunk.cut_characters += result.cut_characters
-        chunk.longest = max(chunk.longest, len(left), len(right))
+        chunk.dropped_turns += answers.encoded.dropped_turns
+        chunk.cut_characters += answers.encoded.cut_characters
         chunk.with_margin += row["margin"] is not None
-    whole = sum(row["weight"] for _, row in rows) / (sum(pair.row["weight"] for pair in taken) or 1.0)
-    kept += [replace(pair, row={**pair.row, "weight": pair.row["weight"] * whole}) for pair in taken]
+    whole = sum(row["weight"] for _, row, _ in rows) / (sum(pair.values["weight"] for pair in taken) or 1.0)
+    for pair in taken:
+        pair.values["weight"] *= whole
+    return taken
+
+
+def by_prompt(hash_P: NDArray[np.uint64]) -> IntArray:
+    """The order that puts pairs of one prompt together, prompts as they first appear.
+
+    >>> by_prompt(np.array([7, 3, 7, 1, 3], dtype=np.uint64)).tolist()
+    [0, 2, 1, 4, 3]
+    """
+    _, first, prompt_P = np.unique(hash_P, return_index=True, return_inverse=True)
+    return np.argsort(first[prompt_P], kind="stable")
 
 
 def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Iterator[Chunk]:
     """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader."""
-    borders = _borders(data.group_P())
+    index_P = by_prompt(data.prompt_hash_P)
+    if (np.diff(index_P) != 1).any():
+        data = data.select(index_P, "by prompt", data.issues)
+    borders = _borders(data.prompt_hash_P, data.group_P())
     workers = min(workers, len(borders) // _CHUNKS_PER_WORKER)
     if workers <= 1:
         for start, stop in borders:
-            yield _encode_chunk(data, chat, max_length, start, stop)
+            yield _encode_chunk(data, index_P, chat, max_length, start, stop)
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -161,7 +202,7 @@ def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: i
 
     # Not forked: a fork copies locks that the tokenizer's or torch's threads may hold, and hangs.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(data, chat, max_length))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(data, index_P, chat, max_length))
     try:
         running: deque[Any] = deque()
         for start, stop in borders:
@@ -179,29 +220,36 @@ def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: i
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _borders(group_P: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Where chunks begin and end: about every `CHUNK_PAIRS` pairs, never between the pairs of one row.
+def _borders(hash_P: NDArray[np.uint64], ranking_P: IntArray) -> list[tuple[int, int]]:
+    """Where chunks begin and end: about every `CHUNK_PAIRS` pairs, between prompts unless one has more than that.
 
-    >>> _borders(np.repeat([0, 7, 0], [CHUNK_PAIRS - 1, 3, 1]))
-    [(0, 1026), (1026, 1027)]
+    A prompt with more pairs is cut, but never between the pairs of one ranking.
+
+    >>> hashes = np.repeat(np.arange(3, dtype=np.uint64), [CHUNK_PAIRS - 1, 3, 3 * CHUNK_PAIRS])
+    >>> _borders(hashes, np.zeros(len(hashes), dtype=np.int64))
+    [(0, 1026), (1026, 2050), (2050, 3074), (3074, 4098)]
     """
+    number = len(hash_P)
+    ends = np.append(np.flatnonzero(np.diff(hash_P)) + 1, number)
+    lone_P = (ranking_P[1:] == 0) | (ranking_P[1:] != ranking_P[:-1])
+    cuts = np.append(np.flatnonzero(lone_P) + 1, number)
     borders, start = [], 0
-    while start < len(group_P):
-        stop = min(start + CHUNK_PAIRS, len(group_P))
-        while stop < len(group_P) and group_P[stop] and group_P[stop] == group_P[stop - 1]:
-            stop += 1
+    while start < number:
+        stop = min(start + CHUNK_PAIRS, number)
+        end = int(ends[np.searchsorted(ends, stop)])
+        stop = end if end - start <= 2 * CHUNK_PAIRS else int(cuts[np.searchsorted(cuts, stop)])
         borders.append((start, stop))
         start = stop
     return borders
 
 
-_worker: tuple[PairData, ChatFormat, int] | None = None
+_worker: tuple[PairData, IntArray, ChatFormat, int] | None = None
 
 
-def _start_worker(data: PairData, chat: ChatFormat, max_length: int) -> None:
+def _start_worker(data: PairData, index_P: IntArray, chat: ChatFormat, max_length: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = (data, chat, max_length)
+    _worker = (data, index_P, chat, max_length)
 
 
 def _work(start: int, stop: int) -> Chunk:

@@ -1,12 +1,14 @@
 """Pairs as tokens: encoded once, stored in Arrow, memory-mapped by every process that reads them.
 
-Decides what a stored pair is (`[shared | chosen tail | rejected tail]`), which pairs cannot be trained on,
-and when an earlier encoding may be used again. What the ids of a conversation are is `chat`'s decision.
+Decides what is stored, which pairs cannot be trained on, and when an earlier encoding may be used again. A conversation
+is stored once, and a prompt's conversations together: `groups.arrow` has the tree of each prompt's distinct
+conversations, `pairs.arrow` says which two of them a pair compares. What the ids of a conversation are is `chat`'s
+decision, what is one group is `encode`'s.
 
 The stored bytes do not depend on the number of workers: the pairs are encoded in fixed chunks and written in
 their order.
 
-Shapes: P pairs that are left after encoding.
+Shapes: P pairs that are left after encoding, G groups, S distinct conversations of all groups.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,10 +27,10 @@ import numpy as np
 from btrm_core import files
 from btrm_core.data import cache
 from btrm_core.data.encode import Chunk, encoded_chunks
-from btrm_core.data.grouping import PairGroups
+from btrm_core.data.tables import LISTS, Lists, group_schema, numbers, pair_schema, record_batches
 from btrm_core.errors import DataError
 from btrm_core.evaluation import Judged
-from btrm_core.packing import Tree
+from btrm_core.packing import Forest, PairPlaces, Tree, grow, part
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from btrm_core.chat import ChatFormat
     from btrm_core.data.pairs import PairData
 
-ENCODING_VERSION = 2
+    IntArray = NDArray[np.int64]
+
+ENCODING_VERSION = 3
 """Part of every cache key: raised when equal pairs get other tokens than before."""
 
 
@@ -51,70 +55,121 @@ _KINDS_KEPT = 20
 _EXAMPLES_KEPT = 5
 
 
-_NUMBERS = {
-    "index": "int64",
-    "shared": "int32",
-    "chosen": "int32",
-    "rejected": "int32",
-    "margin": "float32",
-    "weight": "float32",
-    "probability": "float32",
-    "group": "int64",
-    "chosen_place": "int32",
-    "rejected_place": "int32",
-}
-
-
 class TokenStore:
-    """Encoded pairs of one cache entry, memory-mapped; pickles as its path and reopens where it arrives.
+    """Groups of encoded conversations, and the pairs that compare them.
+
+    `open` maps a cache entry into memory; such a store pickles as its path and reopens where it arrives. `of_ids` makes
+    one of ids that are at hand.
+
+    Args:
+        groups: a table with the tree of every group (lists `tokens`, `edges` and `leaf`) and its `first_pair`.
+        pairs: a table with a row per pair, those of a group next to each other.
+        report: counts of the encoding; see `encode_pairs`.
+        folder: where the tables are mapped from.
 
     Attributes:
-        folder: the cache entry.
-        shared_P: tokens that both sequences of a pair begin with, int32.
-        chosen_P: further tokens of the chosen sequence, int32; may be 0.
-        rejected_P: further tokens of the rejected sequence, int32; may be 0.
+        folder: the cache entry; None for a store in memory.
+        first_pair_G: the first pair of each group, and one more entry: P.
+        group_P: the group of each pair, int64.
+        chosen_P: which of its group's conversations is the chosen one, int32.
+        rejected_P: which is the rejected one, int32.
         margin_P: the data's margin, 0 where it gives none, float32.
         weight_P: the pair's weight in the loss, float32.
         probability_P: how likely it is that chosen is the better one, 0.5 to 1, float32.
-        group_P: a number that only pairs of one row share; 0 for a lone pair, int64.
-        chosen_place_P: which response of the group the chosen one is, int32; 0 in a lone pair.
-        rejected_place_P: likewise of the rejected one; 1 in a lone pair.
+        ranking_P: a number that only pairs of one row of scored responses share; 0 for a lone pair, int64.
         index_P: position of the pair in the `PairData` that was encoded, int64.
         report: counts of the encoding; see `encode_pairs`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(
+        self, groups: pyarrow.Table, pairs: pyarrow.Table, report: dict[str, Any], folder: Path | None = None
+    ) -> None:
+        self.folder, self.report = folder, report
+        self._tables = groups, pairs
+        self._lists = {name: Lists(groups[name]) for name in LISTS}
+        self._ids, self._subsets = pairs["id"], pairs["subset"]
+        self.group_P, self.chosen_P, self.rejected_P = (numbers(pairs, key) for key in ("group", "chosen", "rejected"))
+        self.margin_P, self.weight_P, self.index_P = (numbers(pairs, key) for key in ("margin", "weight", "index"))
+        self.probability_P, self.ranking_P = (numbers(pairs, key) for key in ("probability", "ranking"))
+        self.first_pair_G = np.append(numbers(groups, "first_pair"), len(self.group_P))
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> TokenStore:
+        """Map a cache entry into memory.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         import pyarrow
 
-        self.folder = Path(folder)
+        path = Path(folder)
         try:
-            self.report: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
-            mapped = pyarrow.memory_map(str(self.folder / "encoded.arrow"))
-            table = pyarrow.ipc.open_stream(mapped).read_all()
+            report = json.loads((path / "report.json").read_text())
+            mapped = (pyarrow.memory_map(str(path / f"{name}.arrow")) for name in ("groups", "pairs"))
+            groups, pairs = (pyarrow.ipc.open_stream(file).read_all() for file in mapped)
         except OSError as error:
             raise DataError(
-                f"the encoded pairs '{self.folder}' cannot be read ({error.strerror or error}). "
+                f"the encoded pairs '{path}' cannot be read ({error.strerror or error}). "
                 "The cache was changed or removed; start again to build it anew."
             ) from error
-        self._ids, self._subsets = table["id"], table["subset"]
-        self.shared_P, self.chosen_P, self.rejected_P = (_array(table, key) for key in ("shared", "chosen", "rejected"))
-        self.margin_P, self.weight_P, self.index_P = (_array(table, key) for key in ("margin", "weight", "index"))
-        self.probability_P, self.group_P = (_array(table, key) for key in ("probability", "group"))
-        self.chosen_place_P, self.rejected_place_P = (_array(table, f"{s}_place") for s in ("chosen", "rejected"))
-        # Views into the memory map, one per chunk: no token is copied before a row is built.
-        chunks = table["tokens"].chunks
-        self._tokens = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        return cls(groups, pairs, report, path)
 
-    def __getstate__(self) -> str:
-        return str(self.folder)
+    @classmethod
+    def of_ids(cls, groups: Sequence[tuple[Sequence[Sequence[int]], Sequence[tuple[int, int]]]]) -> TokenStore:
+        """A store in memory, of finished sequences as ids.
 
-    def __setstate__(self, state: str) -> None:
-        TokenStore.__init__(self, state)
+        Args:
+            groups: the distinct sequences of each group, and its pairs as (place of the chosen one, of the rejected).
+        """
+        import pyarrow
+
+        plain = {"subset": "", "margin": 0.0, "weight": 1.0, "probability": 1.0, "ranking": 0}
+        chunk = Chunk()
+        for number, (sequences, pairs) in enumerate(groups):
+            chunk.groups.append(grow(sequences))
+            chunk.pairs_G.append(len(pairs))
+            for chosen, rejected in pairs:
+                index = len(chunk.pairs)
+                places = {"group": number, "chosen": chosen, "rejected": rejected}
+                chunk.pairs.append({"id": str(index), "index": index, **places, **plain})
+        groups_table, pairs_table = (pyarrow.Table.from_batches([batch]) for batch in record_batches(chunk, 0, 0))
+        return cls(groups_table, pairs_table, {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.folder is not None:
+            return TokenStore.open, (self.folder,)
+        return TokenStore, (*self._tables, self.report)
 
     def __len__(self) -> int:
-        return len(self.shared_P)
+        return len(self.group_P)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return len(self.first_pair_G) - 1
+
+    @functools.cached_property
+    def places(self) -> PairPlaces:
+        """The pairs as places in the trees of their groups, for planning; no token is read for it."""
+        edges, leaf = self._lists["edges"], self._lists["leaf"]
+        forest = Forest.of_columns(edges.flat().reshape(-1, 3), leaf.flat(), edges.sizes() // 3, leaf.sizes())
+        first_P = forest.starts_G[self.group_P]
+        changes = np.diff(self.group_P, prepend=-1) != 0
+        changes |= (self.ranking_P == 0) | (np.diff(self.ranking_P, prepend=-1) != 0)
+        return PairPlaces(
+            forest=forest,
+            tree_P=self.group_P,
+            chosen_P=first_P + self.chosen_P,
+            rejected_P=first_P + self.rejected_P,
+            unit_P=np.cumsum(changes) - 1,
+        )
+
+    @property
+    def lengths_P2(self) -> IntArray:
+        """Tokens of the chosen and of the rejected conversation of each pair."""
+        places = self.places
+        lengths_S = places.forest.lengths_S
+        return np.stack([lengths_S[places.chosen_P], lengths_S[places.rejected_P]], axis=1)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -122,43 +177,48 @@ class TokenStore:
         import xxhash
 
         whole = xxhash.xxh3_128()
-        columns = (self.shared_P, self.chosen_P, self.rejected_P, self.margin_P, self.weight_P, self.probability_P)
-        for column in (*columns, self.group_P, self.chosen_place_P, self.rejected_place_P, *self._tokens):
-            whole.update(np.ascontiguousarray(column).data)
+        columns = (self.group_P, self.chosen_P, self.rejected_P, self.margin_P, self.weight_P, self.probability_P)
+        lists = (part for column in self._lists.values() for part in (column.sizes(), *column.chunks))
+        for values in (*columns, self.ranking_P, *lists):
+            whole.update(np.ascontiguousarray(values).data)
         return str(whole.hexdigest())
 
     @functools.cached_property
     def judged(self) -> Judged:
         """What the data says of the pairs, for an evaluation."""
-        longer_by_P = self.chosen_P.astype(np.int64) - self.rejected_P.astype(np.int64)
-        return Judged(longer_by_P, self.probability_P, self.subsets())
-
-    @functools.cached_property
-    def groups(self) -> PairGroups:
-        """The pairs by the prompts they are trained with."""
-        return PairGroups(self)
-
-    def tokens(self, index: int) -> NDArray[np.int32]:
-        """The stored ids `[shared | chosen tail | rejected tail]` of a pair: a read-only view of the file."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[chunk])
-        start, stop = self._offsets[chunk][row : row + 2]
-        return cast("NDArray[np.int32]", self._tokens[chunk][start:stop])
+        lengths_P2 = self.lengths_P2
+        return Judged(lengths_P2[:, 0] - lengths_P2[:, 1], self.probability_P, self.subsets())
 
     def group(self, index: int) -> Tree:
-        """The pair's chosen and rejected sequence as a tree, its ids a view of the file."""
-        shared, chosen, rejected = (int(x[index]) for x in (self.shared_P, self.chosen_P, self.rejected_P))
-        borders, parents = [0], []
-        for size, parent in ((shared, -1), (chosen, 0), (rejected, 0)):
-            if size:
-                borders.append(borders[-1] + size)
-                parents.append(parent if shared else -1)
-        edges = np.array([borders[:-1], borders[1:], parents], dtype=np.int32).T
-        last = len(parents) - 1
-        leaf = np.array([(last - 1 if rejected else last) if chosen else 0, last if rejected else 0], dtype=np.int32)
-        return Tree(self.tokens(index), edges, leaf)
+        """The distinct conversations of a group; its ids are a read-only view of the file.
+
+        Raises:
+            IndexError: there is no such group.
+        """
+        if not 0 <= index < self.num_groups:
+            raise IndexError(f"group {index} of {self.num_groups}")
+        tokens, edges, leaf = (self._lists[name][index] for name in LISTS)
+        return Tree(tokens, edges.reshape(-1, 3), leaf)
+
+    def pair(self, index: int) -> Tree:
+        """The chosen and the rejected conversation of a pair.
+
+        Raises:
+            IndexError: there is no such pair.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return part(self.group(int(self.group_P[index])), [int(self.chosen_P[index]), int(self.rejected_P[index])])
+
+    def longest(self, count: int) -> list[Tree]:
+        """The pairs with most tokens, at most `count` of them."""
+        order = np.argsort(-self.lengths_P2.sum(1), kind="stable")
+        return [self.pair(int(index)) for index in order[:count]]
+
+    def pairs_of(self, groups: IntArray) -> IntArray:
+        """The pairs of some groups, in their order."""
+        starts_G = self.first_pair_G
+        return np.concatenate([np.arange(starts_G[g], starts_G[g + 1]) for g in groups])
 
     def id(self, index: int) -> str:
         """The pair's id."""
@@ -194,9 +254,10 @@ def encode_pairs(
 ) -> TokenStore:
     """Encode all pairs, or reuse what an equal call has stored.
 
-    The report of the result counts: `given` and `encoded` pairs, `dropped` pairs by reason (with the ids of
-    the first `examples`), `truncated` pairs with the `dropped_turns` (messages) and `cut_characters` of their
-    prompts, stored `tokens`, how many of them are `shared_tokens`, `longest` sequence, and `with_margin` pairs.
+    The report of the result counts: `given` and `encoded` pairs, the `groups` they are in, `dropped` pairs by reason
+    (with the ids of the first `examples`), `truncated` pairs with the `dropped_turns` (messages) and `cut_characters`
+    of their prompts, stored `tokens`, the `pair_tokens` of both sides of every pair (what each of them would take by
+    itself), `longest` sequence, and `with_margin` pairs.
 
     Args:
         data: the pairs.
@@ -223,7 +284,7 @@ def encode_pairs(
     cache.build_once(
         entry, lambda folder: _build(folder, encoded_chunks(data, chat, max_length, workers), max_length, progress)
     )
-    encoded = TokenStore(entry)
+    encoded = TokenStore.open(entry)
     if not len(encoded) and len(data):
         reason, number = max(encoded.report["dropped"].items(), key=lambda item: item[1])
         raise DataError(
@@ -243,49 +304,36 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _build(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Callable[[int], None] | None) -> None:
-    """Write encoded.arrow and report.json."""
+    """Write groups.arrow, pairs.arrow and report.json."""
     import pyarrow
 
-    report: dict[str, Any] = dict.fromkeys(
-        ("given", "encoded", "truncated", "dropped_turns", "cut_characters", "tokens", "shared_tokens", "longest"), 0
-    )
-    report |= {"with_margin": 0, "dropped": {}, "examples": {}, "max_length": max_length}
+    names = ("given", "encoded", "groups", "truncated", "dropped_turns", "cut_characters", "tokens", "pair_tokens")
+    report: dict[str, Any] = dict.fromkeys((*names, "longest", "with_margin"), 0)
+    report |= {"dropped": {}, "examples": {}, "max_length": max_length}
     with (
-        pyarrow.OSFile(str(folder / "encoded.arrow"), "wb") as file,
-        pyarrow.ipc.new_stream(file, _schema()) as writer,
+        pyarrow.OSFile(str(folder / "groups.arrow"), "wb") as groups_file,
+        pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as pairs_file,
+        pyarrow.ipc.new_stream(groups_file, group_schema()) as groups,
+        pyarrow.ipc.new_stream(pairs_file, pair_schema()) as pairs,
     ):
         for chunk in chunks:
-            if len(chunk.columns["id"]):
-                writer.write_batch(_record_batch(chunk))
+            if chunk.groups:
+                for writer, batch in zip(
+                    (groups, pairs), record_batches(chunk, report["groups"], report["encoded"]), strict=True
+                ):
+                    writer.write_batch(batch)
             _count(report, chunk)
             if progress:
                 progress(report["given"])
     (folder / "report.json").write_text(json.dumps(report))
 
 
-def _record_batch(chunk: Chunk) -> pyarrow.RecordBatch:
-    import pyarrow
-
-    tokens = pyarrow.ListArray.from_arrays(pyarrow.array(chunk.offsets), pyarrow.array(chunk.tokens))
-    schema = _schema()
-    columns = {**chunk.columns, "tokens": tokens}
-    return pyarrow.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
-
-
-def _schema() -> pyarrow.Schema:
-    import pyarrow as pa
-
-    types = {"id": pa.string(), "subset": pa.string(), "tokens": pa.list_(pa.int32())}
-    return pa.schema([*types.items(), *((name, getattr(pa, kind)()) for name, kind in _NUMBERS.items())])
-
-
 def _count(report: dict[str, Any], chunk: Chunk) -> None:
-    report["given"] += chunk.given
-    report["encoded"] += len(chunk.columns["id"])
-    for name in ("truncated", "dropped_turns", "cut_characters", "with_margin"):
+    report["encoded"] += len(chunk.pairs)
+    report["groups"] += len(chunk.groups)
+    for name in ("given", "truncated", "dropped_turns", "cut_characters", "pair_tokens", "with_margin"):
         report[name] += getattr(chunk, name)
-    report["tokens"] += len(chunk.tokens)
-    report["shared_tokens"] += int(chunk.columns["shared"].sum())
+    report["tokens"] += sum(len(tree.tokens) for tree in chunk.groups)
     report["longest"] = max(report["longest"], chunk.longest)
     for reason, name in chunk.dropped:
         if reason not in report["dropped"] and len(report["dropped"]) >= _KINDS_KEPT:
@@ -294,9 +342,3 @@ def _count(report: dict[str, Any], chunk: Chunk) -> None:
         examples = report["examples"].setdefault(reason, [])
         if len(examples) < _EXAMPLES_KEPT:
             examples.append(name)
-
-
-def _array(table: pyarrow.Table, name: str) -> np.ndarray:
-    """A numeric column in one piece (a copy: a few bytes a pair)."""
-    column = table[name].combine_chunks()
-    return np.array(column.to_numpy(zero_copy_only=False))

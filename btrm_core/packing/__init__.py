@@ -8,21 +8,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from btrm_core.packing.bundles import Bundle, bundles, divided, packed_rows, padded_rows
-from btrm_core.packing.groups import Lengths
+from btrm_core.packing.forest import Forest, PairPlaces
 from btrm_core.packing.rows import PADDED, Batch, RowForm, collate, pack_row, pad_rows, row_form, row_multiple
-from btrm_core.packing.steps import EpochPlan, make_plan, plan
+from btrm_core.packing.steps import GROUP_BY, EpochPlan, StepBudget, plan_epoch
 from btrm_core.packing.trees import Tree, alone, common, grow, part, room, split
 
 if TYPE_CHECKING:
     from btrm_core.packing.visibility import Visibility
 
 __all__ = [
+    "GROUP_BY",
     "PADDED",
     "Batch",
     "Bundle",
     "EpochPlan",
-    "Lengths",
+    "Forest",
+    "PairPlaces",
     "RowForm",
+    "StepBudget",
     "Tree",
     "Visibility",
     "alone",
@@ -31,13 +34,12 @@ __all__ = [
     "common",
     "divided",
     "grow",
-    "make_plan",
     "pack_row",
     "packed_rows",
     "pad_rows",
     "padded_rows",
     "part",
-    "plan",
+    "plan_epoch",
     "room",
     "row_form",
     "row_multiple",

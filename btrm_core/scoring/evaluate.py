@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from btrm_core.data import TokenStore, encode_pairs, load_pairs
 from btrm_core.errors import CheckpointError
 from btrm_core.evaluation import Judged, figures_of
-from btrm_core.packing import Bundle
+from btrm_core.packing import Bundle, divided
 from btrm_core.scoring.scorer import Scorer
 
 _EVALUATED_TOGETHER = 512
@@ -79,11 +79,21 @@ def encoded_rewards(scorer: Scorer, pairs: TokenStore, name: str = "") -> np.nda
 
     rewards_P2 = np.zeros((len(pairs), 2))
     with tqdm(total=len(pairs), unit="pair", desc=name, dynamic_ncols=True, file=sys.stderr, leave=False) as bar:
-        for start in range(0, len(pairs), _EVALUATED_TOGETHER):
-            places = range(start, min(start + _EVALUATED_TOGETHER, len(pairs)))
-            found = [Bundle(pairs.group(i), (2 * n, 2 * n + 1)) for n, i in enumerate(places)]
-            rewards_P2[places.start : places.stop] = scorer.bundle_rewards(found).reshape(-1, 2)
-            bar.update(len(places))
+        for start, stop in _windows(pairs.first_pair_G):
+            found: list[Bundle] = []
+            first_G, members = [], 0
+            for group in range(start, stop):
+                tree = pairs.group(group)
+                first_G.append(members)
+                places = tuple(range(members, members + len(tree.leaf)))
+                found += divided(Bundle(tree, places), scorer.tokens_per_batch)
+                members += len(places)
+            rewards_S = scorer.bundle_rewards(found)
+            own = slice(pairs.first_pair_G[start], pairs.first_pair_G[stop])
+            first_P = np.array(first_G)[pairs.group_P[own] - start]
+            for side, places_P in enumerate((pairs.chosen_P, pairs.rejected_P)):
+                rewards_P2[own, side] = rewards_S[first_P + places_P[own]]
+            bar.update(own.stop - own.start)
     if not np.isfinite(rewards_P2).all():
         worst = int(np.flatnonzero(~np.isfinite(rewards_P2).all(axis=1))[0])
         raise CheckpointError(
@@ -91,3 +101,13 @@ def encoded_rewards(scorer: Scorer, pairs: TokenStore, name: str = "") -> np.nda
             "the weights are damaged, or need --dtype fp32"
         )
     return rewards_P2
+
+
+def _windows(first_pair_G: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Groups that are scored together, as ranges: about as many as hold `_EVALUATED_TOGETHER` pairs."""
+    start, number = 0, len(first_pair_G) - 1
+    while start < number:
+        enough = int(np.searchsorted(first_pair_G, first_pair_G[start] + _EVALUATED_TOGETHER))
+        stop = min(max(enough, start + 1), number)
+        yield start, stop
+        start = stop

@@ -112,8 +112,8 @@ def _stream(session: Session, first: int) -> Iterator[StepBatches]:
     pairs = session.data.train
     plans = [
         session.epoch
-        if epoch == 0 and session.epoch.budget == budget
-        else plan_of_epoch(session.config, pairs.groups.lengths, session.form, runtime.world, budget, epoch)
+        if epoch == 0 and session.epoch.budget.tokens_per_batch == budget
+        else plan_of_epoch(session.config, pairs.places, session.form, runtime.world, budget, epoch)
         for epoch in range(math.ceil(schedule.total_steps / schedule.steps_per_epoch))
     ]
     workers = 2 if runtime.device.type == "cuda" else 0
@@ -165,7 +165,8 @@ def smaller_budget(error: torch.OutOfMemoryError, session: Session) -> int:
         TrainingError: it was not, or rows are single pairs already, or other processes are in the middle of the step.
     """
     budget, train = session.tokens_per_batch, session.config.train
-    longest = int(session.data.train.groups.lengths.tokens(session.form.layout == "shared").max())
+    places = session.data.train.places if session.form.layout == "shared" else session.data.train.places.unshared
+    longest = int(places.unit_sizes(session.config.loss.ranking == "plackett-luce").tokens_I.max())
     advice = f"--tokens-per-batch {max(budget // 2, longest)}"
     if budget <= longest:
         advice = "--gradient-checkpointing, --deepspeed zero3-offload or --max-length (a row is a single pair already)"
@@ -184,7 +185,7 @@ def _discard_gradients(session: Session) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     pairs, engine = session.data.train, session.engine
-    shortest = int(np.argmin(pairs.groups.lengths.tokens()))
+    shortest = int(np.argmin(pairs.places.tokens_P))
     micro = build_micro_batch(pairs, np.array([shortest]), session.form).to(session.runtime.device)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(micro.batch).sum() * math.nan, scale_wrt_gas=False)
@@ -239,8 +240,9 @@ def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSum
     rewards_S = engine(micro.batch)
     chosen_P, rejected_P = micro.sides(rewards_S)
     if config.loss.ranking == "plackett-luce":
-        ranking = (micro.group_S, micro.wins_S, micro.chosen_P, micro.rejected_P)
-        loss_P = plackett_luce(rewards_S, *ranking, centering=config.loss.centering)
+        ranking = (micro.ranking_R, micro.wins_R, micro.chosen_entry_P, micro.rejected_entry_P)
+        rewards_R = rewards_S.index_select(0, micro.entry_R)
+        loss_P = plackett_luce(rewards_R, *ranking, centering=config.loss.centering)
     else:
         loss_P = bradley_terry(
             chosen_P,

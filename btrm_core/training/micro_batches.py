@@ -3,7 +3,7 @@
 Decides: how the pairs of a row become tensors, on which workers, in which order. The order is the plan's alone, so
 resuming at step n means starting to read at step n.
 
-Shapes: P pairs of one micro-batch.
+Shapes: P pairs of one micro-batch, S sequences of its trees, R entries of rankings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from btrm_core.data import TokenStore
-from btrm_core.packing import Batch, EpochPlan, collate
+from btrm_core.packing import Batch, EpochPlan, Tree, collate, part
 
 if TYPE_CHECKING:
     from btrm_core.packing import RowForm
@@ -35,8 +35,12 @@ class MicroBatch:
         weight_P: the pair's weight in the loss.
         margin_P: the data's margin.
         probability_P: how likely it is that chosen is the better one.
-        group_S: the group of each sequence, counted within the micro-batch.
-        wins_S: how many sequences of its group each one beats, for losses over whole rankings.
+        entry_R: for losses over whole rankings, the sequence of each entry of a ranking; one that two rankings of a
+            prompt hold has an entry in both.
+        ranking_R: the ranking of each entry, counted within the micro-batch.
+        wins_R: how many entries of its ranking each one beats.
+        chosen_entry_P: the entry of each pair's chosen sequence.
+        rejected_entry_P: likewise of the rejected one.
         pair_ids_P: which pairs these are; none for a dummy.
     """
 
@@ -46,8 +50,11 @@ class MicroBatch:
     weight_P: Tensor
     margin_P: Tensor
     probability_P: Tensor
-    group_S: Tensor
-    wins_S: Tensor
+    entry_R: Tensor
+    ranking_R: Tensor
+    wins_R: Tensor
+    chosen_entry_P: Tensor
+    rejected_entry_P: Tensor
     pair_ids_P: np.ndarray
 
     def sides(self, rewards_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,39 +112,74 @@ class _Steps(IterableDataset[StepBatches]):
         return StepBatches(
             index=index,
             micro_batches=[build_micro_batch(self.pairs, row, self.form) for row in step.rows[self.rank]],
-            total_weight=float(self.pairs.groups.weight_G[step.pair_ids].sum()),
+            total_weight=float(self.pairs.weight_P[step.pair_ids].astype(np.float64).sum()),
             rank_imbalance=step.imbalance,
         )
 
 
-def build_micro_batch(pairs: TokenStore, row: np.ndarray, form: RowForm) -> MicroBatch:
-    """Lay the groups of a row out, packed or as padded lines, with the weights, margins and labels of their pairs.
+def build_micro_batch(store: TokenStore, row: np.ndarray, form: RowForm) -> MicroBatch:
+    """Lay the trees of a row's pairs out, packed or as padded lines, with the pairs' weights, margins and labels.
 
-    An empty row gives a dummy: the first group with weight 0, so that every process runs the same number of forward
+    An empty row gives a dummy: the first pair with weight 0, so that every process runs the same number of forward
     and backward passes.
     """
-    groups = [pairs.groups.group(int(i)) for i in (row if len(row) else [0])]
-    sizes = [len(group.tokens.leaf) for group in groups]
-    offsets = np.repeat(np.cumsum([0, *sizes[:-1]]), [len(group.pair_ids_P) for group in groups])
-    ids_P = np.concatenate([group.pair_ids_P for group in groups])
+    ids_P = np.asarray(row if len(row) else [0], dtype=np.int64)
+    ids_P = ids_P[np.argsort(store.group_P[ids_P], kind="stable")]
+    trees, chosen_P, rejected_P = _trees(store, ids_P)
     batch = collate(
-        [group.tokens for group in groups],
+        trees,
         kernel=form.kernel,
         share_prefix=form.layout == "shared",
         multiple_of=form.multiple_of,
         pad_id=form.pad_id,
     )
+    repeated = int(store.places.tokens_P[ids_P].sum()) - batch.useful  # a sequence of several pairs counts for each
+    batch = replace(batch, useful=batch.useful + repeated, shared=batch.shared + repeated)
+    entry_R, ranking_R, wins_R, entries_2P = _rankings(store, ids_P, chosen_P, rejected_P)
+    number = len(ids_P)
     return MicroBatch(
         batch=batch,
-        chosen_P=torch.from_numpy(offsets + np.concatenate([group.chosen_P for group in groups])),
-        rejected_P=torch.from_numpy(offsets + np.concatenate([group.rejected_P for group in groups])),
-        weight_P=torch.from_numpy(pairs.weight_P[ids_P] if len(row) else np.zeros(len(ids_P), np.float32)),
-        margin_P=torch.from_numpy(pairs.margin_P[ids_P]),
-        probability_P=torch.from_numpy(pairs.probability_P[ids_P]),
-        group_S=torch.from_numpy(np.repeat(np.arange(len(groups)), sizes)),
-        wins_S=torch.from_numpy(np.concatenate([group.wins_S for group in groups])),
+        chosen_P=torch.from_numpy(chosen_P),
+        rejected_P=torch.from_numpy(rejected_P),
+        weight_P=torch.from_numpy(store.weight_P[ids_P] if len(row) else np.zeros(number, np.float32)),
+        margin_P=torch.from_numpy(store.margin_P[ids_P]),
+        probability_P=torch.from_numpy(store.probability_P[ids_P]),
+        entry_R=torch.from_numpy(entry_R),
+        ranking_R=torch.from_numpy(ranking_R),
+        wins_R=torch.from_numpy(wins_R),
+        chosen_entry_P=torch.from_numpy(entries_2P[:number]),
+        rejected_entry_P=torch.from_numpy(entries_2P[number:]),
         pair_ids_P=ids_P if len(row) else ids_P[:0],
     )
+
+
+def _trees(store: TokenStore, ids_P: np.ndarray) -> tuple[list[Tree], np.ndarray, np.ndarray]:
+    """The trees of some pairs, without conversations that none of them compares, and where each pair's are."""
+    trees: list[Tree] = []
+    chosen_P, rejected_P = np.empty(len(ids_P), np.int64), np.empty(len(ids_P), np.int64)
+    before = 0
+    groups, first = np.unique(store.group_P[ids_P], return_index=True)
+    for group, own in zip(groups.tolist(), np.split(np.arange(len(ids_P)), first[1:]), strict=True):
+        sides = np.stack([store.chosen_P[ids_P[own]], store.rejected_P[ids_P[own]]])
+        places, local = np.unique(sides, return_inverse=True)
+        tree = store.group(group)
+        trees.append(tree if len(places) == len(tree.leaf) else part(tree, places))
+        chosen_P[own], rejected_P[own] = before + local.reshape(sides.shape)
+        before += len(places)
+    return trees, chosen_P, rejected_P
+
+
+def _rankings(
+    store: TokenStore, ids_P: np.ndarray, chosen_P: np.ndarray, rejected_P: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The entries of the rankings that pairs are of: sequence, ranking, wins; and the entries of both sides."""
+    _, ranking_P = np.unique(store.places.unit_P[ids_P], return_inverse=True)
+    width = int(max(chosen_P.max(), rejected_P.max())) + 1
+    codes = np.tile(ranking_P, 2) * width + np.concatenate([chosen_P, rejected_P])
+    entries, entries_2P = np.unique(codes, return_inverse=True)
+    won_P = store.probability_P[ids_P] > 0.5
+    wins_R = np.bincount(entries_2P[: len(ids_P)][won_P], minlength=len(entries))
+    return entries % width, entries // width, wins_R, entries_2P
 
 
 def steps(

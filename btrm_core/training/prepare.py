@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 from tqdm import tqdm
 
 from btrm_core import config as config_module
@@ -169,21 +168,27 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     }
     lines = [f"{name} data: {issue.format()}" for name, issue in issues.items() if issue.noteworthy]
     lines += [f"{name} data: {text}" for name, part in encoded.items() if (text := part.describe())]
-    groups = len(encoded["train"].groups)
-    if groups < len(encoded["train"]):
-        lines.append(
-            f"train data: {len(encoded['train']):,} pairs of {groups:,} prompts; the responses to a prompt are "
-            "computed together, and it counts as one pair of a step"
-        )
+    lines += _prompts_text(encoded["train"], data.group_by)
     return Data(encoded["train"], encoded.get("eval"), report, lines, held_out)
+
+
+def _prompts_text(store: TokenStore, group_by: str) -> list[str]:
+    """What becomes of prompts with several pairs, if there are any."""
+    pairs, units = len(store), store.places.num_units
+    if store.num_groups == pairs:
+        return []
+    kept = "share a step" if group_by == "prompt" else "are shuffled one by one"
+    text = f"train data: {pairs:,} pairs of {store.num_groups:,} prompts; the pairs of a prompt {kept}"
+    if units < pairs:
+        text += f"; those of one row of scored responses count as one: {units:,} in all"
+    return [text]
 
 
 def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> RowForm:
     """The rows asked for, or padded ones with the reason said, if packed rows are not exact for this model."""
     layout, device = job.config.train.layout, runtime.device.type
     if layout != "padded":
-        longest = np.argsort(-(data.train.shared_P + data.train.chosen_P + data.train.rejected_P), kind="stable")
-        result = self_check(model, [data.train.group(int(i)) for i in longest[:CHECKED_GROUPS]])
+        result = self_check(model, data.train.longest(CHECKED_GROUPS))
         if not result.ok:
             say(runtime, f"packed rows cannot be used for this model ({result.reason}); going on with padded batches")
             layout = "padded"

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from btrm_core.data import TokenStore
-from btrm_core.packing import RowForm, make_plan
+from btrm_core.packing import RowForm, StepBudget, plan_epoch
 from btrm_core.training.micro_batches import build_micro_batch
 from btrm_core.training.processes import Runtime
 
 CHUNK = 512
-"""Groups that are planned together: enough to balance the rows, few enough to plan at once."""
+"""Pairs that are planned together: enough to balance the rows, few enough to plan at once."""
 
 
 def pair_rewards(
@@ -33,7 +33,7 @@ def pair_rewards(
 def some_rewards(
     model: Any, pairs: TokenStore, runtime: Runtime, form: RowForm, *, tokens_per_batch: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of `count` groups of a seeded order: which pairs, and their rewards (P, 2), as in `pair_rewards`."""
+    """Rewards of `count` pairs of a seeded order: which pairs, and their rewards (P, 2), as in `pair_rewards`."""
     rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count, 1)
     return ids, rewards_P2[ids]
 
@@ -48,23 +48,15 @@ def _rewards(
     chunk: int,
     steps: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    size = min(chunk, len(pairs.groups))
-    made = make_plan(
-        pairs.groups.lengths,
-        form,
-        pairs_per_step=size,
-        tokens_per_batch=tokens_per_batch,
-        world=runtime.world,
-        seed=0,
-        epoch=0,
-    )
+    size = min(chunk, pairs.places.num_units)
+    made = plan_epoch(pairs.places, form, StepBudget(size, tokens_per_batch, runtime.world))
     rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
     seen = []
     was_training = model.training
     model.eval()
     for index in range(steps or made.num_steps):
         step = made.step(index)
-        seen.append(pairs.groups.pairs_of(step.pair_ids))
+        seen.append(step.pair_ids)
         for row in step.rows[runtime.rank]:
             micro = build_micro_batch(pairs, row, form).to(runtime.device)
             rewards_S = model(micro.batch)

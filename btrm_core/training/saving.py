@@ -75,7 +75,7 @@ def self_test_vectors(session: Session) -> list[dict[str, Any]]:
     engine.eval()
     vectors = []
     for i in range(min(SELF_TEST_PAIRS, len(pairs))):
-        for ids in pairs.group(i).sequences:
+        for ids in pairs.pair(i).sequences:
             batch = collate([alone(ids)], kernel=form.kernel, multiple_of=form.multiple_of, pad_id=form.pad_id)
             reward = float(engine(batch.to(session.runtime.device)).item())
             vectors.append({"input_ids": ids.tolist(), "reward": reward})

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from btrm_core.config import settled
-from btrm_core.packing import EpochPlan, Lengths, RowForm, make_plan
+from btrm_core.packing import EpochPlan, PairPlaces, RowForm, StepBudget, plan_epoch
 from btrm_core.settings import RunConfig
 
 
@@ -55,27 +55,27 @@ class Schedule:
 
 
 def plan_of_epoch(
-    config: RunConfig, lengths: Lengths, form: RowForm, world: int, tokens_per_batch: int, epoch: int = 0
+    config: RunConfig, pairs: PairPlaces, form: RowForm, world: int, tokens_per_batch: int, epoch: int = 0
 ) -> EpochPlan:
     """Which rows each process computes in the steps of one epoch.
 
     Args:
         config: Resolved settings.
-        lengths: Tokens of the groups that are trained on.
+        pairs: The pairs that are trained on, as places in the trees of their groups.
         form: How rows are laid out.
         world: Number of processes.
         tokens_per_batch: The token budget of a row; it moves no pair from one step to another.
         epoch: Which epoch, from 0; each has its own order.
     """
-    return make_plan(
-        lengths,
-        form,
+    budget = StepBudget(
         pairs_per_step=settled(config.train.pairs_per_step, "train.pairs_per_step"),
         tokens_per_batch=tokens_per_batch,
         world=world,
         seed=config.train.seed,
-        epoch=epoch,
+        group_by=config.data.group_by,
+        whole=config.loss.ranking == "plackett-luce",
     )
+    return plan_epoch(pairs, form, budget, epoch)
 
 
 @dataclass

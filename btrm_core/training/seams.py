@@ -81,7 +81,7 @@ def mfu_rate(session: Session) -> float | None:
     runtime, pairs = session.runtime, session.data.train
     if runtime.device.type != "cuda":
         return None
-    length = float((pairs.shared_P + (pairs.chosen_P + pairs.rejected_P) / 2).mean())
+    length = float(pairs.lengths_P2.mean())
     config = session.engine.module.base_model.config
     name = device_name(runtime.device)
     return mfu_per_token_rate(config, name, runtime.world, length, session.config.lora.rank)

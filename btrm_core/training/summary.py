@@ -50,13 +50,16 @@ def introduce(session: Session) -> None:
 
 def rows_text(data: Data, epoch: EpochPlan, form: RowForm) -> str:
     """How much the rows of the first epoch waste and save, in one line."""
-    lengths = data.train.groups.lengths
-    separate = float(lengths.tokens(share_prefix=False).sum())
-    saved = separate - float(lengths.tokens().sum()) if form.layout == "shared" else 0.0
-    return (
-        f"of each epoch's {separate:,.0f} tokens {saved / separate:.1%} are shared and computed once; "
+    places = data.train.places
+    separate = int(places.tokens_P.sum())
+    text = (
+        f"of each epoch's {separate:,} tokens {epoch.saved_percent / 100:.1%} are shared and computed once; "
         f"padding {epoch.padding_percent:.1f} %, busiest process {epoch.step(0).imbalance:.3f} times the mean"
     )
+    most = 100 * (1 - int(places.forest.size_E.sum()) / separate)
+    if form.layout == "shared" and epoch.budget.group_by == "pair" and most > epoch.saved_percent + 1:
+        text += f"; with --group-by prompt up to {most:.1f} % would be shared"
+    return text
 
 
 def describe_run(job: Job, data: Data, epoch: EpochPlan, schedule: Schedule) -> str:
@@ -76,7 +79,7 @@ def describe_run(job: Job, data: Data, epoch: EpochPlan, schedule: Schedule) -> 
             "",
             to_toml(job.config),
             "# deepspeed",
-            dumps(deepspeed_config(job.config, epoch.world)),
+            dumps(deepspeed_config(job.config, epoch.budget.world)),
         ]
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from btrm_core.errors import BtrmError, ConfigError
 from btrm_core.evaluation.figures import figures_of
 from btrm_core.model.reward import RewardModel
 from btrm_core.packing.rows import RowForm
-from btrm_core.packing.steps import make_plan
+from btrm_core.packing.steps import StepBudget, plan_epoch
 from btrm_core.training.loss import bradley_terry, plackett_luce
 from btrm_core.training.micro_batches import build_micro_batch
 
@@ -63,45 +64,81 @@ def encoded(chat, tmp_path, rows=ROWS, scored="all", ties="skip", max_length=128
     return encode_pairs(load_pairs([written(tmp_path, rows)], scored=scored, ties=ties), chat, max_length)
 
 
-def test_a_prompt_is_one_group_and_each_response_is_there_once(chat, tmp_path):
+def sides(pairs, index):
+    return [ids.tolist() for ids in pairs.pair(index).sequences]
+
+
+def test_a_prompt_is_one_group_and_each_conversation_is_there_once(chat, tmp_path):
     pairs = encoded(chat, tmp_path)
-    groups = pairs.groups
     assert len(pairs) == 3 + 1 + 5 + 1 + 1 + 2
-    assert np.diff(groups.starts_G).tolist() == [3, 1, 5, 1, 1, 2]
-    assert [len(groups.group(g).tokens.leaf) for g in range(6)] == [3, 2, 4, 2, 2, 3]
-    np.testing.assert_allclose(groups.weight_G, 1, rtol=1e-6)
-    for g in range(len(groups)):
-        group = groups.group(g)
-        sequences = [ids.tolist() for ids in group.tokens.sequences]
-        for i, chosen, rejected in zip(group.pair_ids_P, group.chosen_P, group.rejected_P, strict=True):
-            both = [ids.tolist() for ids in pairs.group(int(i)).sequences]
-            assert [sequences[chosen], sequences[rejected]] == both
-        assert groups.lengths.tokens()[g] == len(group.tokens.tokens)
-        assert groups.lengths.longest_P[g] == max(map(len, sequences))
-        assert groups.lengths.tokens(share_prefix=False)[g] == sum(map(len, sequences))
-    assert sorted(groups.group(0).wins_S.tolist()) == [0, 1, 2]
-    assert sorted(groups.group(2).wins_S.tolist()) == [0, 0, 2, 3]
-    assert groups.pairs_of(np.array([2, 0])).tolist() == [4, 5, 6, 7, 8, 0, 1, 2]
+    assert np.diff(pairs.first_pair_G).tolist() == [3, 2, 5, 1, 2], "the two equal prompts are one group"
+    assert [len(pairs.group(g).leaf) for g in range(5)] == [3, 2, 4, 2, 3]
+    assert [pairs.id(i) for i in (3, 4)] == ["lone", "lone2"]
+    assert sides(pairs, 3) == sides(pairs, 4), "equal pairs are two terms of the loss on two rewards"
+    units = pairs.places.unit_P
+    assert units.tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 3, 3, 4, 5, 5]
+    np.testing.assert_allclose(np.bincount(units, pairs.weight_P), 1, rtol=1e-6)
+    for g in range(pairs.num_groups):
+        sequences = [ids.tolist() for ids in pairs.group(g).sequences]
+        assert len({tuple(sequence) for sequence in sequences}) == len(sequences)
+        for i in pairs.pairs_of(np.array([g])):
+            assert sides(pairs, i) == [sequences[pairs.chosen_P[i]], sequences[pairs.rejected_P[i]]]
+            assert pairs.lengths_P2[i].tolist() == [len(side) for side in sides(pairs, i)]
+    assert pairs.pairs_of(np.array([2, 0])).tolist() == [5, 6, 7, 8, 9, 0, 1, 2]
+
+
+def test_pairs_of_one_prompt_meet_wherever_they_are(chat, tmp_path):
+    rows = [
+        {"id": f"{n} {turn}", "prompt": f"the question {n}?", "chosen": f"yes {turn} {n}", "rejected": "no"}
+        for turn in range(3)
+        for n in range(4)
+    ]
+    pairs = encoded(chat, tmp_path, rows)
+    assert np.diff(pairs.first_pair_G).tolist() == [3, 3, 3, 3]
+    assert [pairs.id(i) for i in range(6)] == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]
+    assert pairs.index_P.tolist()[:6] == [0, 4, 8, 1, 5, 9]
+    assert [len(pairs.group(g).leaf) for g in range(4)] == [4, 4, 4, 4], "the common answer is there once"
+    assert pairs.report["tokens"] < pairs.report["pair_tokens"] / 2
+    for i, (chosen, rejected) in enumerate(pairs.lengths_P2):
+        assert [len(side) for side in sides(pairs, i)] == [chosen, rejected]
+        row = rows[pairs.index_P[i]]
+        conversation = [{"role": "user", "content": row["prompt"]}]
+        expected = [[*conversation, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")]
+        assert sides(pairs, i) == chat.encode(expected)
+
+
+def test_turns_of_a_conversation_and_prompts_that_differ_in_space_are_kept_exactly(chat, tmp_path):
+    rows = [
+        {"prompt": "a question", "chosen": "yes", "rejected": "no"},
+        {"prompt": "a question  ", "chosen": "yes", "rejected": "no, never"},
+    ]
+    pairs = encoded(chat, tmp_path, rows)
+    assert pairs.num_groups == 1, "templates drop such space, so these are told to be one prompt"
+    for i, row in enumerate(rows):
+        conversation = [{"role": "user", "content": row["prompt"]}]
+        expected = [[*conversation, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")]
+        assert sides(pairs, i) == chat.encode(expected)
 
 
 def test_groups_survive_a_split_and_lost_pairs(chat, tmp_path):
     data = load_pairs([written(tmp_path, ROWS)], scored="all")
     kept = np.array([1, 2, 3, 5, 6, 8, 9])  # the first pair of each ranking is gone
     part = encode_pairs(data.select(kept, "some", data.issues), chat, 128)
-    assert np.diff(part.groups.starts_G).tolist() == [2, 1, 3, 1]
+    assert np.diff(part.first_pair_G).tolist() == [2, 1, 3, 1]
 
 
 def test_an_over_long_prompt_is_cut_alike_for_all_its_responses(chat, tmp_path):
     long = scored_row(0, [4, 3, 2, 1])
     long["prompt"] = "an early question " * 12 + long["prompt"]
-    most = int(encoded(chat, tmp_path, [long], max_length=512).groups.lengths.longest_P[0]) - 20
-    pairs = encoded(chat, tmp_path, [long], max_length=most)
-    assert pairs.report["truncated"] == len(pairs) == 6
-    group = pairs.groups.group(0)
-    assert len(group.tokens.leaf) == 4, "a response that is cut otherwise in every pair would be there again"
-    assert group.wins_S.tolist() == [3, 2, 1, 0]
-    assert pairs.groups.lengths.tokens()[0] == len(group.tokens.tokens)
-    assert pairs.groups.lengths.longest_P[0] <= most
+    lone = {"prompt": long["prompt"], "chosen": long["responses"][0], "rejected": "no"}
+    most = int(encoded(chat, tmp_path, [long], max_length=512).lengths_P2.max()) - 20
+    pairs = encoded(chat, tmp_path, [long, lone], max_length=most)
+    assert pairs.report["truncated"] == len(pairs) == 7
+    assert pairs.num_groups == 1
+    tree = pairs.group(0)
+    assert len(tree.leaf) == 5, "a response that is cut otherwise in every pair would be there again"
+    assert tree.shared > 20, "what is left of the prompt is there once"
+    assert pairs.lengths_P2.max() <= most
 
 
 def test_a_response_that_does_not_fit_costs_the_others_nothing(chat, tmp_path):
@@ -110,18 +147,21 @@ def test_a_response_that_does_not_fit_costs_the_others_nothing(chat, tmp_path):
     pairs = encoded(chat, tmp_path, [row])
     assert len(pairs) == 3
     assert sum(pairs.report["dropped"].values()) == 3
-    assert len(pairs.groups.group(0).tokens.leaf) == 3
-    assert pairs.groups.weight_G.tolist() == pytest.approx([1.0]), "what is left weighs as much as all"
+    assert len(pairs.group(0).leaf) == 3
+    assert pairs.weight_P.sum() == pytest.approx(1.0), "what is left weighs as much as all"
 
 
-def test_no_chunk_ends_within_a_prompt(chat, tmp_path, monkeypatch):
+def test_chunks_end_between_prompts_and_never_within_a_ranking(chat, tmp_path, monkeypatch):
     whole = encoded(chat, tmp_path)
     monkeypatch.setattr(encode, "CHUNK_PAIRS", 2)
     monkeypatch.setenv("BTRM_CACHE", str(tmp_path / "other"))
     pairs = encoded(chat, tmp_path)
-    assert np.diff(pairs.groups.starts_G).tolist() == np.diff(whole.groups.starts_G).tolist()
-    for i in range(len(pairs)):
-        assert pairs.tokens(i).tolist() == whole.tokens(i).tolist()
+    assert np.diff(pairs.first_pair_G).tolist() == np.diff(whole.first_pair_G).tolist()
+    for g in range(pairs.num_groups):
+        assert pairs.group(g).tokens.tolist() == whole.group(g).tokens.tolist()
+    many = [{"prompt": "a question", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
+    split = encoded(chat, tmp_path, [*many, scored_row(0, [3, 1, 2], prompt="a question")])
+    assert np.diff(split.first_pair_G).tolist() == [2, 2, 2, 2, 4], "a prompt with more pairs than a chunk holds"
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
@@ -130,19 +170,19 @@ def test_rewards_losses_and_gradients_are_those_of_separate_passes(chat, tmp_pat
     pairs = encoded(chat, tmp_path)
     model = RewardModel(tiny_model("llama3", vocab_size=1024), "eager")
     kernel = "padded" if layout == "padded" else "eager"
-    micro = build_micro_batch(pairs, np.arange(len(pairs.groups)), RowForm(layout, kernel, 1, 0))
+    micro = build_micro_batch(pairs, np.arange(len(pairs)), RowForm(layout, kernel, 1, 0))
     rewards_S = model(micro.batch)
     chosen_P, rejected_P = micro.sides(rewards_S)
-    alone = [torch.cat([_alone(model, ids) for ids in pairs.group(i).sequences]) for i in range(len(pairs))]
+    alone = [torch.cat([_alone(model, ids) for ids in pairs.pair(i).sequences]) for i in range(len(pairs))]
     apart_P2 = torch.stack(alone)
     torch.testing.assert_close(torch.stack([chosen_P, rejected_P], 1), apart_P2, rtol=0, atol=2e-5)
     if ranking == "pairs":
         together = (bradley_terry(chosen_P, rejected_P) * micro.weight_P).sum()
         apart = (bradley_terry(apart_P2[:, 0], apart_P2[:, 1]) * torch.from_numpy(pairs.weight_P)).sum()
     else:
-        order = (micro.group_S, micro.wins_S, micro.chosen_P, micro.rejected_P)
-        together = (plackett_luce(rewards_S, *order) * micro.weight_P).sum()
-        apart = sum(_ranking_loss(pairs, g, apart_P2) for g in range(len(pairs.groups)))
+        order = (micro.ranking_R, micro.wins_R, micro.chosen_entry_P, micro.rejected_entry_P)
+        together = (plackett_luce(rewards_S[micro.entry_R], *order) * micro.weight_P).sum()
+        apart = sum(_ranking_loss(pairs, unit, apart_P2) for unit in range(pairs.places.num_units))
     assert together.item() == pytest.approx(apart.item(), abs=2e-5)
     gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (together, apart)]
     for left, right in zip(*gradients, strict=True):
@@ -157,20 +197,35 @@ def _alone(model, ids):
     return model(pad_rows([grow([ids.tolist()])]).batch())
 
 
-def _ranking_loss(pairs, g, rewards_P2):
+def _ranking_loss(pairs, unit, rewards_P2):
     """The definition, choice by choice, from the scores' order."""
-    scores = {0: [3, 2, 1], 2: [5, 4, 1, 1], 5: [7, 7, 1]}.get(g, [2, 1])
-    group = pairs.groups.group(g)
-    rewards = {}
-    for i, chosen, rejected in zip(group.pair_ids_P, group.chosen_P, group.rejected_P, strict=True):
-        rewards[int(chosen)], rewards[int(rejected)] = rewards_P2[i]
-    best_first = sorted(rewards, key=lambda s: -group.wins_S[s])
+    scores = {0: [3, 2, 1], 3: [5, 4, 1, 1], 5: [7, 7, 1]}.get(unit, [2, 1])
+    ids = pairs.places.of_units(np.array([unit]))
+    rewards, wins = {}, Counter()
+    for i in ids.tolist():
+        rewards[int(pairs.chosen_P[i])], rewards[int(pairs.rejected_P[i])] = rewards_P2[i]
+        wins[int(pairs.chosen_P[i])] += 1
+    best_first = sorted(rewards, key=lambda s: -wins[s])
     total, choices = 0, 0
     for place, s in enumerate(best_first):
         rest = [t for t, score in zip(best_first, scores, strict=True) if score <= scores[place]]
         if scores[place] > min(scores):
             total, choices = total + torch.stack([rewards[t] for t in rest]).logsumexp(0) - rewards[s], choices + 1
     return total / choices
+
+
+def test_a_conversation_of_two_rankings_has_a_place_in_both(chat, tmp_path):
+    first, second = scored_row(0, [3, 1, 2]), scored_row(0, [1, 2, 3])
+    second["responses"][0] = "another answer"
+    pairs = encoded(chat, tmp_path, [first, second])
+    micro = build_micro_batch(pairs, np.arange(len(pairs)), FORM)
+    assert pairs.num_groups == 1
+    assert len(pairs.group(0).leaf) == 4
+    assert micro.ranking_R.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sorted(micro.wins_R[:3].tolist()) == sorted(micro.wins_R[3:].tolist()) == [0, 1, 2]
+    assert len(set(micro.entry_R.tolist())) == 4
+    places = micro.entry_R[micro.chosen_entry_P], micro.entry_R[micro.rejected_entry_P]
+    assert [place.tolist() for place in places] == [micro.chosen_P.tolist(), micro.rejected_P.tolist()]
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=6))
@@ -244,10 +299,10 @@ def test_ties_decide_no_evaluation(chat):
 
 def test_a_plan_keeps_a_prompt_together(chat, tmp_path):
     pairs = encoded(chat, tmp_path)
-    made = make_plan(pairs.groups.lengths, FORM, pairs_per_step=2, tokens_per_batch=512, world=2, seed=0, epoch=0)
-    seen = np.concatenate([pairs.groups.pairs_of(step.pair_ids) for step in made])
+    made = plan_epoch(pairs.places, FORM, StepBudget(pairs_per_step=2, tokens_per_batch=512, world=2))
+    seen = np.concatenate([step.pair_ids for step in made])
     assert sorted(seen.tolist()) == list(range(len(pairs)))
-    assert made.num_steps == 3
+    assert made.num_steps == 3, "a ranking counts as one pair"
 
 
 @pytest.fixture(scope="module")

@@ -40,25 +40,25 @@ def test_stored_tokens_are_the_finished_sequences(chat):
     encoded = encode_pairs(data, chat, 64)
     assert len(encoded) == 5
     for index, pair in enumerate(data):
-        group = encoded.group(index)
         chosen, rejected = chat.encode([pair.chosen_conversation, pair.rejected_conversation])
-        assert [ids.tolist() for ids in group.sequences] == [chosen, rejected]
+        assert [ids.tolist() for ids in encoded.pair(index).sequences] == [chosen, rejected]
         shared = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-        assert encoded.shared_P[index] == group.shared == shared
-        assert (encoded.chosen_P[index], encoded.rejected_P[index]) == (len(chosen) - shared, len(rejected) - shared)
+        assert encoded.group(index).shared == shared
+        assert encoded.lengths_P2[index].tolist() == [len(chosen), len(rejected)]
         assert (encoded.id(index), encoded.subset(index)) == (pair.id, pair.subset)
     assert encoded.subsets() == ["s0", "s1", "s0", "s1", "s0"]
     assert encoded.margin_P.tolist() == [0, 1, 2, 3, 4]
     assert encoded.weight_P.tolist() == [1, 2, 3, 4, 5]
     assert encoded.index_P.tolist() == [0, 1, 2, 3, 4]
-    assert {array.dtype.name for array in (encoded.shared_P, encoded.chosen_P, encoded.rejected_P)} == {"int32"}
+    assert {array.dtype.name for array in (encoded.chosen_P, encoded.rejected_P)} == {"int32"}
     assert encoded.margin_P.dtype == encoded.weight_P.dtype == np.float32
-    assert encoded.tokens(0).dtype == np.int32
+    assert encoded.group(0).tokens.dtype == np.int32
     report = encoded.report
     assert (report["given"], report["encoded"], report["with_margin"], report["dropped"]) == (5, 5, 4, {})
-    assert report["tokens"] == sum(len(encoded.tokens(i)) for i in range(5))
-    assert report["shared_tokens"] == encoded.shared_P.sum()
-    assert report["longest"] == (encoded.shared_P + encoded.chosen_P).max()
+    assert report["tokens"] == sum(len(encoded.group(i).tokens) for i in range(5))
+    assert report["pair_tokens"] == encoded.lengths_P2.sum()
+    assert report["groups"] == encoded.num_groups == 5
+    assert report["longest"] == encoded.lengths_P2.max()
     assert encoded.describe() == ""
 
 
@@ -68,7 +68,9 @@ def test_tokens_are_views_of_the_file(chat):
     assert not tokens.flags.owndata
     assert not tokens.flags.writeable
     with pytest.raises(IndexError, match="pair 3 of 3"):
-        encoded.tokens(3)
+        encoded.pair(3)
+    with pytest.raises(IndexError, match="group 3 of 3"):
+        encoded.group(3)
 
 
 def test_cut_and_dropped_pairs_are_counted(chat):
@@ -110,7 +112,8 @@ def test_no_pairs_give_no_tokens(chat):
     _, nothing = split_held_out(pairs_from_rows([row(1)]), 0.5)
     encoded = encode_pairs(nothing, chat, 64)
     assert len(encoded) == 0
-    assert encoded.shared_P.dtype == np.int32
+    assert encoded.chosen_P.dtype == np.int32
+    assert len(encoded.places) == 0
     assert encoded.subsets() == []
 
 
@@ -158,7 +161,7 @@ def test_pickled_pairs_reopen_the_file(chat):
     data = pickle.dumps(encoded)
     assert len(data) < 1000
     again = pickle.loads(data)
-    assert again.tokens(3).tolist() == encoded.tokens(3).tolist()
+    assert again.group(3).tokens.tolist() == encoded.group(3).tokens.tolist()
     shutil.rmtree(encoded.folder)
     assert encoded.group(2).shared == again.group(2).shared  # what is open stays readable
     with pytest.raises(DataError, match=r"cannot be read .*The cache was changed or removed"):
@@ -175,12 +178,13 @@ def test_chunks_and_workers_do_not_change_a_byte(chat, tmp_path, monkeypatch):
     one = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "one"), progress=done.append)
     two = encode_pairs(data, chat, 64, cache_dir=str(tmp_path / "two"), workers=2)
     assert done == [*range(10, len(data), 10), len(data)]
-    assert (one.folder / "encoded.arrow").read_bytes() == (two.folder / "encoded.arrow").read_bytes()
+    for name in ("groups.arrow", "pairs.arrow"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
     assert whole.report == one.report == two.report
     assert 0 < whole.report["encoded"] < whole.report["given"]
     for encoded in (one, two):
-        assert [encoded.tokens(i).tolist() for i in range(len(encoded))] == [
-            whole.tokens(i).tolist() for i in range(len(whole))
+        assert [encoded.group(i).tokens.tolist() for i in range(encoded.num_groups)] == [
+            whole.group(i).tokens.tolist() for i in range(whole.num_groups)
         ]
         assert [encoded.id(i) for i in range(len(encoded))] == [whole.id(i) for i in range(len(whole))]
 
@@ -207,7 +211,7 @@ def test_an_encoding_process_that_dies_is_one_line(chat, monkeypatch, tmp_path):
 def test_damaged_entry_is_encoded_anew(chat):
     data = pairs_from_rows([row(n) for n in range(4)])
     first = encode_pairs(data, chat, 64)
-    (first.folder / "encoded.arrow").write_bytes(b"cut")
+    (first.folder / "groups.arrow").write_bytes(b"cut")
     again = encode_pairs(data, chat, 64)
     assert isinstance(again, TokenStore)
     assert len(again) == 4

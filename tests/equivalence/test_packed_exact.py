@@ -27,8 +27,9 @@ from support.tiny_models import (
 )
 
 from btrm_core.model.reward import RewardModel
-from btrm_core.packing.rows import PADDED, Batch, collate
-from btrm_core.packing.steps import plan
+from btrm_core.packing.forest import Forest, PairPlaces
+from btrm_core.packing.rows import PADDED, Batch, RowForm, collate
+from btrm_core.packing.steps import StepBudget, plan_epoch
 from btrm_core.packing.trees import Tree
 
 
@@ -99,11 +100,12 @@ def test_padded_lines_through_a_packing_kernel_equal_separate_passes(name: str) 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_planned_rows_with_a_pair_over_the_budget_equal_separate_passes(name: str) -> None:
     groups = [g for g in awkward_groups() if len(g.leaf) == 2]
-    lengths = np.array([[g.shared, *(g.lengths - g.shared)] for g in groups]).T
-    made = plan(*lengths, pairs_per_step=len(groups), tokens_per_batch=48, world=2, seed=0, epoch=0)
+    number = np.arange(len(groups))
+    places = PairPlaces(Forest.of(groups), number, 2 * number, 2 * number + 1, number)
+    kernel = DEFAULT[name]
+    made = plan_epoch(places, RowForm("shared", kernel, 1, 0), StepBudget(len(groups), 48, world=2))
     rows = [row for rank in made.step(0).rows for row in rank]
     assert max(sum(len(groups[i].tokens) for i in row) for row in rows) > 48
-    kernel = DEFAULT[name]
     model, alone = reward_model(name, kernel, torch.float64), reward_model(name, PADDED, torch.float64)
     with true_float64():
         rewards_P2 = torch.zeros(len(groups), 2, dtype=torch.float64)

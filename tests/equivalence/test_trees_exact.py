@@ -18,9 +18,13 @@ import torch
 from support.exactness import DEFAULT, OTHERS, TOLERANCE, Results, difference, precisely, reward_model
 from support.tiny_models import CONFIGS, SOFTCAPPED, WINDOW, WINDOWED, deep_sequences, deep_tree, gradients, tiny_model
 
+from btrm_core.data.store import TokenStore
 from btrm_core.model.reward import RewardModel
-from btrm_core.packing.rows import PADDED, Batch, collate
+from btrm_core.packing.rows import PADDED, Batch, RowForm, collate
+from btrm_core.packing.steps import StepBudget, plan_epoch
 from btrm_core.packing.trees import Tree, grow, part, split
+from btrm_core.training.loss import bradley_terry
+from btrm_core.training.micro_batches import build_micro_batch
 
 DEPTHS = (1, 2, 3, 4, 5)
 
@@ -105,30 +109,50 @@ def test_trees_cut_over_several_rows_equal_separate_passes(name: str) -> None:
     assert difference(in_rows(model, batches, torch.float64, places), separate(name, torch.float64)) < 1e-10
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_loss_of_repeated_weighted_pairs_equals_that_of_separate_pairs(name: str) -> None:
-    """Every pair's own two passes and weight against one tree in which each conversation is there once."""
-    from btrm_core.training.loss import bradley_terry
+def store() -> TokenStore:
+    """Pairs over trees of several depths: some given several times, their weights unequal."""
+    rng, groups = np.random.default_rng(3), []
+    for depth in (1, 3, 4):
+        sequences = [*deep_sequences(depth), [50, 51]]
+        pairs = [tuple(rng.choice(len(sequences), 2, replace=False).tolist()) for _ in range(6)]
+        groups.append((sequences, [*pairs, *pairs[:2]]))  # the same ids on both sides: two terms of the loss
+    made = TokenStore.of_ids(groups)
+    made.weight_P = np.linspace(0.2, 2.0, len(made), dtype=np.float32)
+    return made
 
-    sequences = deep_sequences(3)
-    rng = np.random.default_rng(3)
-    pairs = [sorted(rng.choice(len(sequences), 2, replace=False).tolist()) for _ in range(12)]
-    pairs += pairs[:4]  # the same ids on both sides: two terms of the loss
-    weight_P = torch.linspace(0.2, 2.0, len(pairs), dtype=torch.float64)
-    model, alone = (reward_model(name, kernel, torch.float64) for kernel in (DEFAULT[name], PADDED))
+
+def step_loss(model: RewardModel, pairs: TokenStore, form: RowForm, budget: int) -> tuple[Results, int]:
+    """Loss and gradients of one step, its rows laid out for two processes as a run lays them out."""
+    made = plan_epoch(pairs.places, form, StepBudget(len(pairs), budget, world=2))
+    rows = [row for rank in made.step(0).rows for row in rank]
+    model.zero_grad()
+    total = torch.zeros(1, dtype=torch.float64)
+    for row in rows:
+        micro = build_micro_batch(pairs, row, form)
+        chosen_P, rejected_P = micro.sides(model(micro.batch))
+        loss = (bradley_terry(chosen_P, rejected_P) * micro.weight_P).sum()
+        loss.backward()
+        total += loss.detach()
+    return (total, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}), len(rows)
+
+
+@pytest.mark.parametrize(("layout", "budget"), [("shared", 400), ("shared", 45), ("packed", 90), ("padded", 120)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_of_weighted_pairs_equals_separate_passes(name: str, layout: str, budget: int) -> None:
+    """Every pair's own two passes and weight against the rows of a run, trees cut where they exceed the budget."""
+    pairs = store()
+    kernel = PADDED if layout == "padded" else DEFAULT[name]
+    model, alone = (reward_model(name, k, torch.float64, checkpointing=True) for k in (kernel, PADDED))
     with precisely(torch.float64):
-        rewards_S = model(collate([grow(sequences)], kernel=DEFAULT[name]))
-        sides = (rewards_S[torch.tensor(side)] for side in zip(*pairs, strict=True))
-        both = [alone(collate([grow([sequences[i]])], kernel=PADDED)) for pair in pairs for i in pair]
-        expected_2P = torch.cat(both).view(-1, 2).unbind(1)
-        found: list[Any] = []
-        for own, (chosen_P, rejected_P) in ((model, sides), (alone, expected_2P)):
-            own.zero_grad()
-            loss = (bradley_terry(chosen_P, rejected_P) * weight_P).sum()
-            loss.backward()
-            gradient = {key: p.grad.clone() for key, p in own.named_parameters() if p.grad is not None}
-            found.append((loss.detach().view(1), gradient))
-    assert difference(*found) < 1e-10
+        found, rows = step_loss(model, pairs, RowForm(layout, kernel, 1, 0), budget)
+        assert (rows > pairs.num_groups) == (budget < 400), "trees are cut"
+        both = [alone(collate([one], kernel=PADDED)) for i in range(len(pairs)) for one in pairs.pair(i).unshared()]
+        chosen_P, rejected_P = torch.cat(both).view(-1, 2).unbind(1)
+        loss = (bradley_terry(chosen_P, rejected_P) * torch.from_numpy(pairs.weight_P)).sum()
+        loss.backward()
+        expected = {key: p.grad.clone() for key, p in alone.named_parameters() if p.grad is not None}
+    scale = max(1.0, float(loss.detach()), *(float(value.abs().max()) for value in expected.values()))
+    assert difference(found, (loss.detach().view(1), expected)) < 1e-10 * scale
 
 
 # --- negative controls: the comparison above must notice each of these ---------------------------

@@ -175,7 +175,7 @@ def _token_checks(case: Case, data: Data | None) -> Iterator[Check]:
         return
     if data is not None:
         parts = [part for part in (data.train, data.eval) if part is not None]
-        counts = count_tokens(((part.id(i), part.group(i)) for part in parts for i in range(len(part))), chat)
+        counts = count_tokens(((part.id(i), part.pair(i)) for part in parts for i in range(len(part))), chat)
     else:
         counts = count_tokens(pairs_as_written(case.rows, chat), chat)
     yield one_bos(counts, chat)

@@ -141,8 +141,7 @@ def packed(patient: Patient) -> Check:
     if model.kernel == PADDED:
         return Check(name, "warn", "this model's attention cannot be packed", padded, "nothing, or another model")
     pairs = patient.pairs
-    longest = np.argsort(-(pairs.shared_P + pairs.chosen_P + pairs.rejected_P), kind="stable")[:LONGEST_PAIRS]
-    result = self_check(model, [pairs.group(int(index)) for index in longest])
+    result = self_check(model, pairs.longest(LONGEST_PAIRS))
     finite = math.isfinite(result.difference)
     difference = result.difference if finite else None
     figures = {"difference": difference, "tolerance": result.tolerance, "kernel": model.kernel}

@@ -1,0 +1,101 @@
+"""The two tables of stored tokens: what their columns are, how chunks are written and columns read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow
+    from numpy.typing import NDArray
+
+    from btrm_core.data.encode import Chunk
+
+    IntArray = NDArray[np.int64]
+
+LISTS = ("tokens", "edges", "leaf")
+NUMBERS = {
+    "index": "int64",
+    "group": "int64",
+    "chosen": "int32",
+    "rejected": "int32",
+    "margin": "float32",
+    "weight": "float32",
+    "probability": "float32",
+    "ranking": "int64",
+}
+
+
+def record_batches(
+    chunk: Chunk, groups_before: int, pairs_before: int
+) -> tuple[pyarrow.RecordBatch, pyarrow.RecordBatch]:
+    """The groups and the pairs of a chunk, numbered after those before it."""
+    import pyarrow
+
+    def lists(arrays: list[NDArray[np.int32]]) -> pyarrow.ListArray:
+        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+        return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.concatenate(arrays)))
+
+    first_pair = pairs_before + np.cumsum([0, *chunk.pairs_G[:-1]], dtype=np.int64)
+    groups = [
+        lists([tree.tokens for tree in chunk.groups]),
+        lists([tree.edges.ravel() for tree in chunk.groups]),
+        lists([tree.leaf for tree in chunk.groups]),
+        pyarrow.array(first_pair),
+    ]
+    columns: dict[str, Any] = {name: [pair[name] for pair in chunk.pairs] for name in ("id", "subset")}
+    columns |= {name: np.array([pair[name] for pair in chunk.pairs], kind) for name, kind in NUMBERS.items()}
+    columns["group"] += groups_before
+    return (
+        pyarrow.RecordBatch.from_arrays(groups, schema=group_schema()),
+        pyarrow.RecordBatch.from_pydict(columns, schema=pair_schema()),
+    )
+
+
+def group_schema() -> pyarrow.Schema:
+    """A row per group: its tree, and the first of its pairs."""
+    import pyarrow as pa
+
+    return pa.schema([*((name, pa.list_(pa.int32())) for name in LISTS), ("first_pair", pa.int64())])
+
+
+def pair_schema() -> pyarrow.Schema:
+    """A row per pair: which conversations of which group it compares, and what the data says of it."""
+    import pyarrow as pa
+
+    texts = [(name, pa.string()) for name in ("id", "subset")]
+    return pa.schema([*texts, *((name, getattr(pa, kind)()) for name, kind in NUMBERS.items())])
+
+
+class Lists:
+    """A column of lists: views of what is mapped, a chunk at a time; nothing is copied before a row is built.
+
+    Attributes:
+        chunks: the values of each chunk, one list after another.
+    """
+
+    def __init__(self, column: pyarrow.ChunkedArray) -> None:
+        self.chunks = [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+
+    def __getitem__(self, index: int) -> NDArray[np.int32]:
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[chunk])
+        start, stop = self._offsets[chunk][row : row + 2]
+        return cast("NDArray[np.int32]", self.chunks[chunk][start:stop])
+
+    def flat(self) -> NDArray[np.int32]:
+        """All values, one list after another."""
+        return np.concatenate([np.zeros(0, np.int32), *self.chunks])
+
+    def sizes(self) -> IntArray:
+        """The length of every list."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in self._offsets)])
+
+
+def numbers(table: pyarrow.Table, name: str) -> np.ndarray:
+    """A numeric column in one piece (a copy: a few bytes a pair)."""
+    column = table[name].combine_chunks()
+    return np.array(column.to_numpy(zero_copy_only=False))
