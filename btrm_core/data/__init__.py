@@ -7,7 +7,7 @@ from btrm_core.data.cache import cache_root
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
-from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport
+from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
 from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, split_held_out
 from btrm_core.data.quality import (
     Finding,
@@ -51,6 +51,7 @@ __all__ = [
     "encode_pairs",
     "format_inspection",
     "inspect_pairs",
+    "is_content",
     "json_value",
     "load_pairs",
     "longer_wins_characters",

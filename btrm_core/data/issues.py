@@ -18,6 +18,18 @@ _OTHER_KEYS = "(other keys)"
 PROMPT_IN_EVALUATION = "prompt also in the evaluation data"
 
 
+_CONTENT = "tool function reason think thought image audio video document context history".split()
+
+
+def is_content(key: str) -> bool:
+    """True if a key that was not used is likely to hold a part of what was judged, and no metadata.
+
+    >>> is_content("messages.reasoning_content"), is_content("worker_id")
+    (True, False)
+    """
+    return any(word in key.lower() for word in _CONTENT)
+
+
 @dataclass(frozen=True)
 class RowIssue:
     """One row (or one file) that gives no pair.

@@ -16,6 +16,7 @@ A row that lacks a mapped column is read as if nothing was mapped, so that evalu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,7 @@ _ANSWERS = (
     {"response_a", "response_b", "winner"},
     {"response", "score"},
 )
+_ENTRY = re.compile(r",(?=\s*[\w.]+\s*=)")
 _HIDDEN = (
     *("chosen", "rejected", "rejected_response", "rejected_messages", "responses", "completions", "answers", "output"),
     *("summaries", "response"),
@@ -133,7 +135,7 @@ def _pairs(entries: Iterable[str] | Mapping[str, Any], before: str = "") -> Iter
                 yield f"{before}{name}", str(value)
         return
     for text in entries:
-        for entry in str(text).split(","):
+        for entry in _ENTRY.split(str(text)):
             name, equals, column = entry.partition("=")
             if not equals or not name.strip() or not column.strip():
                 raise ConfigError(f"map {entry!r} is not of the form name=column, e.g. --map prompt=question")
