@@ -32,6 +32,7 @@ from btrm_core.data import (
     RowError,
     RowView,
     conversations_of,
+    is_content,
     json_value,
     parse_json_line,
     shown,
@@ -115,7 +116,8 @@ def read_record(raw: bytes, line: int, naming: Naming | None = None) -> Record:
         shape, conversations = conversations_of(view)
     except RowError as error:
         return Record(line, row, _kind(row), error=str(error))
-    noted = frozenset([*view.remarks, *(f"{name} not used" for name in view.parts_unused)])
+    lost = [name for name in view.unused if name in view.parts_unused or is_content(name)]
+    noted = frozenset([*view.remarks, *(f"{name} not used" for name in lost)])
     return Record(line, row, _KINDS.get(shape.kind, RESPONSES), conversations, noted=noted)
 
 

@@ -54,20 +54,24 @@ def finished(shape: Shape, view: RowView) -> list[Conversation]:
     base: list[Message] = []
     made: list[Conversation] = []
     for side in shape.sides:
-        if side.whole and made and isinstance(side.value, str | dict):
-            found = _answer_to(base, side, view)
-        else:
-            found = one_side(view, prompt, side)
+        found = _answer_to(base, side, view) if side.whole and made else one_side(view, prompt, side)
         base = found[0]
         made.append(found)
     return made
 
 
 def _answer_to(base: list[Message], side: Side, view: RowView) -> Conversation:
-    """Another answer to the prompt of a whole conversation."""
-    text = side.value if isinstance(side.value, str) else messages(side.value, side.where, view)[-1]["content"]
-    _check_text([*base, {"role": "assistant", "content": text}])
-    return base, text
+    """Another answer to the prompt of a whole conversation: text, messages that go on from there, or all of them."""
+    if isinstance(side.value, str):
+        made = [{"role": "assistant", "content": side.value}]
+    else:
+        made = messages(side.value, side.where, view)
+    if made[0]["role"] not in ("assistant", "tool"):
+        return one_side(view, Prompt([]), side)
+    if made[-1]["role"] != "assistant":
+        raise RowError("last message not from the assistant", f"the last message of '{side.where}' is no answer")
+    _check_text([*base, *made])
+    return [*base, *made[:-1]], made[-1]["content"]
 
 
 def prompt_of(view: RowView, among: Sequence[str] = PROMPT_KEYS) -> Prompt:
@@ -111,7 +115,12 @@ def one_side(view: RowView, prompt: Prompt, side: Side) -> Conversation:
     Raises:
         RowError: it is no finished conversation, or contradicts the row's prompt.
     """
-    made = _text_answer(view, prompt, side) if isinstance(side.value, str) else None
+    replies = listed(side.value) if prompt.turns else None
+    if isinstance(replies, list) and all(isinstance(reply, str) for reply in replies):
+        made: str | list[Message] | None = _interleaved(prompt.turns, replies, side.where)
+        prompt = Prompt([], prompt.key)
+    else:
+        made = _text_answer(view, prompt, side) if isinstance(side.value, str) else None
     if isinstance(made, str):
         before, answer = list(prompt.messages), made
     else:
@@ -128,9 +137,6 @@ def one_side(view: RowView, prompt: Prompt, side: Side) -> Conversation:
 def _text_answer(view: RowView, prompt: Prompt, side: Side) -> str | list[Message]:
     """The answer that a text is, or the messages that it spells."""
     value: str = side.value
-    replies = listed(value) if prompt.turns else value
-    if prompt.turns and isinstance(replies, list):
-        return _interleaved(prompt.turns, replies, side.where)
     is_transcript = value.lstrip().startswith("Human:")
     found = conversation(value, side.where, view) if not (prompt.messages and is_transcript) else None
     if found is None and prompt.messages and is_transcript:
@@ -192,16 +198,19 @@ def _normal(message: Message) -> tuple[str, str]:
     return message["role"], " ".join(message["content"].split())
 
 
-def _interleaved(turns: Sequence[str], replies: list[Any], where: str) -> list[Message]:
-    if len(turns) != len(replies) or not all(isinstance(reply, str) for reply in replies):
-        raise RowError("wrong type", f"'{where}' is {shown(replies)}, expected {len(turns)} texts, one for each prompt")
+def _interleaved(turns: Sequence[str], replies: Sequence[str], where: str) -> list[Message]:
+    if len(turns) != len(replies):
+        raise RowError(
+            "wrong type", f"'{where}' is {shown(list(replies))}, expected {len(turns)} texts, one for each prompt"
+        )
     both = zip(turns, replies, strict=True)
     return [m for t, r in both for m in ({"role": "user", "content": t}, {"role": "assistant", "content": r})]
 
 
 def _earlier(view: RowView, key: str, before: list[Message] | None = None) -> list[Message]:
     """The turns that the row keeps apart as history, unless they are the beginning of the conversation anyway."""
-    if key in ("history", "info") or not view.has("history") or isinstance(view["history"], str) or not view["history"]:
+    history = listed(view.peek("history"))
+    if key in ("history", "info") or not history or isinstance(history, str):
         return []
     made = history_messages(view["history"], "history", view)
     return [] if before and before[: len(made)] == made else made

@@ -4,7 +4,7 @@ Decides: which text is a conversation and not the words of one message. A model 
 or of a list in JSON, learns the letters. Recognised, each only where the text begins with it:
 
 * transcripts, "\n\nHuman: ... \n\nAssistant: ..." (HH-RLHF);
-* a list of messages as JSON, or as Python prints it (a table saved as CSV);
+* a list of messages as JSON, or as Python or numpy print it (a table saved as CSV);
 * finished templates with the control tokens of the known chat formats;
 * turns between `<extra_id_1>` (HelpSteer2, Nemotron), whose first turn has no header.
 
@@ -37,6 +37,7 @@ ROLE_NAMES = {
 _HUMAN = re.compile(r"\s*Human:")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _LOOKS_SERIALISED = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+_BETWEEN_MESSAGES = re.compile(r"\}\s+\{")  # numpy prints a list of them without commas
 _BEGIN = re.compile(r"(?:<\|begin_of_text\|>|<bos>|<s>|<\|startoftext\|>|<\|endoftext\|>|<BOS_TOKEN>|\s)*")
 _TERMINALS = (
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<end_of_turn>", "<eos>", "</s>", "<|end|>"),
@@ -120,21 +121,33 @@ def ends_in_terminal(text: str) -> bool:
 
 
 def _serialised(text: str) -> Found | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            if not text.lstrip().startswith("["):
-                return None  # an answer in JSON or code, say
-            raise RowError(
-                "messages written as text",
-                f"the text looks like a list of messages but is no JSON ({text.strip()[:20]!r}...); "
-                "write the column as JSON, or as a list",
-            ) from None
+    value = _literal(text)
+    if value is None:
+        if not text.lstrip().startswith("["):
+            return None  # an answer in JSON or code, say
+        raise RowError(
+            "messages written as text",
+            f"the text looks like a list of messages but is no JSON ({text.strip()[:20]!r}...); "
+            "write the column as JSON, or as a list",
+        )
     items = value if isinstance(value, list) else [value]
     return Found(SERIALISED, raw=items) if items and all(_is_message(item) for item in items) else None
+
+
+def _literal(text: str) -> Any:
+    """The value that a text spells in JSON, in Python, or as numpy prints it; None for none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    for joined in (text.strip(), _BETWEEN_MESSAGES.sub("}, {", text.strip())):
+        try:
+            value = ast.literal_eval(joined)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+        if joined == text.strip() or len(value) == joined.count("}, {") + 1:  # no message spells what was put in
+            return value
+    return None
 
 
 def _is_message(item: Any) -> bool:

@@ -31,7 +31,10 @@ class RowError(ValueError):
 
 def shown(value: Any) -> str:
     """Return a value of the data as a message shows it: cut to 40 characters, with its type unless it is text."""
-    text = repr(value[:50] if isinstance(value, str) else value)
+    try:
+        text = repr(value[:50] if isinstance(value, str) else value)
+    except ValueError:  # a whole number of more digits than Python turns into text
+        text = "a number of thousands of digits"
     if len(text) > 40:
         text = text[:37] + "..."
     return text if isinstance(value, str) else f"{text} ({type(value).__name__})"
