@@ -186,6 +186,8 @@ def _convert(setting: Setting, value: Any) -> Any:
 
 def _to_kind(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
+        if isinstance(value, Mapping):
+            value = [f"{name}={inner}" for name, inner in _flatten(value).items()]
         items = value.split(",") if isinstance(value, str) else value
         return tuple(str(item).strip() for item in items)
     if kind is bool:

@@ -14,10 +14,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from btrm_core.errors import CheckpointError, DataError
 
@@ -157,3 +160,41 @@ def output_lock(directory: Path, is_main: bool) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
+
+
+STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+def output_file(output: str) -> Path | None:
+    """Return the regular file that is to be written, links followed; None for what is written to as it stands.
+
+    Args:
+        output: a path, or `-` for standard output.
+
+    Raises:
+        DataError: it is a device that holds data, or a socket, or no path.
+    """
+    if output in STANDARD_OUTPUT:
+        return None
+    try:
+        path = Path(output).expanduser()
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"cannot write to {output[:100]!r}: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        return None
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise DataError(f"cannot write to {output}: it is {'a disk' if stat.S_ISBLK(mode) else 'a socket'}, no file")
+    return target
+
+
+@contextlib.contextmanager
+def output_stream(output: str) -> Iterator[IO[bytes]]:
+    """Open standard output, a pipe or a device for writing; it is never replaced."""
+    if output in STANDARD_OUTPUT:
+        yield sys.stdout.buffer
+        sys.stdout.flush()
+        return
+    with Path(output).expanduser().open("wb", buffering=0) as stream:
+        yield stream

@@ -24,6 +24,7 @@ from btrm_core.settings import RunConfig
     "model.trust_remote_code",
     "data.train",
     "data.eval",
+    "data.map",
     "data.max_length",
     "model.dtype",
     "model.attention",

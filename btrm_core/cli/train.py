@@ -17,6 +17,7 @@ COMMON = (
     "model.trust_remote_code",
     "data.train",
     "data.eval",
+    "data.map",
     "output.dir",
     "output.overwrite",
     "data.max_length",

@@ -4,10 +4,11 @@ Loads no torch.
 """
 
 from btrm_core.data.cache import cache_root
-from btrm_core.data.convert import ROLES, Message, Pair, convert_row
-from btrm_core.data.formats import RowError, Ties, WhichPairs, shown
-from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport
-from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, split_held_out
+from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
+from btrm_core.data.formats import Ties, WhichPairs
+from btrm_core.data.inputs.streams import PACKED, data_path, opened
+from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
+from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, split_held_out
 from btrm_core.data.quality import (
     Finding,
     contradictory_pairs,
@@ -17,32 +18,47 @@ from btrm_core.data.quality import (
     inspect_pairs,
     longer_wins_characters,
 )
+from btrm_core.data.readers import parse_json_line
 from btrm_core.data.sample import sample_path
+from btrm_core.data.shapes.naming import Naming, parse_naming
+from btrm_core.data.shapes.values import RowError, json_value, shown
+from btrm_core.data.shapes.view import RowView
 from btrm_core.data.store import TokenStore, encode_pairs, tokenizer_fingerprint
 
 __all__ = [
+    "PACKED",
     "PROMPT_IN_EVALUATION",
     "ROLES",
     "Finding",
     "IssueReport",
     "Message",
+    "Naming",
     "Pair",
     "PairData",
     "RowError",
+    "RowView",
     "Ties",
     "TokenStore",
     "WhichPairs",
     "cache_root",
     "contradictory_pairs",
+    "conversations_of",
     "convert_row",
+    "data_path",
     "drop_overlap",
     "duplicate_pairs",
     "duplicate_prompts",
     "encode_pairs",
     "format_inspection",
     "inspect_pairs",
+    "is_content",
+    "json_value",
     "load_pairs",
     "longer_wins_characters",
+    "opened",
+    "pairs_from_rows",
+    "parse_json_line",
+    "parse_naming",
     "sample_path",
     "shown",
     "split_held_out",

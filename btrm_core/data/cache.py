@@ -49,7 +49,7 @@ def code_digest(*packages: str) -> str:
     """
     whole = hashlib.sha256()
     for package in packages:
-        paths = sorted((Path(__file__).parent.parent / package).glob("*.py"))
+        paths = sorted((Path(__file__).parent.parent / package).rglob("*.py"))
         if not paths:
             raise FileNotFoundError(f"btrm_core has no package {package!r}: the cache key needs its source")
         for path in paths:

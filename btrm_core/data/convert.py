@@ -8,18 +8,26 @@ keys of the row               meaning
 chosen, rejected              lists of messages that share all but the last one (the standard format), or
                               transcripts ("\n\nHuman: ... \n\nAssistant: ...", as HH-RLHF has them)
 prompt, chosen, rejected      prompt: text, messages or transcript; the answers: text, a message, or messages
-                              (whole conversations may repeat the prompt)
+                              (whole conversations may repeat the prompt). Lists of texts, as in RewardBench 2,
+                              are two ranks: every chosen answer is compared with every rejected one
+messages, rejected_response   a finished conversation, and another last answer (ms-swift)
+output                        a list of two answers, the first preferred (LLaMA-Factory)
 responses, scores             with a prompt: scored responses; also `completions` of UltraFeedback and
                               `answers` with ranks; `response` + `score` (or `helpfulness`) where the rows of
-                              one prompt follow each other, as in HelpSteer
+                              one prompt follow each other, as in HelpSteer; `summaries` with a `choice`
 response_a, response_b        with a prompt and a `winner` ("a", "b", "tie"); also response_0/_1 with
                               better_response_id, response1/2 with overall_preference or preference_strength,
-                              answer_0/_1 with score_0/_1, conversation_a/_b with winner
+                              answer_0/_1 with score_0/_1, conversation_a/_b with winner, winner_model_a/_b/_tie,
+                              human_ref_A/_B with labels
 ============================  ===============================================================================
 
-The prompt may be called prompt, instruction (with input), question, context, conversations or messages; `system` (or
-`system_prompt`) is put before it. `margin`, `weight`, `subset` and `id` are optional everywhere, and so is
-`probability` beside two answers: how likely it is that the preferred one is better, from 0.5 to 1 (a soft label).
+The prompt may be called prompt, instruction (with input), question, query, context, conversations, messages, input or
+history; `history` beside another prompt holds earlier turns. `system` (or `system_prompt`) is put before it. `margin`,
+`weight`, `subset` and `id` are optional everywhere, and so is `probability` beside two answers: how likely it is that
+the preferred one is better, from 0.5 to 1 (a soft label). Other names are told with `--map` (`shapes/naming.py`).
+
+Text that spells a conversation (messages in JSON, a finished chat template) is read back into messages; tool calls
+are written into the text of their message. What a row holds and nobody used is counted under `unused`.
 
 Scored responses give one pair by default: the best against the worst, the clearest label there is, and no
 prompt counts more than another. "best-vs-each" pairs the best with every worse one, "all" makes every pair
@@ -30,28 +38,19 @@ Equal scores and declared ties hold no preference: they are skipped and counted,
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from btrm_core.data.formats import PROMPT_KEYS, Row, RowError, Ties, WhichPairs, finite, shown, sides
+from btrm_core.data.formats import Shape, Ties, WhichPairs, find_shape
+from btrm_core.data.shapes.conversation import Conversation, finished
+from btrm_core.data.shapes.messages import Message
+from btrm_core.data.shapes.naming import ROLES, Naming
+from btrm_core.data.shapes.preference import Compared, compared
+from btrm_core.data.shapes.values import RowError, bounded_margin, bounded_weight, label, shown
+from btrm_core.data.shapes.view import RowView
 
-Message = dict[str, str]
-
-
-ROLES = ("system", "user", "assistant")
-
-
-_OWN_ROLES = {name: name for name in ROLES}
-
-
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-
-
-_TRANSCRIPT = re.compile(r"\s*Human:")
-
-
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+__all__ = ["ROLES", "Message", "Pair", "Reading", "conversations_of", "convert_row", "pairs_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +90,23 @@ class Pair:
         return [*self.prompt, {"role": "assistant", "content": self.rejected}]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    Attributes:
+        scored: which pairs scored responses give; see the module.
+        ties: "half" makes pairs of ties, with probability 0.5; "skip" refuses them.
+        naming: the user's own names for columns and roles.
+    """
+
+    scored: WhichPairs = "best-vs-worst"
+    ties: Ties = "skip"
+    naming: Naming = field(default_factory=Naming)
+
+
 def convert_row(
-    row: Row,
+    row: Mapping[str, Any],
     *,
     name: str = "row",
     line: int = 0,
@@ -118,140 +132,79 @@ def convert_row(
     >>> convert_row({"prompt": "2+2?", "chosen": "4", "rejected": "5"})[0].prompt
     [{'role': 'user', 'content': '2+2?'}]
     """
-    compared = sides(row, scored, ties)
-    identity = _label(row, "id") or f"{name}:{line}"
-    part = _label(row, "subset") or subset
-    margin = _number(row, "margin")
-    weight = _number(row, "weight")
-    if weight is not None and weight <= 0:
-        raise RowError("wrong type", f"'weight' is {weight:g}, expected a number above 0")
+    return pairs_of(RowView(row), Reading(scored, ties), name=name, line=line, subset=subset, group=group)
+
+
+def pairs_of(
+    view: RowView, reading: Reading, *, name: str = "row", line: int = 0, subset: str = "", group: int = 1
+) -> list[Pair]:
+    """Return the pairs of one row, as `convert_row` does; the view then knows what was left unused, and why.
+
+    Raises:
+        RowError: the row gives no pair; the reason names the key and the value.
+    """
+    shape = find_shape(view)
+    if shape is None:
+        raise view.missing("chosen")
+    comparisons = compared(shape, view, reading.scored, reading.ties)
+    wanted = {id(side) for one in comparisons for side in (one.chosen, one.rejected)}
+    kept = [side for side in shape.sides if id(side) in wanted]
+    made = finished(replace(shape, sides=tuple(kept)), view)
+    conversations = {id(side): found for side, found in zip(kept, made, strict=True)}
+    identity = _label(view, "id") or f"{name}:{line}"
+    part = _label(view, "subset") or subset
+    margin = None if view.get("margin") is None else bounded_margin(view["margin"], "margin")
+    weight = 1.0 if view.get("weight") is None else bounded_weight(view["weight"], "weight")
     pairs = []
-    several = len(compared) > 1
-    for number, (chosen, rejected, sure) in enumerate(compared):
-        prompt, better = _split(row, *chosen)
-        other, worse = _split(row, *rejected)
-        _check(prompt, better, other, worse, chosen[0], rejected[0])
-        suffix = f"#{number}" if several else ""
-        share = (1.0 if weight is None else weight) / len(compared)
-        own = group if several else 0
-        pairs.append(Pair(identity + suffix, part, prompt, better, worse, margin, share, sure, own))
+    several = len(comparisons) > 1
+    for number, one in enumerate(comparisons):
+        chosen, rejected = conversations[id(one.chosen)], conversations[id(one.rejected)]
+        _check(chosen, rejected, one)
+        gap = margin if margin is not None or one.gap is None else bounded_margin(one.gap, "margin")
+        pairs.append(
+            Pair(
+                id=f"{identity}#{number}" if several else identity,
+                subset=part,
+                prompt=chosen[0],
+                chosen=chosen[1],
+                rejected=rejected[1],
+                margin=gap,
+                weight=weight / len(comparisons),
+                probability=one.probability,
+                group=group if several else 0,
+            )
+        )
+    if reading.naming.margin_of_scores and all(pair.margin is None for pair in pairs):
+        view.remark("no scores in the row to take a margin from")
     return pairs
 
 
-def _split(row: Row, key: str, value: Any) -> tuple[list[Message], str]:
-    """The prompt and the answer of one side."""
-    prompt, is_transcript = _prompt(row)
-    if isinstance(value, dict):
-        value = [value]
-    if isinstance(value, str):
-        if prompt:
-            return prompt, value.strip() if is_transcript else value
-        if not _TRANSCRIPT.match(value):
-            raise RowError("missing key", f"missing key 'prompt': '{key}' is text without its conversation")
-        messages = parse_transcript(value, key)
-    else:
-        messages = _messages(value, key)
-    if messages[-1]["role"] != "assistant":
-        raise RowError(
-            "last message not from the assistant",
-            f"the last message of '{key}' is from '{messages[-1]['role']}', expected 'assistant'",
-        )
-    *before, answer = messages
-    if prompt and messages[0]["role"] == "assistant":
-        before = [*prompt, *before]
-    elif prompt and isinstance(row.get("prompt"), list) and before[: len(prompt)] != prompt:
-        raise RowError("prompts differ", f"'prompt' is not the beginning of '{key}'")
-    if not before:
-        raise RowError("empty conversation", f"'{key}' has no message before the answer")
-    return _with_system(row, before), answer["content"]
+def conversations_of(view: RowView) -> tuple[Shape, list[Conversation]]:
+    """Return what a row holds to be scored: its shape, and the prompt and answer of every side in the row's order.
 
-
-def _prompt(row: Row) -> tuple[list[Message], bool]:
-    """The prompt that the row gives apart from the answers (may be empty), and whether it is a transcript."""
-    key = next((key for key in PROMPT_KEYS if row.get(key) is not None), None)
-    value = row[key] if key else None
-    if key is None or value == "":
-        return [], False
-    if isinstance(value, list):
-        return _with_system(row, _messages(value, key)), False
-    if not isinstance(value, str):
-        raise RowError("wrong type", f"'{key}' is {shown(value)}, expected text or a list of messages")
-    if _TRANSCRIPT.match(value):
-        messages = parse_transcript(value, key)
-        if messages[-1] == {"role": "assistant", "content": ""}:
-            messages.pop()
-        return _with_system(row, messages), True
-    if key == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
-        value = f"{value}\n\n{row['input']}"
-    return _with_system(row, [{"role": "user", "content": value}]), False
-
-
-def _with_system(row: Row, messages: list[Message]) -> list[Message]:
-    system = row.get("system") or row.get("system_prompt")
-    if not system or messages[0]["role"] == "system":
-        return messages
-    if not isinstance(system, str):
-        raise RowError("wrong type", f"'system' is {shown(system)}, expected text")
-    return [{"role": "system", "content": system}, *messages]
-
-
-def parse_transcript(text: str, key: str = "chosen") -> list[Message]:
-    r"""Split a transcript into messages, each stripped of the space around it.
+    No preference is asked for, and the prompts of the sides may differ.
 
     Raises:
-        RowError: the text does not begin with "Human:" or "Assistant:".
+        RowError: the row is in no known format, or a side is no finished conversation.
 
-    >>> parse_transcript("\n\nHuman: Hi\n\nAssistant: Hello")
-    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    >>> conversations_of(RowView({"prompt": "2+2?", "response": "4"}))[1]
+    [([{'role': 'user', 'content': '2+2?'}], '4')]
     """
-    head, *parts = _TURN.split(text)
-    if head or not parts:
-        raise RowError("wrong type", f"'{key}' is not a transcript: expected it to begin with 'Human:'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": content.strip()} for who, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    shape = find_shape(view)
+    if shape is None:
+        has = ", ".join(list(view)[:8]) or "nothing"
+        wanted = "expected 'messages', 'chosen' and 'rejected', or 'prompt' and 'responses'"
+        raise RowError("missing key", f"{wanted}; the row has {has}")
+    return shape, finished(shape, view)
 
 
-def _messages(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowError("wrong type", f"'{key}' is {shown(value)}, expected a list of messages")
-    if not value:
-        raise RowError("empty conversation", f"'{key}' is an empty list, expected messages")
-    return [_message(message, f"{key}[{index}]") for index, message in enumerate(value)]
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise RowError("wrong type", f"'{where}' is {shown(message)}, expected an object with 'role' and 'content'")
-    sharegpt = "from" in message and "role" not in message
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in message:
-            raise RowError("missing key", f"missing key '{key}' in '{where}'")
-    role, content = message[role_key], message[content_key]
-    if not isinstance(content, str):
-        raise RowError("wrong type", f"'{where}.{content_key}' is {shown(content)}, expected text")
-    known = _SHAREGPT_ROLES if sharegpt else _OWN_ROLES
-    if not isinstance(role, str) or role not in known:
-        raise RowError("unknown role", f"unknown role {shown(role)} in '{where}', expected {', '.join(known)}")
-    return {"role": known[role], "content": content}
-
-
-def _check(prompt: list[Message], better: str, other: list[Message], worse: str, left: str, right: str) -> None:
-    if prompt != other:
-        raise RowError(
-            "prompts differ", f"'{left}' and '{right}' differ before the last message: {_where(prompt, other)}"
-        )
-    if better == worse:
-        raise RowError("chosen equals rejected", f"'{left}' and '{right}' are the same answer: {shown(better)}")
-    try:
-        "".join([better, worse, *(message["content"] for message in prompt)]).encode()
-    except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # what `surrogateescape` makes of a byte that is not UTF-8
-            raise RowError("not UTF-8", f"not UTF-8: byte 0x{code - 0xDC00:02x} in the text") from error
-        raise RowError("not UTF-8", f"the text holds half a surrogate pair (\\u{code:04x})") from error
+def _check(chosen: Conversation, rejected: Conversation, one: Compared) -> None:
+    left, right = one.chosen.where, one.rejected.where
+    if chosen[0] != rejected[0]:
+        where = _where(chosen[0], rejected[0])
+        raise RowError("prompts differ", f"'{left}' and '{right}' differ before the last message: {where}")
+    if chosen[1] == rejected[1]:
+        raise RowError("chosen equals rejected", f"'{left}' and '{right}' are the same answer: {shown(chosen[1])}")
 
 
 def _where(left: list[Message], right: list[Message]) -> str:
@@ -261,14 +214,13 @@ def _where(left: list[Message], right: list[Message]) -> str:
     return f"message {index + 1} of {len(left)}"
 
 
-def _label(row: Row, key: str) -> str:
-    value = row.get(key)
-    if value is None:
+def _label(view: RowView, key: str) -> str:
+    """The row's id or subset; what is neither text nor a number never costs the row."""
+    value = view.get(key)
+    found = "" if value is None else label(value)
+    if found is None:
+        view.remark(f"'{key}' that is neither text nor a number, left out")
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError("wrong type", f"'{key}' is {shown(value)}, expected text or a whole number")
-    return str(value)
-
-
-def _number(row: Row, key: str) -> float | None:
-    return None if row.get(key) is None else finite(row[key], key)
+    if isinstance(value, str) and found != value:
+        view.remark(f"'{key}' with half a surrogate pair, replaced")
+    return found

@@ -1,56 +1,33 @@
-"""Which answers of a row are compared, in the formats that do not say "chosen" and "rejected" themselves.
+"""Which answers a row holds, whatever tool the row was written for.
 
-Scored responses, A/B rows with a winner, and rows of one scored response each are turned into sides: the
-place and the value of the preferred and of the other answer. `convert.py` has the table of all formats and
-makes pairs of the sides.
+Finds the answers without asking which is better: that is all that scoring needs. `shapes/preference.py` says which is
+preferred; `convert.py` has the table of all formats and makes pairs of what is found here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from btrm_core.data.issues import RowIssue
+from btrm_core.data.shapes.values import RowError, listed, shown
+from btrm_core.data.shapes.view import RowView
 
 WhichPairs = Literal["best-vs-worst", "best-vs-each", "all"]
-
-
 Ties = Literal["skip", "half"]
-
-
 Row = Mapping[str, Any]
-
-
-Side = tuple[str, Any]  # key of the row (for messages) and the answer or conversation found there
-
-
-Compared = tuple[Side, Side, float]  # chosen, rejected, probability that chosen is the better one
-
-
-TIED = 0.5
-
-
-PROMPT_KEYS = ("prompt", "instruction", "question", "context", "conversations", "messages")
-
-
-_LIST_KEYS = ("responses", "completions", "answers")
-
-
+Kind = Literal["pair", "ranks", "choice", "scored", "versus", "single"]
+PROMPT_KEYS = (
+    *("prompt", "instruction", "question", "query", "context", "conversations", "conversation", "messages", "input"),
+    *("history", "info"),
+)
+"""Where the prompt may stand, the first that is there; `history` if it is text, `info` if it holds a post."""
+_LIST_KEYS = ("responses", "completions", "answers", "generations")
+_SINGLE_KEYS = ("response", "completion", "answer", "output")
+_WHOLE_KEYS = ("messages", "conversations", "conversation")
 _TEXT_KEYS = ("response", "text", "content", "answer", "completion")
-
-
-_SCORE_KEYS = ("overall_score", "score", "rating", "fine-grained_score", "helpfulness")
-
-
-_WINNER_KEYS = ("winner", "better_response_id", "preference")
-
-
-_SIGNED_KEYS = ("overall_preference", "preference_strength")
-
-
+SCORE_KEYS = ("overall_score", "score", "rating", "fine-grained_score", "helpfulness")
 _AB_KEYS = (
     ("response_a", "response_b"),
     ("response_0", "response_1"),
@@ -59,17 +36,44 @@ _AB_KEYS = (
     ("answer_0", "answer_1"),
     ("answer_a", "answer_b"),
     ("completion_a", "completion_b"),
+    ("human_ref_A", "human_ref_B"),
     ("conversation_a", "conversation_b"),
 )
 
 
-class RowError(ValueError):
-    """The row gives no pair; `kind` is what it is counted under, `bad` False for a tie and the like."""
+@dataclass(frozen=True)
+class Side:
+    """One answer of a row.
 
-    def __init__(self, kind: str, reason: str, *, bad: bool = True):
-        super().__init__(reason)
-        self.kind = kind
-        self.bad = bad
+    Attributes:
+        where: its place in the row, as messages name it.
+        value: what stands there: text, a message, or messages.
+        whole: True if `value` is the whole conversation, so that the row's prompt is a part of it.
+    """
+
+    where: str
+    value: Any
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The answers of a row, in the row's order.
+
+    Attributes:
+        kind: `pair` (the first is preferred), `ranks` (the first `better` are preferred to the others), `choice` (the
+            row names the best), `scored`, `versus` (two and a winner) or `single` (one finished conversation).
+        sides: the answers.
+        key: the key of the row that holds them, or the first of two.
+        better: how many are preferred, for `ranks`.
+        items: the entries of the list, with their scores, for `scored`.
+    """
+
+    kind: Kind
+    sides: tuple[Side, ...]
+    key: str
+    better: int = 1
+    items: tuple[Any, ...] = ()
 
 
 def group_single_responses(
@@ -99,167 +103,126 @@ def group_single_responses(
 
 def _is_single(row: Row) -> bool:
     has_prompt = any(row.get(key) is not None for key in PROMPT_KEYS)
-    return has_prompt and "response" in row and "chosen" not in row and _score_key(row) is not None
+    others = ("chosen", "rejected", "rejected_response", *_LIST_KEYS)
+    return (
+        has_prompt
+        and row.get("response") is not None
+        and not any(row.get(key) is not None for key in others)
+        and score_key(row) is not None
+    )
 
 
 def _prompt_of(row: Any) -> object:
-    return [row.get(key) for key in (*PROMPT_KEYS, "input", "system", "system_prompt")]
+    return [row.get(key) for key in (*PROMPT_KEYS, "system", "system_prompt")]
 
 
 def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    key = _score_key(rows[0])
-    joined = {name: value for name, value in rows[0].items() if name != "response"}
+    key = score_key(rows[0])
+    joined = {name: value for name, value in rows[0].items() if name not in ("response", key)}
     return {**joined, "responses": [r["response"] for r in rows], "scores": [r.get(key or "") for r in rows]}
 
 
-def sides(row: Row, scored: WhichPairs, ties: Ties = "skip") -> list[Compared]:
-    """Return the (chosen, rejected) sides of a row, whatever its format; at least one.
+def find_shape(view: RowView) -> Shape | None:
+    """Find the answers of a row; None if it is in no known format.
 
     Raises:
-        RowError: the row is in no known format, names no winner, or is a tie and ties do not count half.
+        RowError: it has one of two answers, or its answers are no list.
     """
-    if row.get("chosen") is not None or row.get("rejected") is not None:
-        for key in ("chosen", "rejected"):
-            if row.get(key) is None:
-                raise missing(row, key)
-        return [(("chosen", row["chosen"]), ("rejected", row["rejected"]), _probability(row))]
-    for key in _LIST_KEYS:
-        if row.get(key) is not None:
-            return _scored(row, key, scored, ties)
-    for first, second in _AB_KEYS:
-        if row.get(first) is not None and row.get(second) is not None:
-            winner = _winner(row, first, second)
-            if winner == 0 and ties == "skip":
-                raise RowError("tie", f"'{first}' and '{second}' are tied, no preference", bad=False)
-            left, right = (first, row[first]), (second, row[second])
-            sure = TIED if winner == 0 else _probability(row)
-            return [(left, right, sure) if winner <= 0 else (right, left, sure)]
-    raise missing(row, "chosen")
+    for find in (_pair, _rejected_apart, _list, _versus, _single):
+        if (found := find(view)) is not None:
+            return found
+    return None
 
 
-def _probability(row: Row) -> float:
-    """How sure it is that the chosen answer is the better one; 1 unless the row says less."""
-    if row.get("probability") is None:
-        return 1.0
-    value = finite(row["probability"], "probability")
-    if not TIED <= value <= 1:
-        hint = "; swap chosen and rejected" if 0 <= value < TIED else ""
-        raise RowError(
-            "wrong type", f"'probability' is {value:g}, expected 0.5 (a tie) to 1 that chosen is better{hint}"
-        )
-    return value
+def _pair(view: RowView) -> Shape | None:
+    if not view.has("chosen") and not view.has("rejected"):
+        return None
+    for key in ("chosen", "rejected"):
+        if not view.has(key):
+            raise view.missing(key)
+    chosen, rejected = view["chosen"], view["rejected"]
+    for key in _WHOLE_KEYS:
+        if isinstance(view.peek(key), list) and view.peek(key) in (chosen, rejected):
+            view.use(key)  # the same conversation once more
+    if not (_is_choice(chosen) or _is_choice(rejected)):
+        return Shape("pair", (Side("chosen", chosen), Side("rejected", rejected)), "chosen")
+    better, worse = (
+        [Side(f"{key}[{i}]", item) for i, item in enumerate(value)] if _is_choice(value) else [Side(key, value)]
+        for key, value in (("chosen", chosen), ("rejected", rejected))
+    )
+    if len(better) == len(worse) == 1:
+        return Shape("pair", (*better, *worse), "chosen")
+    return Shape("ranks", (*better, *worse), "chosen", len(better))
 
 
-def _scored(row: Row, key: str, mode: WhichPairs, ties: Ties) -> list[Compared]:
-    items = row[key]
+def _is_choice(value: Any) -> bool:
+    """True for a list of answers: texts (that are no messages in JSON) or conversations."""
+    value = listed(value) if isinstance(value, str) and value.lstrip().startswith('["') else value
+    if not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(item, str) for item in value):
+        return not all(item.lstrip().startswith("{") and '"role"' in item for item in value)
+    return all(isinstance(item, list) for item in value)
+
+
+def _rejected_apart(view: RowView) -> Shape | None:
+    """A finished conversation or response, and the other answer under a name of its own."""
+    key = next((key for key in ("rejected_response", "rejected_messages") if view.has(key)), None)
+    if key is None:
+        return None
+    whole = next((name for name in _WHOLE_KEYS if view.has(name)), None)
+    if whole is None:
+        response = view.get("response")
+        if response is None:
+            raise view.missing("messages")
+        return Shape("pair", (Side("response", response), Side(key, view[key])), "response")
+    return Shape("pair", (Side(whole, view[whole], whole=True), Side(key, view[key], whole=True)), whole)
+
+
+def _list(view: RowView) -> Shape | None:
+    outputs = listed(view.peek("output"))
+    if isinstance(outputs, list) and outputs and all(isinstance(item, str) for item in outputs):
+        view.use("output")
+        if len(outputs) != 2:
+            raise RowError("wrong type", f"'output' holds {len(outputs)} answers, expected two: chosen and rejected")
+        return Shape("pair", tuple(Side(f"output[{i}]", item) for i, item in enumerate(outputs)), "output")
+    key = next((key for key in (*_LIST_KEYS, "summaries") if view.has(key)), None)
+    if key is None:
+        return None
+    items = listed(view[key])
     if not isinstance(items, list) or not items:
         raise RowError("wrong type", f"'{key}' is {shown(items)}, expected a list of responses")
-    if len(items) == 1:
-        raise RowError("only one response", f"'{key}' holds one response, nothing to compare", bad=False)
-    scores = _scores(row, key, items)
-    order = sorted(range(len(items)), key=lambda index: -scores[index])  # stable: first of equals first
-    best, worst = order[0], min(range(len(items)), key=lambda index: scores[index])
-    if mode == "best-vs-worst":
-        wanted = [(best, worst)]
-    elif mode == "best-vs-each":
-        wanted = [(best, other) for other in order if other != best]
-    else:
-        wanted = [(better, worse) for place, better in enumerate(order) for worse in order[place + 1 :]]
-    found: list[Side] = [(f"{key}[{index}]", _text(item, f"{key}[{index}]")) for index, item in enumerate(items)]
-    if mode == "best-vs-worst" and scores[best] == scores[worst]:
-        wanted = [(order[0], order[-1])]
-    held = [(b, w) for b, w in wanted if scores[b] > scores[w] or ties == "half"]
-    if not held:
-        raise RowError("tie", f"all {len(items)} responses have the score {scores[0]:g}, no preference", bad=False)
-    # Equal texts with unequal scores: of several pairs only those are left out, a lone one is reported as bad.
-    kept = [(b, w) for b, w in held if found[b][1] != found[w][1]] or held[:1]
-    return [(found[b], found[w], 1.0 if scores[b] > scores[w] else TIED) for b, w in kept]
+    sides = tuple(Side(f"{key}[{i}]", _text(item, f"{key}[{i}]")) for i, item in enumerate(items))
+    for item in items:
+        if isinstance(item, dict) and "role" not in item:
+            view.leave_parts(key, item, {*_TEXT_KEYS, "rank", score_key(item)} - {None})  # type: ignore[arg-type]
+    return Shape("choice" if key == "summaries" else "scored", sides, key, items=tuple(items))
 
 
-def _scores(row: Row, key: str, items: list[Any]) -> list[float]:
-    """One score per response, higher is better."""
-    for name, sign in (("scores", 1.0), ("ratings", 1.0), ("ranks", -1.0)):
-        values = row.get(name)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != len(items):
-            number = len(values) if isinstance(values, list) else shown(values)
-            raise RowError("wrong type", f"'{name}' is of length {number}, expected {len(items)}, one a response")
-        return [sign * finite(value, f"{name}[{index}]") for index, value in enumerate(values)]
-    scores = []
-    for index, item in enumerate(items):
-        name_found = _score_key(item) if isinstance(item, dict) else None
-        if name_found:
-            scores.append(finite(item[name_found], f"{key}[{index}].{name_found}"))
-        elif isinstance(item, dict) and item.get("rank") is not None:
-            scores.append(-finite(item["rank"], f"{key}[{index}].rank"))
-        else:
-            raise RowError("missing key", f"no score for '{key}[{index}]': expected 'scores' or a score in it")
-    return scores
+def _versus(view: RowView) -> Shape | None:
+    for first, second in _AB_KEYS:
+        if view.has(first) and view.has(second):
+            return Shape("versus", (Side(first, view[first]), Side(second, view[second])), first)
+    return None
 
 
-def _score_key(row: Row) -> str | None:
-    return next((key for key in _SCORE_KEYS if row.get(key) is not None), None)
+def _single(view: RowView) -> Shape | None:
+    key = next((key for key in _SINGLE_KEYS if view.has(key)), None)
+    if key is not None:
+        return Shape("single", (Side(key, view[key]),), key)
+    whole = next((key for key in _WHOLE_KEYS if view.has(key)), None)
+    return None if whole is None else Shape("single", (Side(whole, view[whole], whole=True),), whole)
+
+
+def score_key(row: Row) -> str | None:
+    """Return the key of a row, or of an entry of a list, that holds its score."""
+    return next((key for key in SCORE_KEYS if row.get(key) is not None), None)
 
 
 def _text(item: Any, where: str) -> Any:
-    if isinstance(item, dict) and "role" not in item:
+    if isinstance(item, dict) and "role" not in item and "from" not in item:
         for key in _TEXT_KEYS:
             if item.get(key) is not None:
                 return item[key]
         raise RowError("missing key", f"'{where}' has no text: expected one of {', '.join(_TEXT_KEYS)}")
     return item
-
-
-def _winner(row: Row, first: str, second: str) -> int:
-    """Negative if the first answer is preferred, positive if the second, 0 for a tie."""
-    for key in _SIGNED_KEYS:
-        if row.get(key) is not None:
-            value = finite(row[key], key)
-            return (value > 0) - (value < 0)
-    names = [{key, key[-1], f"model_{key[-1]}", f"response_{key[-1]}"} for key in (first, second)]
-    for key in _WINNER_KEYS:
-        if row.get(key) is None:
-            continue
-        label = str(row[key]).strip().lower()
-        if label in names[0] or label in names[1]:
-            return -1 if label in names[0] else 1
-        if re.match(r"(tie|draw|equal|both)\b", label.replace("_", " ")):
-            return 0
-        raise RowError(
-            "unknown winner", f"'{key}' is {shown(row[key])}, expected '{first[-1]}', '{second[-1]}' or 'tie'"
-        )
-    scores = [row.get(f"score_{key[-1]}") for key in (first, second)]
-    if None not in scores:
-        left, right = (finite(value, f"score_{key[-1]}") for key, value in zip((first, second), scores, strict=True))
-        return (left < right) - (left > right)
-    raise missing(row, "winner")
-
-
-def finite(value: Any, where: str) -> float:
-    """Return a number as float; `where` names its place in the row.
-
-    Raises:
-        RowError: it is no number, or not a finite one.
-    """
-    number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            number = float(value)
-    if not math.isfinite(number):
-        raise RowError("wrong type", f"'{where}' is {shown(value)}, expected a finite number")
-    return number
-
-
-def missing(row: Row, key: str) -> RowError:
-    """Return the error for a key that the row should have; it names those that the row has."""
-    has = ", ".join(list(row)[:8]) or "nothing"
-    return RowError("missing key", f"missing key '{key}' (the row has {has})")
-
-
-def shown(value: Any) -> str:
-    """Return a value of the data as a message shows it: cut to 40 characters, with its type unless it is text."""
-    text = repr(value)
-    if len(text) > 40:
-        text = text[:37] + "..."
-    return text if isinstance(value, str) else f"{text} ({type(value).__name__})"

@@ -9,6 +9,7 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,13 @@ import numpy as np
 
 from btrm_core import files
 from btrm_core.data import cache
-from btrm_core.data.convert import Message, Pair, convert_row
-from btrm_core.data.formats import RowError, Ties, WhichPairs, group_single_responses
+from btrm_core.data.convert import Message, Pair, Reading
+from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, RowIssue
 from btrm_core.data.readers import BATCH_ROWS, read_rows
+from btrm_core.data.shapes.naming import Naming
+from btrm_core.data.shapes.reading import read_pairs, strict_error
+from btrm_core.data.shapes.values import plain
 from btrm_core.data.sources import Resolved, Source, resolve
 from btrm_core.errors import DataError
 
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every fingerprint: raised when equal files give other pairs than before."""
 
 
@@ -98,6 +102,7 @@ def load_pairs(
     cache_dir: str | None = None,
     scored: WhichPairs = "best-vs-worst",
     ties: Ties = "skip",
+    naming: Naming | None = None,
 ) -> PairData:
     """Read, convert and check all rows of all sources, in order.
 
@@ -108,31 +113,44 @@ def load_pairs(
         cache_dir: where the pairs are kept; default `cache.cache_root()`.
         scored: which pairs scored responses give; `convert.py` says what they mean.
         ties: whether ties are skipped or become pairs with probability 0.5.
+        naming: the user's own names of columns and roles, from `parse_naming`.
 
     Raises:
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
     """
-    root = cache.cache_root(cache_dir)
+    root, reading = cache.cache_root(cache_dir), Reading(scored, ties, naming or Naming())
     resolved = resolve([sources] if isinstance(sources, str) else sources, root)
-    contents = [[source.name, source.content] for source in resolved.sources]
-    fingerprint = files.digest("pairs", FORMAT_VERSION, contents, scored, ties)
+    contents = [[source.name, source.content, source.weight] for source in resolved.sources]
+    fingerprint = files.digest("pairs", FORMAT_VERSION, contents, dataclasses.asdict(reading))
     # Reports name the sources as the user spelled them, so the spelling is part of the entry, not of the data.
     key = files.digest(
         fingerprint, [source.where for source in resolved.sources], resolved.notes, cache.code_digest(*_CODE)
     )
-    entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, scored, ties))
+    entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, reading))
     report = IssueReport.from_dict(json.loads((entry / "report.json").read_text()))
     if strict and report.first_bad:
-        raise _strict_error(report.first_bad)
+        raise strict_error(report.first_bad)
     if not report.pairs:
         raise _nothing_left(report)
     return _opened(entry, report, fingerprint)
 
 
 def pairs_from_rows(
-    rows: Iterable[Mapping[str, Any]], *, name: str = "rows", scored: WhichPairs = "best-vs-worst"
+    rows: Iterable[Mapping[str, Any]] | Any,
+    *,
+    name: str = "rows",
+    scored: WhichPairs = "best-vs-worst",
+    ties: Ties = "skip",
+    naming: Naming | None = None,
 ) -> PairData:
     """Return pairs of rows that are already in memory, converted and checked like those of a file.
+
+    Args:
+        rows: mappings (values of numpy and pandas are understood), or a pandas DataFrame or an Arrow table.
+        name: stands for the source in reports, ids and subsets.
+        scored: as for `load_pairs`.
+        ties: likewise.
+        naming: likewise.
 
     Raises:
         DataError: no pair is left.
@@ -140,10 +158,14 @@ def pairs_from_rows(
     import datasets
     import pyarrow
 
-    report = IssueReport()
+    report, reading = IssueReport(), Reading(scored, ties, naming or Naming())
     source = Source(name, name, "table", "")
-    numbered = ((line, dict(row)) for line, row in enumerate(rows, start=1))
-    pairs = list(_converted(source, numbered, report, strict=False, scored=scored))
+    if hasattr(rows, "to_pylist"):
+        rows = rows.to_pylist()
+    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        rows = rows.to_dict("records")
+    numbered = ((line, plain(row)) for line, row in enumerate(rows, start=1))
+    pairs = list(read_pairs(source, numbered, report, reading, strict=False))
     if not pairs:
         raise _nothing_left(report)
     table = pyarrow.Table.from_batches([_record_batch(pairs)])
@@ -215,7 +237,7 @@ def drop_overlap(train: PairData, evaluation: PairData) -> tuple[PairData, int]:
     return train.select(np.flatnonzero(~shared_P), f"without the prompts of {evaluation.fingerprint}", issues), number
 
 
-def _build(folder: Path, resolved: Resolved, strict: bool, scored: WhichPairs, ties: Ties) -> None:
+def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading) -> None:
     """Write pairs.arrow, prompt_hash.npy and report.json of all sources."""
     import pyarrow
 
@@ -227,7 +249,7 @@ def _build(folder: Path, resolved: Resolved, strict: bool, scored: WhichPairs, t
     ):
         for source in resolved.sources:
             held: list[Pair] = []
-            for pair in _converted(source, read_rows(source), report, strict=strict, scored=scored, ties=ties):
+            for pair in read_pairs(source, read_rows(source), report, reading, strict=strict):
                 held.append(pair)
                 if len(held) == BATCH_ROWS:
                     _write(writer, held, hashes)
@@ -241,35 +263,6 @@ def _write(writer: Any, held: list[Pair], hashes: list[np.ndarray]) -> None:
         writer.write_batch(_record_batch(held))
         hashes.append(np.array([prompt_hash(pair.prompt) for pair in held], dtype=np.uint64))
         held.clear()
-
-
-def _converted(
-    source: Source,
-    rows: Iterable[tuple[int, dict[str, Any] | RowIssue]],
-    report: IssueReport,
-    *,
-    strict: bool,
-    scored: WhichPairs,
-    ties: Ties = "skip",
-) -> Iterator[Pair]:
-    """Yield the pairs of a source and keep the report."""
-    subset = source.subset
-    for line, number, row in group_single_responses(rows):
-        issue = row if isinstance(row, RowIssue) else None
-        report.rows += number if line else 0
-        if not isinstance(row, RowIssue):
-            try:
-                options: dict[str, Any] = {"scored": scored, "ties": ties, "group": report.rows}  # rows only grow
-                pairs = convert_row(row, name=source.name, line=line, subset=subset, **options)
-            except RowError as error:
-                issue = RowIssue(source.where, line, str(error), error.kind, error.bad)
-            else:
-                report.pairs += len(pairs)
-                yield from pairs
-        if issue:
-            if strict and issue.bad:
-                raise _strict_error(issue)
-            report.add(issue)
 
 
 def _schema() -> pyarrow.Schema:
@@ -308,12 +301,8 @@ def _opened(entry: Path, report: IssueReport, fingerprint: str) -> PairData:
     return PairData(dataset, report, fingerprint, np.load(entry / "prompt_hash.npy"))
 
 
-def _strict_error(issue: RowIssue) -> DataError:
-    return DataError(f"{issue}. Mend the row, or train on the others without --strict.")
-
-
 def _nothing_left(report: IssueReport) -> DataError:
-    counts = {**report.counts, **report.skipped}
+    counts = {**report.counts, **report.skipped, **report.files}
     if not counts:
         return DataError("no pairs: the data holds no rows.")
     kind = max(counts, key=lambda name: counts[name])

@@ -1,170 +1,223 @@
 """Reads rows one after the other, each with its line, without ever holding a whole file.
 
-What cannot be read is yielded in the row's place as a `RowIssue`; a file that breaks off (truncated gzip,
+What cannot be read is yielded in the row's place as a `RowIssue`; a file that breaks off (packed and truncated, a
 broken array) gives the rows before the break and one issue for the rest.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
-import gzip
 import io
+import itertools
 import json
 import re
 import sys
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
+from btrm_core.data.inputs.streams import Unpacked, opened
+from btrm_core.data.inputs.tables import BATCH_ROWS, arrow_rows, parquet_rows, table_rows
 from btrm_core.data.issues import RowIssue
-from btrm_core.errors import DataError, first_line
+from btrm_core.data.shapes.values import RowError
+from btrm_core.errors import DataError
 
 if TYPE_CHECKING:
     from btrm_core.data.sources import Source
 
+__all__ = ["BATCH_ROWS", "parse_json_line", "read_rows"]
+
 Row = dict[str, Any]
-
-
 Numbered = tuple[int, "Row | RowIssue"]
 
-
-BATCH_ROWS = 1000
-
-
 _CHUNK_CHARACTERS = 1 << 20
-
-
 _BLANK = re.compile(r"[\s,]*")
-
-
-_TEXT_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-
-
-# Columns of a CSV file that hold a number, or messages written as JSON.
-_CSV_NUMBER = re.compile(r"margin|weight|(.*_)?(score|rating|preference|strength)(_.*)?|helpfulness|better_response_id")
-
-
-_CSV_LISTS = {"responses", "completions", "answers", "scores", "ratings", "ranks", "conversations"}
+_TEXT_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_KEPT_EMPTY = ("chosen", "rejected", "prompt")
 
 
 def read_rows(source: Source) -> Iterator[Numbered]:
-    """Yield `(line, row)` or `(line, issue)` for each row of a source, in order.
+    """Yield `(line, row)` or `(line, issue)` for each row of a source, in order; of a slice, for its rows.
 
     Lines count from 1: the line of the file for JSON Lines, JSON and CSV, the row of the table otherwise.
 
     Raises:
         DataError: the file cannot be opened or the disk fails while reading.
     """
-    reader = {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "table": _table}[source.kind]
-    last = 0
+    start, stop = source.rows.bounds(lambda: sum(1 for _ in _all_rows(source))) if source.rows else (0, None)
+    taken = False
+    for numbered in itertools.islice(_all_rows(source), start, stop):
+        taken = True
+        yield numbered
+    if not taken:
+        reason = f"the slice {source.rows} holds no row" if source.rows else "the file is empty"
+        yield 0, RowIssue(source.where, 0, reason, "empty slice" if source.rows else "empty file")
+
+
+def _all_rows(source: Source) -> Iterator[Numbered]:
     try:
-        for line, row in reader(source):
-            last = line
-            yield line, row
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        reason = f"unreadable gzip data from here on ({error}); the file may be truncated"
-        yield last + 1, RowIssue(source.where, last + 1, reason, "unreadable gzip")
+        if source.kind in ("parquet", "arrow", "table"):
+            yield from {"parquet": parquet_rows, "arrow": arrow_rows, "table": table_rows}[source.kind](source)
+        else:
+            yield from _text_rows(source)
     except OSError as error:
         raise DataError(f"cannot read '{source.where}': {error.strerror or error}.") from error
-    else:
-        if last == 0:
-            yield 0, RowIssue(source.where, 0, "the file is empty", "empty file")
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return cast("IO[bytes]", gzip.open(path))
-    return path.open("rb")
+def _text_rows(source: Source) -> Iterator[Numbered]:
+    """The rows of a text file, and an issue at its end if its packed data breaks off."""
+    assert source.path is not None
+    last = 0
+    with opened(source.path) as (stream, raw):
+        if issue := _wrong_encoding(source, stream):
+            yield 1, issue
+            return
+        reader = {"jsonl": _json_lines, "json": _json, "csv": _csv}[source.kind]
+        for line, row in reader(source, stream, raw):
+            last = line
+            yield line, row
+        if raw.broken:
+            reason = f"unreadable {raw.packing} data from here on ({raw.broken}); the file may be truncated"
+            yield last + 1, RowIssue(source.where, last + 1, reason, f"unreadable {raw.packing}")
 
 
-def _wrong_encoding(source: Source, stream: IO[bytes]) -> RowIssue | None:
+def _wrong_encoding(source: Source, stream: io.BufferedReader) -> RowIssue | None:
     """An issue for the whole file if a byte-order mark says that it is not UTF-8."""
-    start = cast("io.BufferedReader", stream).peek(2)[:2]
+    start = stream.peek(2)[:2]
     if start in _TEXT_ENCODINGS:
         reason = f"the file is {_TEXT_ENCODINGS[start]}, expected UTF-8. Convert it with: iconv -t UTF-8"
         return RowIssue(source.where, 1, reason, "not UTF-8")
     return None
 
 
-def _json_lines(source: Source) -> Iterator[Numbered]:
-    assert source.path is not None
-    with _open(source.path) as stream:
-        if issue := _wrong_encoding(source, stream):
-            yield 1, issue
-            return
-        for line, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
-            yield line, _parse_line(source, line, raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
+def parse_json_line(raw: bytes, line: int = 0) -> Any:
+    """Return the value of one line of JSON.
 
+    Args:
+        raw: the bytes of the line.
+        line: its number; a byte-order mark is taken off the first.
 
-def _parse_line(source: Source, line: int, raw: bytes) -> Row | RowIssue:
+    Raises:
+        RowError: it is not UTF-8, not JSON, or an object has a key twice.
+    """
     try:
-        value = json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
-        return RowIssue(source.where, line, reason, "not UTF-8")
+        place = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+        raise RowError("not UTF-8", f"not UTF-8: {place}") from error
+    except RowError:
+        raise
     except (ValueError, RecursionError) as error:
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = f"not JSON: {getattr(error, 'msg', error)}{column}"
-        return RowIssue(source.where, line, reason, "not JSON")
-    return _object(source, line, value)
+        raise RowError("not JSON", f"not JSON: {getattr(error, 'msg', error)}{column}") from error
 
 
-def _object(source: Source, line: int, value: object) -> Row | RowIssue:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise RowError("key given twice", f"an object has the key {twice[:40]!r} twice")
+    return made
+
+
+def _json_lines(source: Source, stream: Iterable[bytes], raw: Unpacked) -> Iterator[Numbered]:
+    for line, text in enumerate(stream, start=1):
+        if not text.strip() or (raw.broken and not text.endswith(b"\n")):  # broken in the middle of a line
+            continue
+        try:
+            yield line, _row(source, line, parse_json_line(text, line))
+        except RowError as error:
+            yield line, RowIssue(source.where, line, str(error), error.kind)
+
+
+def _row(source: Source, line: int, value: object) -> Row | RowIssue:
     if isinstance(value, dict):
         return value
     reason = f"the row is a {type(value).__name__}, expected an object with keys such as 'chosen' and 'rejected'"
     return RowIssue(source.where, line, reason, "not an object")
 
 
-def _json(source: Source) -> Iterator[Numbered]:
-    """A `.json` file: an array of objects, else one object a line."""
-    assert source.path is not None
-    with _open(source.path) as stream:
-        if issue := _wrong_encoding(source, stream):
-            yield 1, issue
+def _json(source: Source, stream: io.BufferedReader, raw: Unpacked) -> Iterator[Numbered]:
+    """A `.json` file: arrays of objects, one object a line, objects over several lines, or one that holds the array."""
+    start = stream.peek(4096)[:4096].removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        yield from _array(source, stream, raw)
+        return
+    first = stream.readline()
+    if start.startswith(b"{") and first.strip() and not first.rstrip().endswith(b"}"):
+        yield from _objects(source, first + stream.read(), raw)
+        return
+    alone = not stream.peek(1)
+    for line, row in _json_lines(source, itertools.chain([first], stream), raw):
+        rows = _inner_rows(row) if alone and isinstance(row, dict) else None
+        yield from ((line, _row(source, line, inner)) for inner in rows) if rows else [(line, row)]
+
+
+def _objects(source: Source, content: bytes, raw: Unpacked) -> Iterator[Numbered]:
+    """Objects written over several lines each, one after another; read at once."""
+    text = content.decode("utf-8-sig", "surrogateescape")
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    position, line, made = 0, 1, 0
+    while (start := _BLANK.match(text, position).end()) < len(text):  # type: ignore[union-attr]
+        line += text.count("\n", position, start)
+        try:
+            value, position = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            if not raw.broken:
+                reason = f"not JSON: {getattr(error, 'msg', error)}; the rest is not read"
+                yield line, RowIssue(source.where, line, reason, "not JSON")
             return
-        start = cast("io.BufferedReader", stream).peek(4096)[:4096]
-        if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            is_array = False
-        else:
-            is_array = True
-            yield from _array(source, stream)
-    if not is_array:
-        yield from _json_lines(source)
+        made += 1
+        alone = made == 1 and not text[position:].strip()
+        rows = _inner_rows(value) if alone and isinstance(value, dict) else None
+        yield from ((line, _row(source, line, inner)) for inner in rows or [value])
+        line += text.count("\n", start, position)
 
 
-def _array(source: Source, stream: IO[bytes]) -> Iterator[Numbered]:
-    """The elements of one JSON array, parsed from a window that grows only as far as one element needs."""
+def _inner_rows(value: Row) -> list[Any] | None:
+    """The rows in an object that is no row itself ({"version": 1, "data": [...]}): its only list of objects."""
+    lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    inner = lists[0] if len(lists) == 1 else []
+    return inner if inner and not ({"role", "from"} & set(inner[0]) or {"prompt", "question"} & set(value)) else None
+
+
+def _array(source: Source, stream: io.BufferedReader, raw: Unpacked) -> Iterator[Numbered]:
+    """The elements of JSON arrays, parsed from a window that grows only as far as one element needs."""
     # Bytes that are not UTF-8 become lone surrogates, which the conversion refuses row by row.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     window = text.read(_CHUNK_CHARACTERS)
     position, line, want, ended = window.index("[") + 1, 1, _CHUNK_CHARACTERS, False
     line += window.count("\n", 0, position)
+    inside = True
     while True:
         start = _BLANK.match(window, position).end()  # type: ignore[union-attr]
         line += window.count("\n", position, start)
         position = start
-        if window[position : position + 1] == "]":
-            return
+        here = window[position : position + 1]
+        if here and here == ("]" if inside else "["):  # another array may follow
+            inside, position = not inside, position + 1
+            continue
         problem = "the array breaks off before its closing ']'"
-        if position < len(window):
+        if here and not inside:
+            problem, ended = "something follows the array's closing ']'", True
+        elif here:
             try:
                 value, end = decoder.raw_decode(window, position)
                 if end < len(window) or ended:
-                    yield line, _object(source, line, value)
+                    yield line, _row(source, line, value)
                     line += window.count("\n", position, end)
                     position, want = end, _CHUNK_CHARACTERS
                     continue
+            except RowError as error:
+                problem, ended = str(error), True
             except (json.JSONDecodeError, RecursionError) as error:
                 problem = f"not JSON: {getattr(error, 'msg', error)}"
-                if _is_certain(error, window):
-                    ended = True
+                ended = ended or _is_certain(error, window)
         if ended:
-            yield line, RowIssue(source.where, line, f"{problem}; the rest is not read", "not JSON")
+            if (inside or here) and not raw.broken:
+                yield line, RowIssue(source.where, line, f"{problem}; the rest is not read", "not JSON")
             return
         more = text.read(want)
         ended, want = not more, 2 * want
@@ -178,92 +231,44 @@ def _is_certain(error: Exception, window: str) -> bool:
     return error.pos < len(window) - 16 and not error.msg.startswith("Unterminated")
 
 
-def _csv(source: Source) -> Iterator[Numbered]:
+def _csv(source: Source, stream: io.BufferedReader, raw: Unpacked) -> Iterator[Numbered]:
     assert source.path is not None
     csv.field_size_limit(sys.maxsize)
     tabs = ".tsv" in [ending.lower() for ending in source.path.suffixes]
-    with _open(source.path) as stream:
-        if issue := _wrong_encoding(source, stream):
-            yield 1, issue
-            return
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text, delimiter="\t" if tabs else ",", strict=True)
-        while True:
-            line = reader.line_num + 1
-            try:
-                if reader.fieldnames and line == 1:  # asking for the names reads the header
-                    line = reader.line_num + 1
-                row = next(reader, None)
-            except csv.Error as error:
-                reason = f"not CSV: {error}; the rest is not read"
-                yield line, RowIssue(source.where, line, reason, "not CSV")
-                return
-            if row is None:
-                return
-            yield line, _csv_row(source, line, cast("Row", row))
-
-
-def _csv_row(source: Source, line: int, row: Row) -> Row | RowIssue:
-    """Empty cells become missing keys; numbers and JSON messages get their types."""
-    if None in cast("dict[object, object]", row):
-        return RowIssue(source.where, line, "the row has more cells than the header", "not CSV")
-    typed: Row = {}
-    for key, cell in row.items():
-        if cell is None or (cell == "" and key not in ("chosen", "rejected", "prompt")):
-            continue
-        typed[key] = cell
-        if cell.startswith("["):
-            typed[key] = _list_or_text(key, cell)
-        elif _CSV_NUMBER.fullmatch(key):
-            typed[key] = _number(cell)
-    return typed
-
-
-def _list_or_text(key: str, cell: str) -> object:
-    """A list where one is meant: messages, or one of the list columns; else the text (code, say) as it is."""
-    try:
-        value: object = json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    if not isinstance(value, list):
-        return cell
-    messages = all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
-    return value if messages or key in _CSV_LISTS else cell
-
-
-def _number(cell: str) -> object:
-    try:
-        return int(cell)
-    except ValueError:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
+    header: list[str] = []
+    held: Numbered | None = None  # the last row, which may be half a row where the data breaks off
+    while True:
+        line = reader.line_num + 1
         try:
-            return float(cell)
-        except ValueError:
-            return cell
+            cells = next(reader, None)
+        except csv.Error as error:
+            if held:
+                yield held
+            if not raw.broken:
+                yield line, RowIssue(source.where, line, f"not CSV: {error}; the rest is not read", "not CSV")
+            return
+        if cells is None:
+            if held and not raw.broken:
+                yield held
+            return
+        if held:
+            yield held
+            held = None
+        if header and cells:
+            held = line, _csv_row(source, line, header, cells)
+        elif cells:
+            header = cells
+            twice = [name for name, number in Counter(header).items() if number > 1 and name]
+            if twice:
+                reason = f"the header names the column {twice[0]!r} twice; nothing is read"
+                yield line, RowIssue(source.where, line, reason, "column named twice")
+                return
 
 
-def _parquet(source: Source) -> Iterator[Numbered]:
-    import pyarrow
-    import pyarrow.parquet
-
-    assert source.path is not None
-    line = 0
-    try:
-        with pyarrow.parquet.ParquetFile(source.path) as table:
-            for batch in table.iter_batches(batch_size=BATCH_ROWS):
-                for row in batch.to_pylist():
-                    line += 1
-                    yield line, row
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk, not the data
-            raise
-        reason = f"unreadable Parquet data from here on ({first_line(error)}); the file may be truncated"
-        yield line + 1, RowIssue(source.where, line + 1, reason, "unreadable Parquet")
-
-
-def _table(source: Source) -> Iterator[Numbered]:
-    assert source.table is not None
-    line = 0
-    for batch in source.table.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        for row in batch.to_pylist():
-            line += 1
-            yield line, row
+def _csv_row(source: Source, line: int, header: list[str], cells: list[str]) -> Row | RowIssue:
+    """A row without its empty cells; what a cell means is the conversion's to say."""
+    if len(cells) > len(header):
+        return RowIssue(source.where, line, "the row has more cells than the header", "not CSV")
+    return {key: cell for key, cell in zip(header, cells, strict=False) if cell or key in _KEPT_EMPTY}

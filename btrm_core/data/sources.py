@@ -2,33 +2,35 @@
 
 A source is one of
 
-* a file: `.jsonl`, `.ndjson`, `.json` (an array, or one object a line), `.csv`, `.tsv`, each also with
-  `.gz`, and `.parquet`;
-* a folder written by `datasets.save_to_disk`, or a folder of such files; of several splits "train" is
-  taken, and what was left out is said; `folder:split` names another;
+* a file: `.jsonl`, `.ndjson`, `.json` (arrays, one object a line, or one object that holds the array), `.csv`, `.tsv`,
+  each also packed (`.gz`, `.zst`, `.bz2`, `.xz`), `.parquet` and `.arrow`; a pattern of such files; a pipe or `-`;
+* a folder written by `datasets.save_to_disk`, or a folder of such files, as a downloaded repository of the Hub is; of
+  several splits "train" is taken, and what was left out is said; `folder:split` names another;
 * a data set of the Hugging Face Hub: `org/name`, `org/name:split`, `org/name:config:split`.
 
-What exists on disk wins over the Hub. Reading the rows is `readers.py`'s work.
+`inputs/spec.py` says what may stand around these: slices, revisions, options, weights and names. What exists on disk
+wins over the Hub. Reading the rows is `readers.py`'s work.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from btrm_core import files
-from btrm_core import files as files_module
-from btrm_core.console import quiet_libraries
-from btrm_core.errors import DataError, did_you_mean, first_line
+from btrm_core.data.inputs import hub
+from btrm_core.data.inputs.spec import Slice, Spec, expand, is_pattern, parse_spec
+from btrm_core.data.inputs.streams import PACKED, STANDARD_INPUT, kind_of_file, local_path, spooled
+from btrm_core.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     import datasets
 
-Kind = Literal["jsonl", "json", "csv", "parquet", "table"]
+Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "table"]
 
 
 _KINDS: dict[str, Kind] = {
@@ -38,25 +40,16 @@ _KINDS: dict[str, Kind] = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
-
-
-ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz) or .parquet"
-
+ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet or .arrow"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
+_HUB_ADDRESS = re.compile(r"(?:hf://datasets/|https?://huggingface\.co/datasets/)(.+)")
 _SPLIT_NAMES = ("train", "validation", "valid", "dev", "test", "eval")
-
-
 _SPLIT_WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLIT_NAMES)})(?=[-_./]|$)", re.IGNORECASE)
-
-
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?=\.)")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-
-
-_HUB_TIMEOUT_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,9 @@ class Source:
         path: the file; None for a table.
         table: the rows of a `save_to_disk` folder or a Hub data set, memory-mapped.
         content: SHA-256 of the content, or what stands for it.
+        rows: the slice of the rows that is meant; None for all.
+        weight: what every pair of it counts in the loss.
+        label: the user's own name for it.
     """
 
     where: str
@@ -78,10 +74,15 @@ class Source:
     content: str
     path: Path | None = None
     table: datasets.Dataset | None = field(default=None, repr=False, compare=False)
+    rows: Slice | None = None
+    weight: float = 1.0
+    label: str | None = None
 
     @property
     def subset(self) -> str:
-        """The subset of rows that name none: the source's name without its endings."""
+        """The subset of rows that name none: the user's name, else the source's without its endings."""
+        if self.label:
+            return self.label
         return self.name if self.kind == "table" else _stem(self.name)
 
 
@@ -97,7 +98,7 @@ def resolve(specs: Sequence[str], root: Path) -> Resolved:
     """Find every source, in the order given; nothing is read yet but the content hashes.
 
     Args:
-        specs: what the user wrote, one string per source.
+        specs: what the user wrote, one string per source; `inputs/spec.py` says what may stand there.
         root: the cache directory (content hashes are remembered there).
 
     Raises:
@@ -115,19 +116,59 @@ def resolve(specs: Sequence[str], root: Path) -> Resolved:
     return Resolved(tuple(sources), tuple(notes))
 
 
-def _resolve_one(spec: str, root: Path) -> tuple[list[Source], list[str]]:
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _folder(spec, path, None, root)
-    if path.exists():
-        return [_file(spec, path, root)], []
-    before, colon, split = spec.rpartition(":")
-    if colon and before and Path(before).expanduser().is_dir():
-        return _folder(before, Path(before).expanduser(), split, root)
-    name, *rest = spec.split(":")
-    if not _HUB_ID.fullmatch(name) or len(rest) > 2 or _kind(Path(name)) or _local_typo(path):
-        raise _missing(spec, path)
-    return [_hub(spec, name, rest)], []
+def _resolve_one(text: str, root: Path) -> tuple[list[Source], list[str]]:
+    text = match.group(1) if (match := _HUB_ADDRESS.fullmatch(text)) else text
+    spec = parse_spec(text, lambda place: kind_of_file(local_path(place), place) != "")
+    made, notes = _found(spec, root)
+    sources = []
+    for source in made:
+        content = files.digest(source.content, str(spec.rows)) if spec.rows else source.content
+        changed = replace(source, content=content, rows=spec.rows, weight=spec.weight, label=spec.name)
+        sources.append(replace(changed, name=spec.name) if spec.name and len(made) == 1 else changed)
+    if spec.rows and len(sources) > 1:
+        notes = [*notes, f"{spec.text}: the slice is taken of each of the {len(sources)} files"]
+    return sources, notes
+
+
+def _found(spec: Spec, root: Path) -> tuple[list[Source], list[str]]:
+    """The sources at the place of a spec, and what should be said about them."""
+    path = local_path(spec.place)
+    kind = kind_of_file(path, spec.place)
+    where = spec.place
+    if kind == "folder":
+        if inner := spec.option("data_dir"):
+            path, where = path / inner, f"{where.rstrip('/')}/{inner}"
+        if kind_of_file(path, where) != "folder":
+            raise DataError(f"no such folder: '{where}'.")
+        return _folder(where, path, spec.split, root)
+    if kind == "pipe":
+        return [_piped(where, root)], []
+    if kind == "file":
+        if spec.parts:
+            raise DataError(f"'{where}' is a file and has no splits. Drop ':{':'.join(spec.parts)}'.")
+        return [_file(where, path, root)], []
+    if is_pattern(where):
+        return _pattern(where, root)
+    if not _HUB_ID.fullmatch(where) or len(spec.parts) > 2 or _kind(Path(where)) or _local_typo(path):
+        raise _missing(where, path)
+    # The builder's fingerprint follows the repository's revision and the split.
+    table = hub.load(spec)
+    asked = [spec.place, spec.config, spec.split or "train", *map(list, spec.options)]
+    return [Source(spec.text, where, "table", files.digest(*asked, table._fingerprint), table=table)], []
+
+
+def _pattern(where: str, root: Path) -> tuple[list[Source], list[str]]:
+    found = [path for path in expand(str(local_path(where))) if kind_of_file(path, str(path)) == "file" and _kind(path)]
+    if not found:
+        raise DataError(f"no file fits the pattern '{where}': expected files ending in {ACCEPTED}.")
+    return [_file(str(path), path, root) for path in found], []
+
+
+def _piped(where: str, root: Path) -> Source:
+    path = spooled(where, root)
+    name = "stdin" if where in STANDARD_INPUT else Path(where).name
+    kind = _kind(Path(where)) or _kind(path) or "json"
+    return Source(where, name, kind, files.file_sha256(path, root), path)
 
 
 def _file(where: str, path: Path, root: Path) -> Source:
@@ -140,23 +181,38 @@ def _file(where: str, path: Path, root: Path) -> Source:
 def _folder(where: str, folder: Path, split: str | None, root: Path) -> tuple[list[Source], list[str]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved(where, folder, split, root)
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and _kind(path)
-        and path.name not in _NOT_DATA
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files:
+    found = _data_files(where, folder)
+    if not found:
         raise DataError(f"the folder '{where}' holds no data: expected files ending in {ACCEPTED}.")
     by_split: dict[str, list[Path]] = {}
-    for path in files:
+    for path in found:
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
     chosen = _choose(where, list(by_split), split)
     left = [path.relative_to(folder).as_posix() for name in by_split if name != chosen for path in by_split[name]]
     notes = [f"{where}: the split '{chosen}' is used; left out: {_shorten(left)}"] if left else []
     return [_file(f"{where.rstrip('/')}/{p.relative_to(folder)}", p, root) for p in by_split[chosen]], notes
+
+
+def _data_files(where: str, folder: Path) -> list[Path]:
+    """The data files of a folder, at any depth, but for hidden ones.
+
+    Raises:
+        DataError: a folder cannot be read, or a data file is a link to nothing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read '{error.filename}': {error.strerror}.") from error
+
+    found = []
+    for base, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(base, name)
+            if name.startswith(".") or name in _NOT_DATA or _kind(path) is None:
+                continue
+            if kind_of_file(path, f"{where.rstrip('/')}/{path.relative_to(folder)}") == "file":
+                found.append(path)
+    return sorted(found)
 
 
 def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[list[Source], list[str]]:
@@ -165,7 +221,7 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # any library underneath may raise its own type
-        raise DataError(f"cannot load the data set folder '{where}': {_sentence(error)}") from error
+        raise DataError(f"cannot load the data set folder '{where}': {hub.first_line(error)}") from error
     notes = []
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose(where, list(loaded), split)
@@ -174,63 +230,9 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
         loaded, folder = loaded[chosen], folder / chosen
     elif split is not None:
         raise DataError(f"the data set folder '{where}' has no splits. Drop ':{split}'.")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    content = files_module.digest([[path.name, files_module.file_sha256(path, root)] for path in files])
-    name = Path(where).expanduser().resolve().name
-    return [Source(where, name, "table", content, table=loaded)], notes
-
-
-def _hub(spec: str, name: str, rest: list[str]) -> Source:
-    import datasets
-
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
-    reached = _reach(spec, name)
-    try:
-        with quiet_libraries(), contextlib.nullcontext() if reached else _only_the_cache():
-            table = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the Hub client, the data set's builder and Arrow raise what they like
-        hint = "Check the id, the split and the connection, or pass a local file."
-        if not reached:
-            hint = "The Hub cannot be reached and the data set is not in its cache; pass a local file."
-        raise DataError(f"cannot load '{spec}' from the Hugging Face Hub: {_sentence(error)} {hint}") from error
-    # The builder's fingerprint follows the repository's revision and the split.
-    return Source(spec, name, "table", files.digest(name, config, split, table._fingerprint), table=table)
-
-
-def _reach(spec: str, name: str) -> bool:
-    """Return False if the Hub cannot be reached; loading would retry for half a minute to find out.
-
-    Raises:
-        DataError: the Hub answers that there is no such data set.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_SECONDS)
-    except RepositoryNotFoundError as error:
-        raise DataError(
-            f"'{spec}' is neither a file here nor a data set of the Hugging Face Hub. "
-            "Check the spelling; for a private data set, log in with 'hf auth login'."
-        ) from error
-    except Exception:  # offline, proxy, time-out: the cache may still have it
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _only_the_cache() -> Iterator[None]:
-    """Let the Hub client answer from its cache alone."""
-    import datasets
-    import huggingface_hub.constants as hub
-
-    before = (datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE)
-    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+    parts = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = files.digest([[path.name, files.file_sha256(path, root)] for path in parts])
+    return [Source(where, local_path(where).resolve().name, "table", content, table=loaded)], notes
 
 
 def _choose(where: str, splits: list[str], wanted: str | None) -> str:
@@ -250,20 +252,23 @@ def _choose(where: str, splits: list[str], wanted: str | None) -> str:
 
 def _split_of(path: Path) -> str:
     """The split a file belongs to by its name or its folder's, or an empty string."""
+    if shard := _SHARD.match(path.name):
+        return shard.group(1)
     words = _SPLIT_WORD.findall(path.as_posix())
     return words[-1].lower() if words else ""
 
 
 def _kind(path: Path) -> Kind | None:
     endings = [ending.lower() for ending in path.suffixes]
-    if endings and endings[-1] == ".gz":
+    if endings and endings[-1] in PACKED:
         kind = _KINDS.get(endings[-2]) if len(endings) > 1 else None
-        return None if kind == "parquet" else kind
+        return None if kind in ("parquet", "arrow") else kind
     return _KINDS.get(endings[-1]) if endings else None
 
 
 def _stem(name: str) -> str:
-    name = name.removesuffix(".gz")
+    if Path(name).suffix in PACKED:
+        name = Path(name).stem
     return name[: -len(Path(name).suffix)] if Path(name).suffix in _KINDS else name
 
 
@@ -292,7 +297,3 @@ def _missing(spec: str, path: Path) -> DataError:
 def _shorten(names: Sequence[str], shown: int = 6) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{first_line(error).removesuffix('.')}."

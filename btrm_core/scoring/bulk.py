@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
-import gzip
 import json
 import os
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from btrm_core import files
-from btrm_core.data import cache_root
+from btrm_core.data import PACKED, Naming, cache_root, data_path, opened
 from btrm_core.errors import DataError
-from btrm_core.scoring.records import CONVERSATION, PAIR, RESPONSES, Record, read_record, written
+from btrm_core.scoring.records import (
+    CONVERSATION,
+    OWN_NAME,
+    PAIR,
+    RESPONSES,
+    Record,
+    read_record,
+    what_was_added,
+    written,
+)
 from btrm_core.scoring.scorer import Responses, Rewards, Scorer
 
 
@@ -32,12 +40,16 @@ class Tally:
         failed: lines with an `error`.
         truncated: lines whose prompt was cut.
         first_error: the first `error`.
+        renamed: lines with a key of their own that what is added is called like.
+        noted: what was understood in a way the user should know, or left unused, of the lines read by this call.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
     failed: int = 0
     truncated: int = 0
     first_error: str = ""
+    renamed: int = 0
+    noted: Counter[str] = field(default_factory=Counter)
 
     @property
     def lines(self) -> int:
@@ -46,12 +58,14 @@ class Tally:
 
     def add(self, line: dict[str, Any]) -> None:
         """Count one line of the output."""
-        self.truncated += bool(line.get("truncated"))
-        if "error" in line:
+        added = what_was_added(line)
+        self.truncated += bool(added.get("truncated"))
+        self.renamed += any(key.startswith(OWN_NAME) and key.removeprefix(OWN_NAME) in added for key in line)
+        if "error" in added:
             self.failed += 1
-            self.first_error = self.first_error or str(line["error"])
+            self.first_error = self.first_error or str(added["error"])
             return
-        self.kinds[PAIR if "reward_margin" in line else RESPONSES if "rewards" in line else CONVERSATION] += 1
+        self.kinds[PAIR if "reward_margin" in added else RESPONSES if "rewards" in added else CONVERSATION] += 1
 
 
 def header_file(target: Path) -> Path:
@@ -132,21 +146,24 @@ class _Chunk:
 
     @property
     def groups(self) -> list[Responses]:
-        return [(record.prompt, record.responses) for record in self.records if record.error is None]
+        return [group for record in self.records if record.error is None for group in record.groups]
 
 
-def score_file(scorer: Scorer, source: str, output: str, *, overwrite: bool = False) -> str:
+def score_file(
+    scorer: Scorer, source: str, output: str, *, overwrite: bool = False, naming: Naming | None = None
+) -> str:
     """Give every line of a JSON Lines file its rewards; see `records` for what a line may be.
 
     Lines are written to `OUTPUT.partial`, which is renamed when it is complete. A call that finds the partial file of
     an interrupted one with the same input and the same model goes on after its last whole line. Empty lines are left
-    out.
+    out. What is no regular file (`-`, `/dev/stdout`, a pipe, `/dev/null`) is written to as it stands.
 
     Args:
         scorer: the model.
-        source: a JSON Lines file, also gzipped.
-        output: the file to write.
+        source: a JSON Lines file, also packed, a pipe, or `-` for standard input.
+        output: the file to write; a link is followed. `-` is standard output.
         overwrite: replace a finished output.
+        naming: the user's own names of columns and roles.
 
     Returns:
         One line with counts and speed.
@@ -154,84 +171,126 @@ def score_file(scorer: Scorer, source: str, output: str, *, overwrite: bool = Fa
     Raises:
         DataError: the input cannot be read, the output exists or cannot be written, or not one line could be scored.
     """
-    path, target = Path(source), Path(output)
-    _check_places(path, target, overwrite)
-    header = {
-        "format": FORMAT_VERSION,
-        "input": files.file_sha256(path, cache_root()),
-        "model": scorer.identity,
-    }
+    path = _input(source)
+    target = files.output_file(output)
+    work = _Work(scorer, path, naming or Naming())
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file(target, header) as (stream, done):
-            started, before = time.monotonic(), done.lines
-            units = _score_lines(scorer, path, stream, done)
-            seconds = time.monotonic() - started
-            os.fsync(stream.fileno())
-            if done.failed < done.lines:
-                Path(stream.name).replace(target)
-            else:
-                Path(stream.name).unlink()
-            header_file(target).unlink(missing_ok=True)
+        if target is None:
+            with files.output_stream(output) as stream:
+                done, seconds, before = _streamed(work, stream), work.seconds, 0
+        else:
+            _check_target(path, target, overwrite)
+            done, before = _to_file(work, target)
+            seconds = work.seconds
     except OSError as error:
-        raise DataError(
-            f"cannot write {target}: {error.strerror or error}; the same command goes on from the last whole line"
-        ) from error
+        again = "; the same command goes on from the last whole line" if target else ""
+        raise DataError(f"cannot write {target or output}: {error.strerror or error}{again}") from error
     if not done.lines:
         raise DataError(f"{source} holds no lines")
     if done.failed == done.lines:
         raise DataError(f"none of the {done.lines:,} lines of {source} could be scored; {done.first_error}")
-    return summary(done, done.lines - before, units, seconds, target)
+    return summary(done, done.lines - before, work.units, seconds, target or Path(output))
 
 
-def _check_places(path: Path, target: Path, overwrite: bool) -> None:
-    if not path.is_file():
-        raise DataError(f"there is no file {path}; expected a JSON Lines file of conversations, pairs or responses")
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith(_OTHER_FORMATS):
+@dataclass
+class _Work:
+    """What a call scores with and from, and what it has done."""
+
+    scorer: Scorer
+    path: Path
+    naming: Naming
+    units: int = 0
+    seconds: float = 0.0
+
+
+def _to_file(work: _Work, target: Path) -> tuple[Tally, int]:
+    """Score into `TARGET.partial`, which becomes the target; returns the tally and the lines from before."""
+    header = {
+        "format": FORMAT_VERSION,
+        "input": files.file_sha256(work.path, cache_root()),
+        "model": work.scorer.identity,
+        **({"map": repr(work.naming)} if work.naming else {}),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file(target, header) as (stream, done):
+        before = done.lines
+        _score_lines(work, stream, done)
+        os.fsync(stream.fileno())
+        if done.failed < done.lines:
+            Path(stream.name).replace(target)
+        else:
+            Path(stream.name).unlink()
+        header_file(target).unlink(missing_ok=True)
+    return done, before
+
+
+def _streamed(work: _Work, stream: IO[bytes]) -> Tally:
+    done = Tally()
+    _score_lines(work, stream, done)
+    return done
+
+
+def _input(source: str) -> Path:
+    """The file to read: `source`, or the copy of a pipe."""
+    path, kind = data_path(source, cache_root())
+    if kind != "file":
+        what = "a folder" if kind == "folder" else "no file"
+        raise DataError(f"there is {what} {source}; expected a JSON Lines file of conversations, pairs or responses")
+    name = path.name.lower()
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    if name.endswith(_OTHER_FORMATS) and path == Path(source).expanduser():
         raise DataError(f"{path} is not JSON Lines; expected one JSON object a line (.jsonl, also .jsonl.gz)")
-    if target.suffix.lower() == ".gz":
-        raise DataError(f"{target} would be written as plain text; name it without .gz")
+    return path
+
+
+def _check_target(path: Path, target: Path, overwrite: bool) -> None:
+    if target.suffix.lower() in PACKED:
+        raise DataError(f"{target} would be written as plain text; name it without {target.suffix}")
     if target.exists() and (target.is_dir() or target.samefile(path)):
         raise DataError(f"cannot write to {target}: it is {'a directory' if target.is_dir() else 'the input'}")
     if target.exists() and not overwrite:
         raise DataError(f"{target} exists already; name another output, or replace it with --overwrite")
 
 
-def _score_lines(scorer: Scorer, path: Path, stream: IO[bytes], done: Tally) -> int:
-    """Score what follows the lines that are done; returns the number of rewards given."""
+def _score_lines(work: _Work, stream: IO[bytes], done: Tally) -> None:
+    """Score what follows the lines that are done."""
     from tqdm import tqdm
 
-    budget = ROWS_AHEAD * scorer.tokens_per_batch * _CHARACTERS_PER_TOKEN
-    units, waiting = 0, []
+    budget = ROWS_AHEAD * work.scorer.tokens_per_batch * _CHARACTERS_PER_TOKEN
+    waiting: list[_Chunk] = []
 
     def groups(chunks: Iterator[_Chunk]) -> Iterator[Sequence[Responses]]:
         for chunk in chunks:
             waiting.append(chunk)
             yield chunk.groups
 
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
+    bar = tqdm(total=work.path.stat().st_size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
     with bar:
         started = time.monotonic()
-        for scored in scorer.stream(groups(_chunks(path, done.lines, budget))):
+        for scored in work.scorer.stream(groups(_chunks(work, done.lines, budget))):
             chunk = waiting.pop(0)
             lines = _output_lines(chunk, iter(scored))
             stream.write(b"".join(_encoded(line) for line in lines))
             stream.flush()
             for line in lines:
                 done.add(line)
-            units += sum(reward is not None for one in scored for reward in one.rewards)
+            for record in chunk.records:
+                done.noted.update(record.noted)
+            work.units += sum(reward is not None for one in scored for reward in one.rewards)
             bar.update(chunk.position - bar.n)
-            speed = units / max(1e-9, time.monotonic() - started)
+            work.seconds = time.monotonic() - started
+            speed = work.units / max(1e-9, work.seconds)
             bar.set_postfix_str(f"{done.lines:,} lines, {speed:.1f} rewards/s")
-    return units
 
 
 def _output_lines(chunk: _Chunk, scored: Iterator[Rewards]) -> list[dict[str, Any]]:
     lines = []
     for record in chunk.records:
-        result = Rewards((), (), False) if record.error is not None else next(scored)
-        lines.append(written(record, result.rewards, result.errors, result.truncated))
+        parts = [next(scored) for _ in record.groups] if record.error is None else []
+        rewards = tuple(reward for part in parts for reward in part.rewards)
+        errors = tuple(error for part in parts for error in part.errors)
+        lines.append(written(record, rewards, errors, any(part.truncated for part in parts)))
     return lines
 
 
@@ -242,37 +301,39 @@ def _encoded(line: dict[str, Any]) -> bytes:
         return (json.dumps(line) + "\n").encode("ascii")
 
 
-def _chunks(path: Path, skip: int, budget: int) -> Iterator[_Chunk]:
+def _chunks(work: _Work, skip: int, budget: int) -> Iterator[_Chunk]:
     """Read the lines after the first `skip`, in chunks of about `budget` characters."""
     records: list[Record] = []
     size = number = seen = 0
-    with path.open("rb") as file:
-        packed = file.peek(2)[:2] == b"\x1f\x8b"
-        lines = cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if packed else file
-        if not packed and file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    path = work.path
+    with opened(path) as (lines, packed):
+        if lines.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise DataError(f"{path} is UTF-16, expected UTF-8. Convert it with: iconv -t UTF-8")
+        problem: str | None = None
         try:
             for raw in lines:
+                if packed.broken and not raw.endswith(b"\n"):  # half a line
+                    break
                 number += 1
                 if not raw.strip():
                     continue
                 seen += 1
                 if seen <= skip:
                     continue
-                records.append(read_record(raw, number))
+                records.append(read_record(raw, number, work.naming))
                 size += len(raw)
                 if size >= budget or len(records) >= _MOST_RECORDS:
-                    yield _Chunk(records, file.tell())
+                    yield _Chunk(records, packed.position)
                     records, size = [], 0
-        except (EOFError, OSError, zlib.error) as error:
-            if records:
-                yield _Chunk(records, file.tell())
-            raise DataError(
-                f"{path} cannot be read after line {number} ({error}); the file may be cut short. The rewards up to "
-                "there are kept in the partial output"
-            ) from error
+        except OSError as error:
+            problem = str(error)
         if records:
-            yield _Chunk(records, file.tell())
+            yield _Chunk(records, packed.position)
+        if problem := problem or packed.broken:
+            raise DataError(
+                f"{path} cannot be read after line {number} ({problem}); the file may be cut short. The rewards up to "
+                "there are kept in the partial output"
+            )
 
 
 def summary(done: Tally, new_lines: int, units: int, seconds: float, target: Path) -> str:
@@ -295,4 +356,8 @@ def summary(done: Tally, new_lines: int, units: int, seconds: float, target: Pat
         text += f"; {done.truncated:,} truncated"
     if done.failed:
         text += f"; {done.failed:,} not scored ({done.first_error})"
+    if done.renamed:
+        text += f"; {done.renamed:,} have keys of these names, so that the rewards are called {OWN_NAME}..."
+    if done.noted:
+        text += "; " + ", ".join(f"{what} ({number:,})" for what, number in done.noted.most_common(5))
     return text

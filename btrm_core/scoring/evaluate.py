@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from btrm_core.data import TokenStore, encode_pairs, load_pairs
+from btrm_core.data import Naming, TokenStore, encode_pairs, load_pairs
 from btrm_core.errors import CheckpointError
 from btrm_core.evaluation import Judged, figures_of
 from btrm_core.packing import Bundle, divided
@@ -18,12 +18,13 @@ from btrm_core.scoring.scorer import Scorer
 _EVALUATED_TOGETHER = 512
 
 
-def evaluate_sources(scorer: Scorer, sources: Sequence[str]) -> dict[str, Any]:
+def evaluate_sources(scorer: Scorer, sources: Sequence[str], naming: Naming | None = None) -> dict[str, Any]:
     """Evaluate a model on preference pairs, each source by itself and all together.
 
     Args:
         scorer: the model.
         sources: files, folders and hub ids, as for `btrm train --data`.
+        naming: the user's own names of columns and roles.
 
     Returns:
         JSON values: `model`, `family`, `dtype`, `overall` and `sources` with the figures of `evaluation.figures_of`;
@@ -39,7 +40,7 @@ def evaluate_sources(scorer: Scorer, sources: Sequence[str]) -> dict[str, Any]:
     by_source: dict[str, Any] = {}
     bad = seconds = 0.0
     for source in dict.fromkeys(sources):
-        data = load_pairs([source])
+        data = load_pairs([source], naming=naming)
         pairs = encode_pairs(data, scorer.chat, scorer.max_length)
         started = time.monotonic()
         rewards_P2 = encoded_rewards(scorer, pairs, source)
@@ -66,7 +67,7 @@ def evaluate_sources(scorer: Scorer, sources: Sequence[str]) -> dict[str, Any]:
 
 
 def _issues_text(issues: Any) -> str:
-    return str(issues.format()) if issues.bad or issues.skipped else ""
+    return str(issues.format()) if issues.noteworthy else ""
 
 
 def encoded_rewards(scorer: Scorer, pairs: TokenStore, name: str = "") -> np.ndarray:

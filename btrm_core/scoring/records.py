@@ -5,38 +5,49 @@ line                            meaning                              added to it
 ==============================  ===================================  ================================================
 {"messages": [...]}, or [...]   a conversation that ends with the    reward
                                 assistant's message
-{"chosen", "rejected"}          a pair, as for training              chosen_reward, rejected_reward, reward_margin
-{"prompt", "responses": [...]}  N responses to a prompt (text or     rewards, in the order of the responses
-                                messages; `system` is put before)
 {"prompt", "response"}          one response                         reward
+{"chosen", "rejected"}          a pair, as for training              chosen_reward, rejected_reward, reward_margin
+{"prompt", "responses": [...]}  N responses to a prompt, with or     rewards, in the order of the row (of a row with
+                                without scores; also two and a       several chosen answers: these, then the others)
+                                winner, and the other shapes
 ==============================  ===================================  ================================================
 
+A line is understood by the parser of the training rows, with every shape and name it knows (`data/convert.py`); no
+preference is needed, and the two sides of a pair may have prompts of their own.
+
 `"truncated": true` is added where the beginning of a prompt was cut. What cannot be scored gets null for its reward and
-an `error` that names the line. A line that is no JSON becomes an object with an `error` alone.
+an `error` that names the line. A line that is no JSON becomes an object with an `error` alone. Nothing of the line is
+replaced: where it has a key of one of these names, what is added is called `btrm_NAME`.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from btrm_core.data import ROLES, Message, RowError, convert_row, shown
+from btrm_core.data import (
+    Message,
+    Naming,
+    RowError,
+    RowView,
+    conversations_of,
+    is_content,
+    json_value,
+    parse_json_line,
+    shown,
+)
 
 CONVERSATION, PAIR, RESPONSES = "conversation", "pair", "responses"
-
-
+OWN_NAME = "btrm_"
+"""Put before the name of what is added where the line has a key of that name."""
+_KINDS = {"single": CONVERSATION, "pair": PAIR}
 _REWARDS: dict[str, tuple[str, ...]] = {
     CONVERSATION: ("reward",),
     PAIR: ("chosen_reward", "rejected_reward", "reward_margin"),
     RESPONSES: ("rewards",),
 }
-
-
-_NOT_SCORED = ("id", "subset", "margin", "weight")
-
-
-_ADDED = {"truncated", "error", *(name for names in _REWARDS.values() for name in names)}
+Answered = tuple[list[Message], list[str]]
 
 
 @dataclass(frozen=True)
@@ -47,46 +58,71 @@ class Record:
         line: its number in the file, from 1.
         row: the JSON object as read; empty if there is none.
         kind: one of the three kinds, or "" if that cannot be told.
-        prompt: the messages before the last.
-        responses: the assistant's last messages: 1, 2 (chosen, rejected) or N.
+        conversations: prompt and answer of every response, in the order of the row.
         error: why not.
+        noted: what was understood in a way the user should know, and what was left unused.
     """
 
     line: int
     row: dict[str, Any]
     kind: str = ""
-    prompt: list[Message] = field(default_factory=list)
-    responses: list[str] = field(default_factory=list)
+    conversations: Sequence[tuple[list[Message], str]] = ()
     error: str | None = None
+    noted: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages before the answer, of the first conversation."""
+        return self.conversations[0][0] if self.conversations else []
+
+    @property
+    def responses(self) -> list[str]:
+        """The answers."""
+        return [answer for _, answer in self.conversations]
+
+    @property
+    def groups(self) -> list[Answered]:
+        """The conversations with those that share a prompt together: one group, or one for each."""
+        if not self.conversations:
+            return []
+        prompt = self.conversations[0][0]
+        if all(other == prompt for other, _ in self.conversations):
+            return [(prompt, [answer for _, answer in self.conversations])]
+        return [(own, [answer]) for own, answer in self.conversations]
 
 
-def read_record(raw: bytes, line: int) -> Record:
+def read_record(raw: bytes, line: int, naming: Naming | None = None) -> Record:
     """Understand one line of a file.
 
-    >>> read_record(b'{"prompt": "2+2?", "response": "4"}', 1).prompt
-    [{'role': 'user', 'content': '2+2?'}]
+    Args:
+        raw: the line.
+        line: its number, from 1.
+        naming: the user's own names of columns and roles.
+
+    >>> read_record(b'{"prompt": "2+2?", "response": "4"}', 1).groups
+    [([{'role': 'user', 'content': '2+2?'}], ['4'])]
     >>> read_record(b'{"prompt": "2+2?"}', 7).error
     "expected 'messages', 'chosen' and 'rejected', or 'prompt' and 'responses'; the row has prompt"
     """
     try:
-        value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        return Record(line, {}, error=f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
-    except (ValueError, RecursionError) as error:
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        return Record(line, {}, error=f"not JSON: {getattr(error, 'msg', error)}{column}")
+        value = parse_json_line(raw, line)
+    except RowError as error:
+        return Record(line, {}, error=str(error))
     row = {"messages": value} if isinstance(value, list) else value
     if not isinstance(row, dict):
         return Record(line, {}, error=f"the line is {shown(value)}, expected an object or a list of messages")
-    kind = _kind(row)
+    view = RowView(row, naming)
     try:
-        prompt, responses = _content(row, kind)
+        shape, conversations = conversations_of(view)
     except RowError as error:
-        return Record(line, row, kind, error=str(error))
-    return Record(line, row, kind, prompt, responses)
+        return Record(line, row, _kind(row), error=str(error))
+    lost = [name for name in view.unused if name in view.parts_unused or is_content(name)]
+    noted = frozenset([*view.remarks, *(f"{name} not used" for name in lost)])
+    return Record(line, row, _KINDS.get(shape.kind, RESPONSES), conversations, noted=noted)
 
 
 def _kind(row: dict[str, Any]) -> str:
+    """What a line that cannot be scored was meant to be."""
     if row.get("chosen") is not None or row.get("rejected") is not None:
         return PAIR
     if row.get("responses") is not None:
@@ -94,84 +130,47 @@ def _kind(row: dict[str, Any]) -> str:
     return CONVERSATION if row.get("messages") is not None or row.get("response") is not None else ""
 
 
-def _content(row: dict[str, Any], kind: str) -> tuple[list[Message], list[str]]:
-    if kind == PAIR:
-        pair = convert_row({key: value for key, value in row.items() if key not in _NOT_SCORED})[0]
-        return pair.prompt, [pair.chosen, pair.rejected]
-    if kind == RESPONSES:
-        responses = row["responses"]
-        if not isinstance(responses, list) or not responses:
-            raise RowError("wrong type", f"'responses' is {shown(responses)}, expected a list of at least one")
-        return _prompt(row), [_response(r, f"responses[{i}]") for i, r in enumerate(responses)]
-    if row.get("messages") is not None:
-        *prompt, last = _messages(row["messages"], "messages")
-        if last["role"] != "assistant":
-            raise RowError("wrong role", f"the last message is from '{last['role']}', expected 'assistant'")
-        return prompt, [last["content"]]
-    if row.get("response") is not None:
-        return _prompt(row), [_response(row["response"], "response")]
-    has = ", ".join(list(row)[:8]) or "nothing"
-    raise RowError(
-        "missing key",
-        f"expected 'messages', 'chosen' and 'rejected', or 'prompt' and 'responses'; the row has {has}",
-    )
-
-
-def _prompt(row: dict[str, Any]) -> list[Message]:
-    value, system = row.get("prompt"), row.get("system")
-    if value is None:
-        raise RowError("missing key", "missing key 'prompt': there is nothing the response answers")
-    prompt = [{"role": "user", "content": value}] if isinstance(value, str) else _messages(value, "prompt")
-    if isinstance(system, str) and system and prompt[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *prompt]
-    return prompt
-
-
-def _response(value: Any, where: str) -> str:
-    """The text of a response: text, or the assistant's message (alone or in a list)."""
-    if isinstance(value, str):
-        return value
-    messages = _messages(value if isinstance(value, list) else [value], where)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowError("wrong type", f"'{where}' is {shown(value)}, expected text or one message of the assistant")
-    return messages[0]["content"]
-
-
-def _messages(value: Any, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise RowError("wrong type", f"'{where}' is {shown(value)}, expected a list of messages")
-    messages = []
-    for index, message in enumerate(value):
-        place = f"{where}[{index}]"
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise RowError("wrong type", f"'{place}' is {shown(message)}, expected 'role' and 'content' with text")
-        if message.get("role") not in ROLES:
-            role = shown(message.get("role"))
-            raise RowError("unknown role", f"unknown role {role} in '{place}', expected {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
-
-
 def written(
     record: Record, rewards: tuple[float | None, ...], errors: tuple[str | None, ...], truncated: bool
 ) -> dict[str, Any]:
-    """The output object of a record: its row with the rewards of its responses, and what the user should know."""
-    out = {key: value for key, value in record.row.items() if key not in _ADDED}
+    """The output object of a record: its row, then the rewards of its responses and what the user should know."""
+    added: dict[str, Any] = {}
     short = [None if reward is None else shortest(reward) for reward in rewards]
     if record.kind == CONVERSATION:
-        out["reward"] = short[0] if short else None
+        added["reward"] = short[0] if short else None
     elif record.kind == PAIR:
         chosen, rejected = short or (None, None)
-        out["chosen_reward"], out["rejected_reward"] = chosen, rejected
         known = chosen is not None and rejected is not None
-        out["reward_margin"] = shortest(rewards[0] - rewards[1]) if known else None  # type: ignore[operator]
+        margin = shortest(rewards[0] - rewards[1]) if known else None  # type: ignore[operator]
+        added |= {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": margin}
     elif record.kind == RESPONSES:
-        out["rewards"] = short or None
+        added["rewards"] = short or None
     if truncated:
-        out["truncated"] = True
+        added["truncated"] = True
     if reason := record.error or _reason(record.kind, errors):
-        out["error"] = f"line {record.line}: {reason}"
-    return out
+        added["error"] = f"line {record.line}: {reason}"
+    row = json_value(record.row)
+    named = {f"{OWN_NAME}{name}" if name in row else name: value for name, value in added.items()}
+    return {**{key: value for key, value in row.items() if key not in named}, **named}
+
+
+def what_was_added(line: dict[str, Any]) -> dict[str, Any]:
+    """The part of an output line that `written` added, under its plain names: it stands at the end.
+
+    >>> what_was_added({"error": "mine", "reward": 7, "btrm_reward": 0.5, "truncated": True})
+    {'reward': 0.5, 'truncated': True}
+    """
+    order = ["error", "truncated", *("reward_margin", "rejected_reward", "chosen_reward", "rewards", "reward")]
+    found: dict[str, Any] = {}
+    for key in reversed(line):
+        name = key.removeprefix(OWN_NAME)
+        if name not in order:
+            break
+        found = {name: line[key], **found}
+        if name in ("chosen_reward", "rewards", "reward"):
+            break
+        order = order[order.index(name) + 1 :]
+    return found
 
 
 def _reason(kind: str, errors: tuple[str | None, ...]) -> str | None:

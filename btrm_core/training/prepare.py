@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,7 @@ from btrm_core.data import (
     drop_overlap,
     encode_pairs,
     load_pairs,
+    parse_naming,
     sample_path,
     split_held_out,
 )
@@ -131,10 +133,11 @@ def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = Non
 def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     data = config.data
     scored, ties = cast("WhichPairs", data.scored), cast("Ties", data.ties)
-    rows = load_pairs(data.train, strict=data.strict, cache_dir=data.cache_dir, scored=scored, ties=ties)
+    read = partial(load_pairs, strict=data.strict, cache_dir=data.cache_dir, naming=parse_naming(data.map))
+    rows = read(data.train, scored=scored, ties=ties)
     held_out: PairData | None = None
     if data.eval:
-        held_out = load_pairs(data.eval, strict=data.strict, cache_dir=data.cache_dir, scored=scored)
+        held_out = read(data.eval, scored=scored)
         rows, _ = drop_overlap(rows, held_out)
     issues = {"train": rows.issues, **({"eval": held_out.issues} if held_out is not None else {})}
     if not data.eval and data.held_out_fraction > 0:

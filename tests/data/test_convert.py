@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core.data.convert import convert_row, parse_transcript
-from btrm_core.data.formats import RowError, group_single_responses, shown
+from btrm_core.data.convert import convert_row
+from btrm_core.data.formats import group_single_responses
+from btrm_core.data.shapes.text import transcript_turns
+from btrm_core.data.shapes.values import RowError, shown
 
 USER = {"role": "user", "content": "Name a prime."}
 GOOD = {"role": "assistant", "content": "7"}
@@ -144,14 +146,15 @@ def fails(row, kind, reason, bad=True, **options):
             "missing key 'content' in 'rejected[1]'",
         ),
         (
-            {**STANDARD, "chosen": [{"role": "bot", "content": "hi"}, GOOD]},
+            {**STANDARD, "chosen": [{"role": "judge", "content": "hi"}, GOOD]},
             "unknown role",
-            "unknown role 'bot' in 'chosen[0]', expected system, user, assistant",
+            "unknown role 'judge' in 'chosen[0]', expected system, user, assistant, tool; "
+            "name it with --map role.judge=user",
         ),
         (
-            {**STANDARD, "chosen": [{"from": "tool", "value": "hi"}, GOOD]},
+            {**STANDARD, "chosen": [{"from": "a judge", "value": "hi"}, GOOD]},
             "unknown role",
-            "unknown role 'tool' in 'chosen[0]', expected system, human, gpt",
+            "unknown role 'a judge' in 'chosen[0]', expected system, user, assistant, tool",
         ),
         (
             {**STANDARD, "rejected": [{"role": "user", "content": "Name a square."}, BAD]},
@@ -193,7 +196,9 @@ def fails(row, kind, reason, bad=True, **options):
         ),
         ({**STANDARD, "weight": True}, "wrong type", "'weight' is True (bool), expected a finite number"),
         ({**STANDARD, "weight": 0}, "wrong type", "'weight' is 0, expected a number above 0"),
-        ({**STANDARD, "id": [1]}, "wrong type", "'id' is [1] (list), expected text or a whole number"),
+        ({**STANDARD, "weight": 1e-46}, "wrong type", "'weight' is 1e-46, expected a number from 1e-09 to 1e+09"),
+        ({**STANDARD, "weight": 1e308}, "wrong type", "'weight' is 1e+308, expected a number from 1e-09 to 1e+09"),
+        ({**STANDARD, "margin": -1e300}, "wrong type", "'margin' is -1e+300, expected a number from -1e+09 to 1e+09"),
         (
             {"prompt": 5, "chosen": "7", "rejected": "8"},
             "wrong type",
@@ -213,9 +218,9 @@ def fails(row, kind, reason, bad=True, **options):
             "'scores' is of length 1, expected 2, one a response",
         ),
         (
-            {"prompt": "p", "responses": ["a", "b"], "scores": [1, None]},
-            "wrong type",
-            "'scores[1]' is None (NoneType), expected a finite number",
+            {"prompt": "p", "responses": ["a", "b"], "scores": ["N/A", None]},
+            "missing key",
+            "no response has a score: 'scores' is ['N/A', None] (list)",
         ),
         (
             {"prompt": "p", "responses": ["a", "b"]},
@@ -260,6 +265,8 @@ def test_rows_without_a_preference_are_not_bad():
         fails({**ab, "winner": winner}, "tie", "'response_a' and 'response_b' are tied, no preference", bad=False)
     row = {"prompt": "p", "responses": ["a", "b"], "scores": [3, 3]}
     fails(row, "tie", "all 2 responses have the score 3, no preference", bad=False)
+    row = {"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}
+    fails(row, "only one response", "only one of the 2 responses has a score, nothing to compare", bad=False)
     row = {"prompt": "p", "responses": ["a"], "scores": [3]}
     fails(row, "only one response", "'responses' holds one response, nothing to compare", bad=False)
 
@@ -336,6 +343,9 @@ def test_standard_rows_round_trip(has_system, prompt, chosen, rejected):
     prompt = [{"role": "system", "content": "s"}, *prompt] if has_system else prompt
     sides = [[*prompt, {"role": "assistant", "content": text}] for text in (chosen, rejected)]
     row = {"chosen": sides[0], "rejected": sides[1]}
+    if not any(message["content"].strip() for message in prompt if message["role"] != "system"):
+        fails(row, "empty prompt", "the prompt of 'chosen' holds nothing but space")
+        return
     if chosen == rejected:
         fails(row, "chosen equals rejected", f"'chosen' and 'rejected' are the same answer: {shown(chosen)}")
         return
@@ -366,7 +376,9 @@ plain_turns = st.lists(
 @given(plain, plain_turns)
 def test_transcripts_round_trip(first, rest):
     messages = [{"role": "user", "content": first}, *rest]
-    assert parse_transcript(transcript(messages)) == messages
+    names = {"human": "user", "assistant": "assistant"}
+    turns = [{"role": names[who], "content": content} for who, content in transcript_turns(transcript(messages))]
+    assert turns == messages
 
 
 @settings(max_examples=50, deadline=None)

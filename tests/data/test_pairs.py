@@ -72,7 +72,7 @@ BAD_LINES = [
     json.dumps(row(1)),
     "{not json",
     json.dumps({"prompt": "p", "chosen": "a"}),
-    json.dumps({"chosen": [{"role": "bot", "content": "x"}], "rejected": []}),
+    json.dumps({"chosen": [{"role": "judge", "content": "x"}], "rejected": []}),
     json.dumps({"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}),
     *[json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"})] * 7,
     json.dumps(row(2)),
@@ -83,7 +83,8 @@ def test_bad_rows_are_counted_and_shown(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(BAD_LINES))
     (tmp_path / "empty.jsonl").touch()
-    expected = f"""13 rows read: 2 pairs, 11 bad rows, 1 left out
+    roles = "system, user, assistant, tool"
+    expected = f"""13 rows read: 2 pairs, 10 bad rows, 1 left out, 1 file without a row
   bad: chosen equals rejected (7)
     {path}:6: 'chosen' and 'rejected' are the same answer: 'a'
     {path}:7: 'chosen' and 'rejected' are the same answer: 'a'
@@ -96,8 +97,8 @@ def test_bad_rows_are_counted_and_shown(tmp_path):
   bad: missing key (1)
     {path}:3: missing key 'rejected' (the row has prompt, chosen)
   bad: unknown role (1)
-    {path}:4: unknown role 'bot' in 'chosen[0]', expected system, user, assistant
-  bad: empty file (1)
+    {path}:4: unknown role 'judge' in 'chosen[0]', expected {roles}; name it with --map role.judge=user
+  no row: empty file (1)
     {tmp_path}/empty.jsonl: the file is empty
   left out: tie (1)
     {path}:5: all 2 responses have the score 1, no preference"""
@@ -106,7 +107,8 @@ def test_bad_rows_are_counted_and_shown(tmp_path):
     assert first.issues.format() == again.issues.format() == expected
     assert ids(first) == ["a.jsonl:1", "a.jsonl:13"]
     assert first.issues == again.issues == IssueReport.from_dict(json.loads(json.dumps(first.issues.to_dict())))
-    assert first.issues.bad == 11
+    assert first.issues.bad == 10
+    assert (first.issues.rows, first.issues.used, sum(first.issues.skipped.values())) == (13, 2, 1)
     assert first.issues.noteworthy
 
 

@@ -93,7 +93,7 @@ def test_lines_of_all_kinds_keep_their_order(scorer: Scorer, tmp_path: Path) -> 
     }
     assert (out[5]["reward"], out[5]["error"]) == (
         None,
-        "line 7: the last message is from 'user', expected 'assistant'",
+        "line 7: the last message of 'messages' is from 'user', expected 'assistant'",
     )
     assert out[6] == {**rows[5], "reward": near["because"], "truncated": True}
     assert len(out) == 7

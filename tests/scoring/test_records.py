@@ -48,18 +48,23 @@ def test_a_system_message_is_put_before_the_prompt() -> None:
         (b'{"a": "\xff"}', "not UTF-8: byte 0xff at position 8"),
         (b"7", "the line is 7 (int), expected an object or a list of messages"),
         (b"{}", "expected 'messages', 'chosen' and 'rejected', or 'prompt' and 'responses'; the row has nothing"),
-        (b"[]", "'messages' is [] (list), expected a list of messages"),
-        (b'{"messages": ["Hi"]}', "'messages[0]' is 'Hi', expected 'role' and 'content' with text"),
-        (b'[{"role": "user", "content": "x"}]', "the last message is from 'user', expected 'assistant'"),
+        (b"[]", "'messages' is an empty list, expected messages"),
+        (b'{"messages": ["Hi"]}', "'messages[0]' is 'Hi', expected an object with 'role' and 'content'"),
+        (b'[{"role": "user", "content": "x"}]', "the last message of 'messages' is from 'user', expected 'assistant'"),
+        (
+            b'[{"role": "judge", "content": "x"}]',
+            "unknown role 'judge' in 'messages[0]', expected system, user, assistant, tool; "
+            "name it with --map role.judge=user",
+        ),
         (
             b'[{"role": "bot", "content": "x"}]',
-            "unknown role 'bot' in 'messages[0]', expected system, user, assistant",
+            "'messages' has no message before the answer",
         ),
-        (b'{"responses": ["a"]}', "missing key 'prompt': there is nothing the response answers"),
-        (b'{"prompt": "a", "responses": []}', "'responses' is [] (list), expected a list of at least one"),
+        (b'{"responses": ["a"]}', "missing key 'prompt': 'responses[0]' is text without its conversation"),
+        (b'{"prompt": "a", "responses": []}', "'responses' is [] (list), expected a list of responses"),
         (
             b'{"prompt": "a", "responses": [{"role": "user", "content": "x"}]}',
-            "'responses[0]' is {'role': 'user', 'content': 'x'} (dict), expected text or one message of the assistant",
+            "the last message of 'responses[0]' is from 'user', expected 'assistant'",
         ),
         (b'{"prompt": "a", "chosen": "b"}', "missing key 'rejected' (the row has prompt, chosen)"),
     ],
@@ -77,11 +82,11 @@ def test_what_is_added_to_a_line() -> None:
     pair = record({"prompt": "Hi", "chosen": "a", "rejected": "b", "id": 1, "reward_margin": 9})
     line = written(pair, (1.5, -0.25), (None, None), True)
     assert line == {
-        **{"prompt": "Hi", "chosen": "a", "rejected": "b", "id": 1},
-        **{"chosen_reward": 1.5, "rejected_reward": -0.25, "reward_margin": 1.75, "truncated": True},
+        **{"prompt": "Hi", "chosen": "a", "rejected": "b", "id": 1, "reward_margin": 9},
+        **{"chosen_reward": 1.5, "rejected_reward": -0.25, "btrm_reward_margin": 1.75, "truncated": True},
     }
     half = written(pair, (1.5, None), (None, "too long"), False)
-    assert (half["chosen_reward"], half["rejected_reward"], half["reward_margin"]) == (1.5, None, None)
+    assert (half["chosen_reward"], half["rejected_reward"], half["btrm_reward_margin"]) == (1.5, None, None)
     assert half["error"] == "line 3: rejected: too long"
     assert written(record([USER, BOT]), (0.5,), (None,), False) == {"messages": [USER, BOT], "reward": 0.5}
     many = written(record({"prompt": "Hi", "responses": ["a", "b"]}), (0.5, None), (None, "no"), False)

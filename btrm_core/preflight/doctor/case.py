@@ -16,13 +16,14 @@ import torch
 
 from btrm_core.chat import ChatFormat, Conversation, prepare_chat
 from btrm_core.config import apply
-from btrm_core.data import PROMPT_IN_EVALUATION, PairData, Ties, WhichPairs, load_pairs
+from btrm_core.data import PROMPT_IN_EVALUATION, PairData, Ties, WhichPairs, load_pairs, parse_naming
 from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
 from btrm_core.model import build_model, is_finished, load_chat, load_tokenizer, read_manifest, saved_config
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
 from btrm_core.preflight.doctor.model import Patient, model_checks
+from btrm_core.preflight.doctor.rows import content_unused, rows_read
 from btrm_core.preflight.doctor.texts import (
     Check,
     count_tokens,
@@ -34,7 +35,6 @@ from btrm_core.preflight.doctor.texts import (
     pad_token,
     refused,
     repeated_prompts,
-    rows_read,
     terminal_token,
     truncation,
 )
@@ -136,7 +136,8 @@ def _read(config: RunConfig, sources: Sequence[str]) -> PairData:
     """The pairs of some sources as training reads them."""
     data = config.data
     scored, ties = cast(WhichPairs, data.scored), cast(Ties, data.ties)
-    return load_pairs(sources, strict=data.strict, cache_dir=data.cache_dir, scored=scored, ties=ties)
+    names = parse_naming(data.map)
+    return load_pairs(sources, strict=data.strict, cache_dir=data.cache_dir, scored=scored, ties=ties, naming=names)
 
 
 def _format_check(case: Case) -> Check:
@@ -189,6 +190,8 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
     others = _read(case.config, config.eval) if config.eval else None
     issues = {"train": case.rows.issues} | ({"eval": others.issues} if others is not None else {})
     yield rows_read(issues)
+    if found := content_unused(issues):
+        yield found
     reports = _reports(data)
     if data is not None:
         yield truncation(reports)

@@ -18,7 +18,6 @@ import numpy as np
 from btrm_core.chat import ChatFormat
 from btrm_core.data import (
     Finding,
-    IssueReport,
     PairData,
     contradictory_pairs,
     duplicate_pairs,
@@ -220,25 +219,6 @@ def pad_token(counts: TokenCounts, chat: ChatFormat) -> Check:
         f"{pad} occurs {counts.pads:,} times in {counts.tokens:,} tokens (first: {counts.first['pad']})",
         "other programs find the end of a text by its padding, and would read the reward elsewhere",
         "name a token that never occurs with --set tokenizer.pad_token=TOKEN",
-        figures,
-    )
-
-
-def rows_read(issues: Mapping[str, IssueReport]) -> Check:
-    """How many rows gave pairs, and why the others did not."""
-    rows, pairs, bad = (sum(getattr(i, name) for i in issues.values()) for name in ("rows", "pairs", "bad"))
-    left_out = sum(sum(i.skipped.values()) for i in issues.values())
-    figures = {"rows": rows, "pairs": pairs, "bad": bad, "left_out": left_out}
-    aside = f", {left_out:,} rows without a preference left out" if left_out else ""
-    if not bad:
-        return Check("rows", "ok", f"{rows:,} rows give {pairs:,} pairs{aside}", figures=figures)
-    first = next(i.first_bad for i in issues.values() if i.first_bad)
-    return Check(
-        "rows",
-        "fail" if bad > rows / 2 else "warn",
-        f"{bad:,} of {rows:,} rows are bad{aside} (first: {first})",
-        "they are left out of the training",
-        "mend them; `btrm data inspect SRC` lists every kind",
         figures,
     )
 

@@ -1,0 +1,90 @@
+"""Data sets of the Hugging Face Hub, through `datasets`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from btrm_core.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+    from btrm_core.data.inputs.spec import Spec
+
+_TIMEOUT_SECONDS = 15.0
+
+
+def load(spec: Spec) -> datasets.Dataset:
+    """Load one split of a data set of the Hub; "train" if none is named.
+
+    Raises:
+        DataError: there is no such data set, it may not be read, or it cannot be loaded.
+    """
+    import datasets
+
+    reached = _reach(spec)
+    options = {key: value for key in ("data_dir", "data_files", "revision") if (value := spec.option(key))}
+    try:
+        with _quiet(offline=not reached):
+            return datasets.load_dataset(spec.place, spec.config, split=spec.split or "train", **options)
+    except Exception as error:  # the Hub client, the data set's builder and Arrow raise what they like
+        hint = "Check the id, the split and the connection, or pass a local file."
+        if not reached:
+            hint = "The Hub cannot be reached and the data set is not in its cache; pass a local file."
+        raise DataError(f"cannot load '{spec.text}' from the Hugging Face Hub: {first_line(error)} {hint}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, as a sentence."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip() if lines else type(error).__name__
+    return text if text.endswith(".") else f"{text}."
+
+
+def _reach(spec: Spec) -> bool:
+    """Return False if the Hub cannot be reached; loading would retry for half a minute to find out.
+
+    Raises:
+        DataError: the Hub answers that there is no such data set, or that it is gated.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().dataset_info(spec.place, revision=spec.option("revision"), timeout=_TIMEOUT_SECONDS)
+    except GatedRepoError as error:
+        raise DataError(
+            f"'{spec.text}' is gated: accept its terms on https://huggingface.co/datasets/{spec.place}, "
+            "then log in with 'hf auth login'."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise DataError(f"'{spec.text}': the data set has no revision '{spec.option('revision')}'.") from error
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"'{spec.text}' is neither a file here nor a data set of the Hugging Face Hub. "
+            "Check the spelling; for a private data set, log in with 'hf auth login'."
+        ) from error
+    except Exception:  # offline, proxy, time-out: the cache may still have it
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet(*, offline: bool) -> Iterator[None]:
+    """Silence the Hub client's retry messages; with `offline` let only its cache answer."""
+    import datasets
+    import huggingface_hub.constants as hub
+
+    logger = logging.getLogger("huggingface_hub")
+    before = (datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE, logger.level)
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before[:2]
+        logger.setLevel(before[2])

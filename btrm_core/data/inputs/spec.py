@@ -1,0 +1,158 @@
+"""What a user writes after `--data`, taken apart.
+
+=============================  ======================================================================================
+`pairs.jsonl[:1000]`           a slice of the rows, also `[10%:]`, `[-500:]`, as `datasets` writes it
+`folder:test[:10%]`            a split of a folder or of a Hub data set, and a slice of it
+`org/name:config:train`        a configuration of a Hub data set and its split
+`org/name@v1.0:train`          a branch, tag or commit
+`org/name:data_dir=harmless`   a folder inside, also `data_files=PATTERN`, `config=NAME`, `split=NAME`, `revision=NAME`
+`parts/*.jsonl.zst`            every file that fits, in the order of their names
+`pairs.jsonl*0.5`              a mixing weight: each of its pairs counts half in the loss
+`chat=pairs.jsonl`             a name of one's own, for ids and figures
+`-`                            standard input
+=============================  ======================================================================================
+
+What exists under the whole text is taken as it stands, so that a file may have any name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from btrm_core.data.shapes.values import LARGEST, SMALLEST_WEIGHT
+from btrm_core.errors import DataError, did_you_mean
+
+_SLICE = re.compile(r"\[(-?\d+(?:\.\d+)?%|-?\d+)?:(-?\d+(?:\.\d+)?%|-?\d+)?\]\Z")
+_WEIGHT = re.compile(r"\*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\Z")
+_NAME = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
+_REVISION = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)@([\w./-]+)")
+OPTIONS = ("config", "data_dir", "data_files", "name", "revision", "split")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows from `start` up to `stop`, in numbers or per cent, negative ones from the end.
+
+    Attributes:
+        start: as written, for example "10", "-5" or "10%"; empty for the beginning.
+        stop: likewise; empty for the end.
+    """
+
+    start: str = ""
+    stop: str = ""
+
+    def __str__(self) -> str:
+        return f"[{self.start}:{self.stop}]"
+
+    def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
+        """Return the first row and the one after the last, from 0.
+
+        Args:
+            count: gives the number of all rows; asked only if that is needed.
+
+        >>> Slice("", "10%").bounds(lambda: 250), Slice("5", "9").bounds(lambda: 1 // 0)
+        ((0, 25), (5, 9))
+        """
+        if not any("%" in end or end.startswith("-") for end in (self.start, self.stop)):
+            return int(self.start or 0), int(self.stop) if self.stop else None
+        number = count()
+        start, stop = (_place(end, number) for end in (self.start or "0", self.stop or str(number)))
+        return start, max(start, stop)
+
+
+def _place(end: str, number: int) -> int:
+    value = round(float(end[:-1]) * number / 100) if end.endswith("%") else int(end)
+    return min(max(value + number if end.startswith("-") else value, 0), number)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One source as the user wrote it.
+
+    Attributes:
+        text: the whole text.
+        place: path, pattern or Hub id, without what stands around it.
+        name: the user's own name, or None.
+        parts: what is written after colons and is no option: split, or configuration and split.
+        options: what is written as `:key=value` or `@revision`, by its name.
+        rows: the slice, or None.
+        weight: what every pair of it counts in the loss.
+    """
+
+    text: str
+    place: str
+    name: str | None = None
+    parts: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    rows: Slice | None = None
+    weight: float = 1.0
+
+    def option(self, *names: str) -> str | None:
+        """The value of the first of some options that is given."""
+        return next((value for key, value in self.options if key in names), None)
+
+    @property
+    def split(self) -> str | None:
+        """The split asked for."""
+        return self.option("split") or (self.parts[-1] if self.parts else None)
+
+    @property
+    def config(self) -> str | None:
+        """The configuration asked for."""
+        return self.option("config", "name") or (self.parts[0] if len(self.parts) > 1 else None)
+
+
+def parse_spec(text: str, exists: Callable[[str], bool]) -> Spec:
+    """Take a source apart.
+
+    Args:
+        text: what the user wrote.
+        exists: tells whether there is a file or folder of that path; what exists is not taken apart further.
+
+    Raises:
+        DataError: an option is unknown, or a weight is out of range.
+
+    >>> parse_spec("org/name@v1:test[:10%]*0.5", lambda path: False).split
+    'test'
+    """
+    place, name, rows, weight = text, None, None, 1.0
+    if not exists(place) and (match := _WEIGHT.search(place)):
+        weight, place = float(match.group(1)), place[: match.start()]
+        if not SMALLEST_WEIGHT <= weight <= LARGEST:
+            raise DataError(f"the mixing weight of '{text}' is {weight:g}, expected above 0, at most {LARGEST:g}.")
+    if not exists(place) and (match := _SLICE.search(place)):
+        rows, place = Slice(match.group(1) or "", match.group(2) or ""), place[: match.start()]
+    if not exists(place) and (match := _NAME.fullmatch(place)) and match.group(1) not in OPTIONS:
+        name, place = match.group(1), match.group(2)
+    parts: list[str] = []
+    options: dict[str, str] = {}
+    while not exists(place) and (colon := place.rpartition(":"))[1] and colon[0]:
+        place, _, part = colon
+        key, equals, value = part.partition("=")
+        if equals and key in OPTIONS:
+            options[key] = value
+        elif equals:
+            raise DataError(
+                f"'{text}' has the unknown option '{key}', expected {', '.join(OPTIONS)}.{did_you_mean(key, OPTIONS)}"
+            )
+        else:
+            parts.insert(0, part)
+    if not exists(place) and (match := _REVISION.fullmatch(place)):
+        place, options["revision"] = match.group(1), match.group(2)
+    return Spec(text, place, name, tuple(parts), tuple(options.items()), rows, weight)
+
+
+def is_pattern(place: str) -> bool:
+    """True if a path holds a wildcard."""
+    return any(character in place for character in "*?[")
+
+
+def expand(place: str) -> list[Path]:
+    """Return the files and folders that fit a pattern, in the order of their names; `**` goes into folders."""
+    path = Path(place)
+    anchor = Path(path.anchor) if path.anchor else Path()
+    inner = path.relative_to(path.anchor) if path.anchor else path
+    return sorted(anchor.glob(str(inner)))

@@ -1,0 +1,214 @@
+"""Which answer of a row is preferred, and by how much.
+
+Scored responses, ranks, rows that name a winner and rows of a chosen and a rejected answer become comparisons here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btrm_core.data.formats import SCORE_KEYS, Shape, Side, Ties, WhichPairs
+from btrm_core.data.shapes.values import RowError, as_number, finite, listed, shown
+from btrm_core.data.shapes.view import RowView
+
+TIED = 0.5
+
+_WINNER_KEYS = ("winner", "better_response_id", "preference", "choice", "preferred")
+_SIGNED_KEYS = ("overall_preference", "preference_strength")
+_PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A preferred and another answer.
+
+    Attributes:
+        chosen: the preferred one.
+        rejected: the other.
+        probability: how sure it is that chosen is the better one.
+        gap: by how much their scores differ; None where the row gives no scores.
+    """
+
+    chosen: Side
+    rejected: Side
+    probability: float = 1.0
+    gap: float | None = None
+
+
+def compared(shape: Shape, view: RowView, which: WhichPairs, ties: Ties = "skip") -> list[Compared]:
+    """Return which answers are preferred to which; at least one pair of them.
+
+    Raises:
+        RowError: the row names no winner, or is a tie and ties do not count half.
+    """
+    sides = shape.sides
+    if shape.kind == "single":
+        if shape.key == "response":
+            raise RowError("only one response", "'response' is one answer, nothing to compare", bad=False)
+        raise view.missing("chosen")
+    if shape.kind == "scored":
+        return _scored(shape, view, which, ties)
+    sure = _probability(view)
+    if shape.kind == "pair":
+        return [Compared(sides[0], sides[1], sure, _gap(view, _PAIR_SCORES))]
+    if shape.kind == "ranks":
+        return [Compared(b, w, sure) for b in sides[: shape.better] for w in sides[shape.better :]]
+    if shape.kind == "choice":
+        best = _chosen_place(view, len(sides))
+        return [Compared(sides[best], side, sure) for place, side in enumerate(sides) if place != best]
+    first, second = (side.where for side in sides)
+    winner = _winner(view, first, second)
+    if winner == 0 and ties == "skip":
+        raise RowError("tie", f"'{first}' and '{second}' are tied, no preference", bad=False)
+    better, worse = sides if winner <= 0 else sides[::-1]
+    gap = _gap(view, [tuple(f"score_{side.where[-1]}" for side in sides)])
+    return [Compared(better, worse, TIED if winner == 0 else sure, gap if gap is None or winner <= 0 else -gap)]
+
+
+def _gap(view: RowView, names: Sequence[Sequence[str]]) -> float | None:
+    """How much larger the first of two score columns is, if the margin is asked to come from scores."""
+    if not view.naming.margin_of_scores:
+        return None
+    for first, second in names:
+        left, right = as_number(view.get(first)), as_number(view.get(second))
+        if left is not None and right is not None:
+            return left - right
+    signed = next((as_number(view.get(key)) for key in _SIGNED_KEYS if view.has(key)), None)
+    return None if signed is None else abs(signed)
+
+
+def _chosen_place(view: RowView, number: int) -> int:
+    value = as_number(view.get("choice"))
+    if value is None or value not in range(number):
+        raise RowError("unknown winner", f"'choice' is {shown(view.get('choice'))}, expected 0 to {number - 1}")
+    return int(value)
+
+
+def _probability(view: RowView) -> float:
+    """How sure it is that the chosen answer is the better one; 1 unless the row says less."""
+    if not view.has("probability"):
+        return 1.0
+    value = finite(view["probability"], "probability")
+    if not TIED <= value <= 1:
+        hint = "; swap chosen and rejected" if 0 <= value < TIED else ""
+        raise RowError(
+            "wrong type", f"'probability' is {value:g}, expected 0.5 (a tie) to 1 that chosen is better{hint}"
+        )
+    return value
+
+
+def _scored(shape: Shape, view: RowView, mode: WhichPairs, ties: Ties) -> list[Compared]:
+    key, items, found = shape.key, shape.items, shape.sides
+    if len(items) == 1:
+        raise RowError("only one response", f"'{key}' holds one response, nothing to compare", bad=False)
+    given = _scores(view, key, items)
+    scores = {index: score for index, score in enumerate(given) if score is not None}
+    if len(scores) < len(items):
+        view.remark("responses without a score, left out")
+    if len(scores) == 1:
+        reason = f"only one of the {len(items)} responses has a score, nothing to compare"
+        raise RowError("only one response", reason, bad=False)
+    order = sorted(scores, key=lambda index: -scores[index])  # stable: first of equals first
+    best, worst = order[0], min(scores, key=lambda index: scores[index])
+    if mode == "best-vs-worst":
+        wanted = [(best, worst if scores[best] > scores[worst] else order[-1])]
+    elif mode == "best-vs-each":
+        wanted = [(best, other) for other in order if other != best]
+    else:
+        wanted = [(better, worse) for place, better in enumerate(order) for worse in order[place + 1 :]]
+    held = [(b, w) for b, w in wanted if scores[b] > scores[w] or ties == "half"]
+    if not held:
+        text = f"all {len(scores)} responses have the score {scores[best]:g}, no preference"
+        raise RowError("tie", text, bad=False)
+    # Equal texts with unequal scores: of several pairs only those are left out, a lone one is reported as bad.
+    kept = [(b, w) for b, w in held if found[b].value != found[w].value] or held[:1]
+    gap: Callable[[int, int], float | None] = (
+        (lambda b, w: scores[b] - scores[w]) if view.naming.margin_of_scores else lambda b, w: None
+    )
+    return [Compared(found[b], found[w], 1.0 if scores[b] > scores[w] else TIED, gap(b, w)) for b, w in kept]
+
+
+def _scores(view: RowView, key: str, items: Sequence[Any]) -> list[float | None]:
+    """One score per response, higher is better; None for a response that has none."""
+    for name, sign in (("scores", 1.0), ("ratings", 1.0), ("ranks", -1.0)):
+        values = listed(view.get(name))
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != len(items):
+            number = len(values) if isinstance(values, list) else shown(values)
+            raise RowError("wrong type", f"'{name}' is of length {number}, expected {len(items)}, one a response")
+        return _numbers(values, sign, name)
+    for inner, sign in (*((name, 1.0) for name in SCORE_KEYS), ("rank", -1.0)):
+        values = [item.get(inner) if isinstance(item, dict) else None for item in items]
+        if any(as_number(value) is not None for value in values):
+            return _numbers(values, sign, f"{key}[].{inner}")
+    raise RowError("missing key", f"no score for '{key}[0]': expected 'scores' or a score in it")
+
+
+def _numbers(values: Sequence[Any], sign: float, where: str) -> list[float | None]:
+    found = [None if (number := as_number(value)) is None else sign * number for value in values]
+    if all(number is None for number in found):
+        raise RowError("missing key", f"no response has a score: '{where}' is {shown(list(values))}")
+    return found
+
+
+def _winner(view: RowView, first: str, second: str) -> int:
+    """Negative if the first answer is preferred, positive if the second, 0 for a tie."""
+    for key in _SIGNED_KEYS:
+        if view.has(key):
+            value = finite(view[key], key)
+            return (value > 0) - (value < 0)
+    ends = [key[-1].lower() for key in (first, second)]
+    if view.has(f"winner_model_{ends[0]}") and view.has(f"winner_model_{ends[1]}"):
+        left, right, tie = (as_number(_flag(view.get(f"winner_{name}"))) for name in (*_models(ends), "tie"))
+        return 0 if tie else int(bool(right)) - int(bool(left))
+    if first == "human_ref_A" and view.has("labels"):
+        return -1 if as_number(view["labels"]) == 1 else 1  # 1: the first is preferred
+    both = zip((first, second), ends, strict=True)
+    names = [{key.lower(), end, f"model_{end}", f"response_{end}"} for key, end in both]
+    for key in _WINNER_KEYS:
+        if view.has(key):
+            return _named(view[key], key, names, (first, second))
+    scores = [view.get(f"score_{key[-1]}") for key in (first, second)]
+    if None not in scores:
+        left, right = (finite(value, f"score_{key[-1]}") for key, value in zip((first, second), scores, strict=True))
+        return (left < right) - (left > right)
+    raise view.missing("winner")
+
+
+def _models(ends: Sequence[str]) -> tuple[str, str]:
+    return f"model_{ends[0]}", f"model_{ends[1]}"
+
+
+def _flag(value: Any) -> Any:
+    """A truth value as a number: 1, true and "True" say the same in different files."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        value = value.strip().lower() == "true"
+    return int(value) if isinstance(value, bool) else value
+
+
+def _named(value: Any, key: str, names: Sequence[set[str]], keys: tuple[str, str]) -> int:
+    number = as_number(value)
+    if number is not None and number.is_integer():
+        value = int(number)  # 1.0 where a column holds a missing value elsewhere
+    text = re.sub(r"[\[\]\s]+", " ", str(value)).strip().lower()
+    label = text.replace(" ", "_")
+    if label in names[0] or label in names[1]:
+        return -1 if label in names[0] else 1
+    if match := re.fullmatch(r"([a-z0-9])\s*(>+|=|<+)\s*([a-z0-9])", text):
+        ends = [first[-1].lower() for first in keys]
+        if {match[1], match[3]} == set(ends):
+            first_wins = (match[2][0] == ">") == (match[1] == ends[0])
+            return 0 if match[2] == "=" else -1 if first_wins else 1
+    if re.match(r"(tie|draw|equal|both)\b", text.replace("_", " ")):
+        return 0
+    raise RowError("unknown winner", f"'{key}' is {shown(value)}, expected '{keys[0][-1]}', '{keys[1][-1]}' or 'tie'")

@@ -1,0 +1,204 @@
+r"""Structure that was written out as text: transcripts, serialised messages, finished chat templates.
+
+Decides: which text is a conversation and not the words of one message. A model trained on the letters of a template,
+or of a list in JSON, learns the letters. Recognised, each only where the text begins with it:
+
+* transcripts, "\n\nHuman: ... \n\nAssistant: ..." (HH-RLHF);
+* a list of messages as JSON, or as Python or numpy print it (a table saved as CSV);
+* finished templates with the control tokens of the known chat formats;
+* turns between `<extra_id_1>` (HelpSteer2, Nemotron), whose first turn has no header.
+
+A control token in the middle of a text is a person's letters and stays what it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from btrm_core.data.shapes.values import RowError
+
+TRANSCRIPT = "transcript"
+SERIALISED = "serialised messages"
+TEMPLATE = "finished template"
+TURNS = "<extra_id_1> turns"
+
+ROLE_NAMES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatbot", "model", "ai", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response", "function_response"), "tool"),
+}
+"""What other tools call the four roles; compared in lower case."""
+
+_HUMAN = re.compile(r"\s*Human:")
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_LOOKS_SERIALISED = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+_BETWEEN_MESSAGES = re.compile(r"\}\s+\{")  # numpy prints a list of them without commas
+_BEGIN = re.compile(r"(?:<\|begin_of_text\|>|<bos>|<s>|<\|startoftext\|>|<\|endoftext\|>|<BOS_TOKEN>|\s)*")
+_TERMINALS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<end_of_turn>", "<eos>", "</s>", "<|end|>"),
+    *("<|endoftext|>", "<|eot|>", "<|return|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>"),
+)
+_HEADERS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n*",
+        r"<\|header_start\|>(\w+)<\|header_end\|>\n*",
+        r"<\|im_start\|>(\w+)[ \t]*\n?",
+        r"<start_of_turn>(\w+)\n?",
+        r"<\|start\|>(\w+)(?:<\|channel\|>final)?<\|message\|>",
+        r"<\|START_OF_TURN_TOKEN\|><\|(SYSTEM|USER|CHATBOT)_TOKEN\|>",
+        r"<\|(system|user|assistant|tool)\|>\n?",
+        r"<｜(User|Assistant)｜>",
+    )
+)
+_INST = re.compile(r"\s*(?:<s>\s*)?\[INST\](.*?)\[/INST\]", re.DOTALL)
+_SYS = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*", re.DOTALL)
+_EXTRA = re.compile(r"<extra_id_[01]>(System|User|Assistant)[ \t]*(?:\n|\Z)")
+
+Turn = tuple[str, str]  # role as the data calls it, content
+
+
+@dataclass(frozen=True)
+class Found:
+    """A conversation that was found in a text.
+
+    Attributes:
+        form: one of the four names above.
+        turns: role and content of each; empty where `raw` is given.
+        raw: the parsed value of serialised messages, not yet checked.
+    """
+
+    form: str
+    turns: tuple[Turn, ...] = ()
+    raw: Any = None
+
+
+def conversation_in(text: str) -> Found | None:
+    """Return the conversation that a text spells from its beginning on; None for a plain text.
+
+    Raises:
+        RowError: the text looks like serialised messages and cannot be read as such.
+    """
+    if _HUMAN.match(text):
+        return Found(TRANSCRIPT, tuple(transcript_turns(text)))
+    if _LOOKS_SERIALISED.match(text):
+        return _serialised(text)
+    if "<extra_id_1>" in text and (turns := _extra_id_turns(text)):
+        return Found(TURNS, tuple(turns))
+    if turns := _template_turns(text):
+        return Found(TEMPLATE, tuple(turns))
+    return None
+
+
+def transcript_turns(text: str) -> list[Turn]:
+    """Split a transcript into role and content of each turn, stripped; empty if it does not begin like one."""
+    head, *parts = _TURN.split(text)
+    if head or not parts:
+        return []
+    return [(who.lower(), content.strip()) for who, content in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def without_terminal(text: str) -> str:
+    """Return an answer without the control tokens at its end.
+
+    >>> without_terminal("a<|eot_id|>"), without_terminal("a b")
+    ('a', 'a b')
+    """
+    bare = text.rstrip()
+    while ending := next((token for token in _TERMINALS if bare.endswith(token)), None):
+        text = bare = bare[: -len(ending)].rstrip()
+    return text
+
+
+def ends_in_terminal(text: str) -> bool:
+    """True if a text ends in a control token that ends a turn in some chat format (`</s>` may be HTML)."""
+    return text.rstrip().endswith(tuple(token for token in _TERMINALS if token != "</s>"))
+
+
+def _serialised(text: str) -> Found | None:
+    value = _literal(text)
+    if value is None:
+        if not text.lstrip().startswith("["):
+            return None  # an answer in JSON or code, say
+        raise RowError(
+            "messages written as text",
+            f"the text looks like a list of messages but is no JSON ({text.strip()[:20]!r}...); "
+            "write the column as JSON, or as a list",
+        )
+    items = value if isinstance(value, list) else [value]
+    return Found(SERIALISED, raw=items) if items and all(_is_message(item) for item in items) else None
+
+
+def _literal(text: str) -> Any:
+    """The value that a text spells in JSON, in Python, or as numpy prints it; None for none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    for joined in (text.strip(), _BETWEEN_MESSAGES.sub("}, {", text.strip())):
+        try:
+            value = ast.literal_eval(joined)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+        if joined == text.strip() or len(value) == joined.count("}, {") + 1:  # no message spells what was put in
+            return value
+    return None
+
+
+def _is_message(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return False
+    role = item.get("role", item.get("from"))
+    has_content = any(key in item for key in ("content", "value", "tool_calls"))
+    return has_content and isinstance(role, str) and role.strip().lower() in ROLE_NAMES
+
+
+def _template_turns(text: str) -> list[Turn]:
+    begin = _BEGIN.match(text)
+    start = begin.end() if begin else 0
+    if text.startswith(("[INST]", "<s>[INST]", "<s> [INST]"), len(text) - len(text.lstrip())) or text.startswith(
+        "[INST]", start
+    ):
+        return _inst_turns(text[start:])
+    for header in _HEADERS:
+        if header.match(text, start):
+            _, *parts = header.split(text[start:])
+            return [(who, without_terminal(body).strip()) for who, body in zip(parts[::2], parts[1::2], strict=True)]
+    head, marker, _ = text[start:].partition("<｜User｜>")
+    if marker and text.lstrip().startswith("<｜begin▁of▁sentence｜>"):
+        system = head.replace("<｜begin▁of▁sentence｜>", "").strip()
+        turns = _template_turns(text[start + len(head) :])
+        return [("system", system), *turns] if system else turns
+    return []
+
+
+def _inst_turns(text: str) -> list[Turn]:
+    turns: list[Turn] = []
+    position = 0
+    while match := _INST.match(text, position):
+        user = match.group(1)
+        if not turns and (system := _SYS.match(user)):
+            turns.append(("system", system.group(1).strip()))
+            user = user[system.end() :]
+        turns.append(("user", user.strip()))
+        following = text.find("[INST]", match.end())
+        position = len(text) if following < 0 else following
+        answer = without_terminal(re.sub(r"<s>\s*\Z", "", text[match.end() : position])).strip()
+        if answer or following >= 0:
+            turns.append(("assistant", answer))
+    return turns
+
+
+def _extra_id_turns(text: str) -> list[Turn]:
+    head, *parts = _EXTRA.split(text)
+    turns = [(who, body.strip()) for who, body in zip(parts[::2], parts[1::2], strict=True)]
+    if not turns:
+        return []
+    if turns[0] == ("System", ""):
+        turns = turns[1:]
+    return [("user", head.strip()), *turns] if head.strip() else turns

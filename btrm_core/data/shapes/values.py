@@ -1,0 +1,175 @@
+"""Guards of the values of a row: numbers that stay finite in float32, texts that Arrow and JSON can hold.
+
+Decides: which number is one, which text may stand in a column, and what becomes of the values of numpy and pandas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LARGEST = 1e9
+SMALLEST_WEIGHT = 1e-9
+"""Bounds of margins and weights: beyond them, sums and products leave float32, in which the loss is computed."""
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class RowError(ValueError):
+    """The row gives no pair; `kind` is what it is counted under, `bad` False for a tie and the like."""
+
+    def __init__(self, kind: str, reason: str, *, bad: bool = True):
+        super().__init__(reason)
+        self.kind = kind
+        self.bad = bad
+
+
+def shown(value: Any) -> str:
+    """Return a value of the data as a message shows it: cut to 40 characters, with its type unless it is text."""
+    try:
+        text = repr(value[:50] if isinstance(value, str) else value)
+    except ValueError:  # a whole number of more digits than Python turns into text
+        text = "a number of thousands of digits"
+    if len(text) > 40:
+        text = text[:37] + "..."
+    return text if isinstance(value, str) else f"{text} ({type(value).__name__})"
+
+
+def as_number(value: Any) -> float | None:
+    """Return a finite number, also one written as text, as float; None for anything else.
+
+    >>> as_number("2.5"), as_number(True), as_number("N/A"), as_number(10**400)
+    (2.5, None, None, None)
+    """
+    number = math.nan
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        number = float(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def finite(value: Any, where: str) -> float:
+    """Return a number, also one written as text, as float; `where` names its place in the row.
+
+    Raises:
+        RowError: it is no number, or not a finite one.
+    """
+    number = as_number(value)
+    if number is None:
+        raise RowError("wrong type", f"'{where}' is {shown(value)}, expected a finite number")
+    return number
+
+
+def bounded_margin(value: Any, where: str) -> float:
+    """Return a margin that is safe in float32.
+
+    Raises:
+        RowError: it is no number, or larger than `LARGEST`.
+    """
+    number = finite(value, where)
+    if abs(number) > LARGEST:
+        raise RowError("wrong type", f"'{where}' is {number:g}, expected a number from {-LARGEST:g} to {LARGEST:g}")
+    return number
+
+
+def bounded_weight(value: Any, where: str) -> float:
+    """Return a weight above 0 that is safe in float32, also after sums and divisions.
+
+    Raises:
+        RowError: it is no number, not above 0, or beyond the bounds.
+    """
+    number = finite(value, where)
+    if number <= 0:
+        raise RowError("wrong type", f"'{where}' is {number:g}, expected a number above 0")
+    if not SMALLEST_WEIGHT <= number <= LARGEST:
+        wanted = f"{SMALLEST_WEIGHT:g} to {LARGEST:g}"
+        raise RowError("wrong type", f"'{where}' is {number:g}, expected a number from {wanted}")
+    return number
+
+
+def clean_text(text: str) -> str:
+    """Return a text that UTF-8 can hold: halves of surrogate pairs become U+FFFD. For names, never for contents.
+
+    >>> clean_text("a" + chr(0xD800)) == "a" + chr(0xFFFD)
+    True
+    """
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def label(value: Any) -> str | None:
+    """Return an id or subset as text, or None if the value is none: neither text nor a number.
+
+    >>> label(1.0), label("x"), label([1]), label(True)
+    ('1', 'x', None, None)
+    """
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    try:
+        return str(value)
+    except ValueError:  # more digits than Python turns into text
+        return None
+
+
+def plain(value: Any) -> Any:
+    """Return the value with numpy arrays and scalars, pandas' missing values, tuples and mappings made plain.
+
+    >>> import numpy as np
+    >>> plain({"a": np.array([np.float32(1.5), None], dtype=object), "b": float("nan")})
+    {'a': [1.5, None], 'b': None}
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(value)
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(inner) for inner in value]
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if hasattr(value, "tolist"):  # numpy's arrays and scalars, pandas' and pyarrow's columns
+        return plain(value.tolist())
+    return value
+
+
+def listed(value: Any) -> Any:
+    """Return the list that a text spells as JSON (a cell of a CSV file, a column of the arena); else the value itself.
+
+    >>> listed('["a", "b"]'), listed("[not one"), listed("a")
+    (['a', 'b'], '[not one', 'a')
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list) else value
+
+
+def json_value(value: Any) -> Any:
+    """Return a value that JSON can hold: numbers that are not finite become null, wherever they are.
+
+    >>> json_value({"a": [float("inf"), 1.5]})
+    {'a': [None, 1.5]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [json_value(inner) for inner in value]
+    return value
