@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, flops
+from benchmarks import environment
 from benchmarks.harness import ArmRun
 from benchmarks.workload import Settings, Workload
+from btrm_core.model import peak_flops
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
@@ -192,4 +193,4 @@ def device_peak(hardware: dict[str, Any], given_tflops: float | None) -> float |
     """The peak to count utilisation against: the one given, else the GPU's from the table; None on CPU."""
     if given_tflops:
         return given_tflops * 1e12
-    return flops.peak_flops(hardware["gpu"]) if "gpu" in hardware else None
+    return peak_flops(hardware["gpu"]) if "gpu" in hardware else None

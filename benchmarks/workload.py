@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import flops
+from btrm_core.model import causal_entries, read_shape, training_flops
 
 Pair = tuple[np.ndarray, np.ndarray]  # chosen ids, rejected ids
 
@@ -111,7 +111,7 @@ def build(settings: Settings, directory: Path) -> Workload:
         "layers": config.num_hidden_layers,
         "all_data": token_counts([kept[i] for i in order], settings.micro_batch),
         "measured": token_counts(chosen, settings.micro_batch),
-        "flops_minimal": minimal_flops(config, parameters["backbone_without_embeddings"], chosen),
+        "flops_minimal": minimal_flops(config, chosen),
     }
     work.save()
     return work
@@ -264,10 +264,19 @@ def token_counts(pairs: Sequence[Pair], micro_batch: int) -> dict[str, int]:
     }
 
 
-def minimal_flops(config: Any, parameters: int, pairs: Sequence[Pair]) -> float:
+def shared_entries(shared: int, tails: Sequence[int], window: int | None = None) -> int:
+    """Visible attention entries when the common prefix of several sequences is computed once."""
+    prefix = causal_entries(shared, window)
+    return prefix + sum(causal_entries(shared + tail, window) - prefix for tail in tails)
+
+
+def minimal_flops(config: Any, pairs: Sequence[Pair]) -> float:
     """FLOPs of one forward and backward over `pairs` with every shared token computed once."""
-    entries = {}
-    for window in set(flops.layer_windows(config)):
-        shares = [(common_prefix(pair), pair) for pair in pairs]
-        entries[window] = sum(flops.shared_entries(p, [len(ids) - p for ids in pair], window) for p, pair in shares)
-    return flops.training_flops(config, parameters, token_counts(pairs, 1)["minimal"], entries)
+    parameters, shape = read_shape(config)
+    shares = [(common_prefix(pair), pair) for pair in pairs]
+    entries = {
+        window: sum(shared_entries(p, [len(ids) - p for ids in pair], window) for p, pair in shares)
+        for window in set(shape.windows)
+    }
+    per_layer = [entries[window] for window in shape.windows]
+    return training_flops(parameters, shape, token_counts(pairs, 1)["minimal"], per_layer)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import environment, flops, harness, results, table
+from benchmarks import environment, harness, results, table
 from benchmarks.gate import Gate
 from benchmarks.harness import ArmRun
-from benchmarks.workload import Settings, Workload, common_prefix, plan_steps, token_counts
+from benchmarks.workload import Settings, Workload, common_prefix, plan_steps, shared_entries, token_counts
+from btrm_core.model import causal_entries
 
 PAIRS = [([5, 6, 7, 8, 9], [5, 6, 7, 3]), ([5, 6, 4], [5, 6, 4, 4, 4, 4, 2]), ([9, 9], [9, 8]), ([7, 3], [7, 2, 1])]
 PAD = 0
@@ -63,10 +64,10 @@ def test_tokens_are_counted_for_each_layout(work: Workload) -> None:
 
 
 def test_shared_attention_entries_are_those_of_the_mask() -> None:
-    full = flops.shared_entries(3, [2, 4])
-    assert full == flops.causal_entries(5) + flops.causal_entries(7) - flops.causal_entries(3)
+    full = shared_entries(3, [2, 4])
+    assert full == causal_entries(5) + causal_entries(7) - causal_entries(3)
     brute = sum(1 for q in range(9) for k in range(q + 1) if q - k < 4)
-    assert flops.causal_entries(9, window=4) == brute
+    assert causal_entries(9, window=4) == brute
 
 
 def test_a_workload_survives_saving(work: Workload) -> None:

@@ -104,8 +104,9 @@ def plan_command(
     model: str, gpus: int, gpu: str | None, gpu_memory: float | None, as_json: bool, **options: Any
 ) -> None:
     """Memory per GPU, communication and time of a run, for every ZeRO preset; recommends a command."""
-    from btrm_core.preflight.plan import estimate, format_estimate, read_hardware, to_dict
+    from btrm_core.preflight.plan import Workload, estimate, format_estimate, read_hardware, to_dict
 
     given = {name: value for name, value in options.items() if value is not None}
-    made = estimate(model, model=model, hardware=read_hardware(gpus, gpu, gpu_memory), **given)
+    preset, recompute = given.pop("deepspeed", None), given.pop("gradient_checkpointing", None)
+    made = estimate(model, Workload(**given), read_hardware(gpus, gpu, gpu_memory), preset, recompute)
     click.echo(dumps(to_dict(made)) if as_json else format_estimate(made))

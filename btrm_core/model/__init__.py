@@ -28,7 +28,18 @@ from btrm_core.model.load import (
 from btrm_core.model.quantized import OPTIMIZERS, optimizer, require
 from btrm_core.model.reward import RewardModel, choose_for
 from btrm_core.model.selfcheck import check_first_loss, expected_first_loss, self_check
-from btrm_core.model.shape import GPUS, Parameters, Shape, device_name, flops_per_token, mfu_per_token_rate, read_shape
+from btrm_core.model.shape import (
+    GPUS,
+    Parameters,
+    Shape,
+    causal_entries,
+    device_name,
+    flops_per_token,
+    mfu_per_token_rate,
+    peak_flops,
+    read_shape,
+    training_flops,
+)
 from btrm_core.model.toy import build_toy, tiny_tokenizer, toy_model
 
 __all__ = [
@@ -42,6 +53,7 @@ __all__ = [
     "base_config",
     "build_model",
     "build_toy",
+    "causal_entries",
     "chat_from_checkpoint",
     "check_first_loss",
     "check_head",
@@ -64,6 +76,7 @@ __all__ = [
     "model_card",
     "optimizer",
     "parameter_groups",
+    "peak_flops",
     "plain_model",
     "read_manifest",
     "read_shape",
@@ -76,6 +89,7 @@ __all__ = [
     "tiny_tokenizer",
     "tolerance",
     "toy_model",
+    "training_flops",
     "uses_softcap",
     "weights_digest",
     "write_model",

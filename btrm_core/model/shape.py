@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,6 @@ class Parameters:
     """The largest single tensor, in most models the token embedding."""
     small: int
     """Sum over the tensors of at most 100,000 elements (`stage3_param_persistence_threshold`)."""
-    tied: bool
-    """Whether the causal model shares its embedding with the vocabulary projection (a reward model has none)."""
     adapters: int = 0
     """Weights that LoRA adds; 0 trains everything."""
     packed: int = 0
@@ -44,11 +43,6 @@ class Parameters:
     def trainable(self) -> int:
         """What the optimizer holds: everything, or adapters and head under LoRA."""
         return self.adapters + self.head if self.adapters else self.total
-
-    @property
-    def matmul(self) -> int:
-        """Parameters that take part in a matrix product for every token (no embedding look-up, no norm)."""
-        return self.layers
 
 
 @dataclass(frozen=True)
@@ -72,33 +66,86 @@ class Shape:
     """Linear modules per layer."""
 
 
-def flops_per_token(parameters: Parameters, shape: Shape, sequence: float) -> float:
-    """Minimal floating-point operations per trained token: forward and backward once, nothing recomputed.
+def training_flops(parameters: Parameters, shape: Shape, tokens: float, entries: Sequence[float]) -> float:
+    """Minimal floating-point operations of forward and backward, each once, nothing recomputed; a multiply-add is two.
 
-    6 per matrix parameter (Kaplan et al., arXiv:2001.08361, section 2.1; embeddings are looked up, not multiplied), 4
-    when it is frozen (no weight gradient), plus causal attention: per layer 6 x heads x head_dim x sequence, the 6
-    being 12 halved because a token sees half the sequence on average.
+    6 per matrix parameter and token, 4 when it is frozen (no weight gradient); embeddings are looked up, not
+    multiplied. Each attention entry costs 12 x heads x head_dim: scores and weighted values, forward and twice that
+    backward.
 
     Args:
         parameters: the counts.
         shape: the widths.
-        sequence: tokens of a typical conversation.
+        tokens: tokens that pass through the layers.
+        entries: visible (query, key) entries of each layer.
+
+    Returns:
+        Floating-point operations.
+
+    Reference:
+        Kaplan et al., arXiv:2001.08361, section 2.1.
     """
     per_parameter = 4 if parameters.adapters else 6
-    seen = sum(min(sequence, window or sequence) for window in shape.windows)
-    attention = 6.0 * shape.heads * shape.head_dim * seen
-    return per_parameter * parameters.matmul + 6 * parameters.adapters + attention
+    dense = (per_parameter * parameters.layers + 6 * parameters.adapters) * tokens
+    return dense + 12.0 * shape.heads * shape.head_dim * sum(entries)
+
+
+def flops_per_token(parameters: Parameters, shape: Shape, sequence: float) -> float:
+    """Minimal floating-point operations per trained token; see `training_flops`.
+
+    Args:
+        parameters: the counts.
+        shape: the widths.
+        sequence: tokens of a typical conversation, of which a token sees half on average.
+
+    Returns:
+        Floating-point operations per token.
+    """
+    return training_flops(parameters, shape, 1, [min(sequence, window or sequence) / 2 for window in shape.windows])
+
+
+def causal_entries(length: int, window: int | None = None) -> int:
+    """Visible (query, key) entries of one causal sequence.
+
+    Args:
+        length: its tokens.
+        window: tokens that a token sees, itself included; None is all before it.
+
+    Returns:
+        How many there are.
+
+    >>> causal_entries(4), causal_entries(4, window=2)
+    (10, 7)
+    """
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
 
 
 # Dense bf16 TFLOP/s from the vendor's data sheets (without sparsity) and the memory in GiB that PyTorch sees.
 GPUS: dict[str, tuple[float, float]] = {
     "h100": (989, 79.1),
     "h200": (989, 139.7),
+    "b200": (2250, 178.4),
     "a100": (312, 79.1),
     "a100-40gb": (312, 39.4),
     "l40s": (362, 44.4),
     "4090": (165, 23.6),
 }
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The dense bf16 peak of a GPU.
+
+    Args:
+        device_name: as CUDA names it, e.g. "NVIDIA H100 80GB HBM3".
+
+    Returns:
+        FLOP/s; None for a GPU that is not in the table.
+    """
+    words = device_name.lower().replace("-", " ").split()
+    name = next((gpu for gpu in GPUS if gpu in words), None)
+    return None if name is None else GPUS[name][0] * 1e12
 
 
 def read_shape(config: Any, lora_rank: int | None = None, four_bits: bool = False) -> tuple[Parameters, Shape]:
@@ -151,7 +198,6 @@ def read_shape(config: Any, lora_rank: int | None = None, four_bits: bool = Fals
         per_layer=sizes.pop(),
         largest=max(numels),
         small=sum(n for n in numels if n <= 100_000),
-        tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
         adapters=adapters,
         packed=len(layers) * sum(m.weight.numel() for m in linears) if four_bits else 0,
     )
@@ -220,16 +266,14 @@ def mfu_per_token_rate(
         tokens_per_conversation: mean length, for the attention's part.
         lora_rank: rank of adapters, whose frozen base needs no weight gradients.
     """
-    words = device_name.lower().replace("-", " ").split()
-    name = next((gpu for gpu in sorted(GPUS, key=len, reverse=True) if gpu in words), None)
-    if name is None:
+    peak = peak_flops(device_name)
+    if peak is None:
         return None
     try:
         parameters, shape = read_shape(config, lora_rank)
     except BtrmError:
         return None
-    peak = GPUS[name][0] * 1e12 * world
-    return 100.0 * flops_per_token(parameters, shape, tokens_per_conversation) / peak
+    return 100.0 * flops_per_token(parameters, shape, tokens_per_conversation) / (peak * world)
 
 
 def device_name(device: torch.device) -> str:

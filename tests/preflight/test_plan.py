@@ -21,8 +21,8 @@ from btrm_core.errors import BtrmError, ConfigError
 from btrm_core.model import shape as shape_module
 from btrm_core.model.shape import Parameters, read_shape
 from btrm_core.preflight.plan import memory
-from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, read_zero, to_dict
-from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware, read_mfu
+from btrm_core.preflight.plan.estimate import PRESETS, Estimate, Workload, estimate, format_estimate, read_zero, to_dict
+from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware
 from btrm_core.preflight.plan.memory import Zero
 
 GEMMA_7B = CONFIG_MAPPING["gemma"](
@@ -150,7 +150,6 @@ def test_known_models_have_their_published_sizes():
     # the causal models' published counts: 8.54 B with a tied embedding; 8.03 B less a 128256 x 4096 vocabulary head
     assert read_shape(GEMMA_7B)[0].total == 8_537_680_896 + 3072
     assert read_shape(LLAMA3_8B)[0].total == 8_030_261_248 - 128256 * 4096 + 4096
-    assert read_shape(GEMMA_7B)[0].tied
 
 
 @pytest.mark.parametrize(
@@ -337,7 +336,7 @@ def test_states_are_those_of_a_real_engine(process_group, preset, bf16, settings
     held = sum(s.nbytes() for key, s in storages().items() if key not in before)
 
     zero = Zero.from_config(config)
-    parameters = Parameters(0, sum(numels), 0, 0, 0, max(numels), 0, False)
+    parameters = Parameters(0, sum(numels), 0, 0, 0, max(numels), 0)
     states = memory.states(parameters, zero, gpus=1)
     width = 2 if bf16 else 4
     staging = width * (BUCKET if zero.stage == 3 or (zero.stage == 1 and not bf16) else 0)
@@ -366,7 +365,7 @@ def test_defaults_are_those_of_deepspeed():
 
 
 def test_presets_are_those_of_training():
-    zeros = {name: read_zero(name, bf16=True, world=2) for name in PRESETS}
+    zeros = {name: read_zero(name, Workload(), 2) for name in PRESETS}
     assert [zeros[n].stage for n in PRESETS] == [1, 2, 3, 2, 3]
     assert [n for n in PRESETS if zeros[n].offload_optimizer] == ["zero2-offload", "zero3-offload"]
     assert [n for n in PRESETS if zeros[n].offload_param] == ["zero3-offload"]
@@ -377,7 +376,7 @@ def test_a_users_file_is_read(tmp_path):
     file = tmp_path / "mine.json"
     zero = {"stage": 2, "reduce_bucket_size": 5e7, "overlap_comm": True}
     file.write_text(json.dumps({"zero_optimization": zero, "communication_data_type": "fp32"}))
-    read = read_zero(str(file), bf16=True, world=1)
+    read = read_zero(str(file), Workload(), 1)
     assert (read.stage, read.reduce_bucket_size, read.overlap_comm, read.communication_bytes) == (
         2,
         50_000_000,
@@ -388,13 +387,13 @@ def test_a_users_file_is_read(tmp_path):
 
 @pytest.mark.parametrize(("stage", "per_parameter"), [(1, 2 + 6 + 12 / 8), (2, 2 + 16 / 8), (3, 18 / 8)])
 def test_bytes_per_parameter_on_eight_gpus(stage, per_parameter):
-    parameters = Parameters(0, 8_000_000, 0, 0, 0, 1000, 0, False)
+    parameters = Parameters(0, 8_000_000, 0, 0, 0, 1000, 0)
     states = memory.states(parameters, Zero(stage=stage), gpus=8)
     assert states.weights + states.gradients + states.optimizer == per_parameter * parameters.total
 
 
 def test_buffers_are_those_of_the_fullest_moment_of_a_step():
-    parameters = Parameters(0, 8_000, 0, 0, 0, 1_000, 0, False)
+    parameters = Parameters(0, 8_000, 0, 0, 0, 1_000, 0)
     small = {"reduce_bucket_size": 500, "prefetch_bucket_size": 100, "max_reuse_distance": 2_400}
 
     def most(activations: int, gpus: int = 4, **settings: Any) -> int:
@@ -432,31 +431,34 @@ def test_weights_in_four_bits_and_moments_in_eight():
     wide, narrow = (memory.states(p, Zero(stage=1), 1) for p in (plain, packed))
     assert wide.weights - narrow.weights == pytest.approx((2 - memory.FOUR_BIT_BYTES) * linear, abs=1)
     assert (wide.gradients, wide.optimizer) == (narrow.gradients, narrow.optimizer)
-    eight = memory.states(plain, read_zero("zero2", True, 2, optimizer="adamw-8bit"), 2)
+    eight = memory.states(plain, read_zero("zero2", Workload(optimizer="adamw-8bit"), 2), 2)
     assert eight.optimizer == pytest.approx((4 + 2 + 2 * 4 / 256) * plain.trainable / 2, abs=2)
 
 
 def test_presets_that_do_not_go_with_four_and_eight_bits_are_left_out():
-    lora = by_preset(estimate(LLAMA3_8B, lora_rank=16, quantize="4bit"))
+    lora = by_preset(estimate(LLAMA3_8B, Workload(lora_rank=16, quantize="4bit")))
     assert list(lora) == ["zero1", "zero2", "zero2-offload"]
     assert lora["zero1"].memory.weights < 5 * GIB  # 7.0 of 7.5 billion weights at half a byte
     assert " --lora-rank 16 --quantize 4bit " in lora["zero1"].command
-    eight = by_preset(estimate(LLAMA3_8B, optimizer="adamw-8bit", hardware=read_hardware(8, "h100")))
+    eight = by_preset(estimate(LLAMA3_8B, Workload(optimizer="adamw-8bit"), hardware=read_hardware(8, "h100")))
     assert list(eight) == ["zero1", "zero2"]
     assert " --optimizer adamw-8bit " in eight["zero1"].command
-    assert estimate(LLAMA3_8B, lora_rank=16, quantize="4bit", hardware=read_hardware(gpu_memory=1))[0].fits is False
+    assert (
+        estimate(LLAMA3_8B, Workload(lora_rank=16, quantize="4bit"), hardware=read_hardware(gpu_memory=1))[0].fits
+        is False
+    )
     with pytest.raises(ConfigError, match="--quantize 4bit with --deepspeed zero3: ZeRO-3 cuts weights into pieces"):
-        estimate(LLAMA3_8B, lora_rank=16, quantize="4bit", deepspeed="zero3")
+        estimate(LLAMA3_8B, Workload(lora_rank=16, quantize="4bit"), deepspeed="zero3")
     with pytest.raises(ConfigError, match="--quantize 4bit needs --lora-rank N"):
-        estimate(LLAMA3_8B, quantize="4bit")
+        estimate(LLAMA3_8B, Workload(quantize="4bit"))
     with pytest.raises(
         ConfigError, match=r"train\.optimizer = 'sgd': expected one of adamw, adamw-8bit, adamw-8bit-paged"
     ):
-        estimate(LLAMA3_8B, optimizer="sgd")
+        estimate(LLAMA3_8B, Workload(optimizer="sgd"))
 
 
 def test_communication_of_each_stage():
-    parameters = Parameters(0, 1_000, 0, 0, 0, 10, 0, False)
+    parameters = Parameters(0, 1_000, 0, 0, 0, 10, 0)
     ring = 3 / 4
 
     def sent(micro_batches: int = 5, **settings: Any) -> float:
@@ -494,27 +496,27 @@ def by_preset(estimates: list[Estimate]) -> dict[str, Estimate]:
 @pytest.mark.parametrize("tokens_per_batch", [4096, 8192])
 def test_gemma_7b_at_4096_tokens_fits_four_48_gb_gpus_with_zero3_and_checkpointing(tokens_per_batch):
     hardware = read_hardware(gpus=4, gpu_memory=48)
-    found = estimate(GEMMA_7B, hardware=hardware, max_length=4096, tokens_per_batch=tokens_per_batch)
+    found = estimate(GEMMA_7B, Workload(max_length=4096, tokens_per_batch=tokens_per_batch), hardware)
     plans = by_preset(found)
     assert plans["zero3"].fits
     assert plans["zero3"].checkpointing
     assert not plans["zero1"].fits
     assert [e.preset for e in found if e.recommended] == ["zero3"]
-    without = estimate(GEMMA_7B, hardware=hardware, max_length=4096, deepspeed="zero3", gradient_checkpointing=False)
+    without = estimate(GEMMA_7B, Workload(max_length=4096), hardware, "zero3", gradient_checkpointing=False)
     assert not without[0].fits
 
 
 def test_llama3_8b_does_not_fit_one_80_gb_gpu_with_zero1_but_adapters_do():
     hardware = read_hardware(gpu="h100")
-    plans = by_preset(estimate(LLAMA3_8B, hardware=hardware, max_length=4096))
+    plans = by_preset(estimate(LLAMA3_8B, Workload(max_length=4096), hardware))
     assert not plans["zero1"].fits
     assert plans["zero1"].memory.total > 120 * GIB
-    adapted = by_preset(estimate(LLAMA3_8B, hardware=hardware, max_length=4096, lora_rank=16))
+    adapted = by_preset(estimate(LLAMA3_8B, Workload(max_length=4096, lora_rank=16), hardware))
     assert adapted["zero1"].fits
 
 
 def test_2b_fits_one_141_gb_gpu():
-    (plan,) = estimate(GEMMA_2B, hardware=read_hardware(gpu_memory=141), max_length=4096, deepspeed="zero1")
+    (plan,) = estimate(GEMMA_2B, Workload(max_length=4096), read_hardware(gpu_memory=141), "zero1")
     assert plan.fits
     assert plan.recommended
 
@@ -544,28 +546,27 @@ def test_hardware_by_name_and_by_memory():
         read_hardware(0)
 
 
-def test_utilisation_is_read_from_results_of_that_gpu(tmp_path):
-    assert read_mfu("h200", tmp_path / "nowhere")[0] == ASSUMED_MFU
-    arms = {"trl": {"mfu_minimal_percent": 20.0}, "btrm-shared": {"mfu_minimal_percent": 55.0}}
-    (tmp_path / "a.json").write_text(json.dumps({"hardware": {"gpu": "NVIDIA H200"}, "arms": arms}))
-    (tmp_path / "b.json").write_text("not json")
-    assert read_mfu("h200", tmp_path) == (pytest.approx(0.55), "55% MFU, measured (a.json)")
-    value, source = read_mfu("4090", tmp_path)
-    assert value == ASSUMED_MFU
-    assert source.startswith("assumed 40 % MFU, not measured")
+def test_utilisation_is_assumed_and_says_so():
+    (plan,) = estimate(LLAMA3_8B, hardware=read_hardware(1, "h200"), deepspeed="zero1")
+    assert plan.workload.mfu == ASSUMED_MFU
+    assert "assumed 40 % MFU, not measured" in plan.workload.mfu_source
+
+
+def test_a_pair_is_no_longer_than_two_conversations_and_no_size_is_nothing():
+    assert Workload(max_length=128).pair_tokens == 256
+    assert Workload(max_length=4096, tokens_per_pair=500).pair_tokens == 500
+    with pytest.raises(ConfigError, match="--max-length 0: expected a number above 0"):
+        Workload(max_length=0)
 
 
 def test_hours_follow_from_operations_and_utilisation():
     hardware = read_hardware(gpus=2, gpu="h100")
     (plan,) = estimate(
         LLAMA3_8B,
+        Workload(pairs=1000, tokens_per_pair=500, epochs=2, mfu=0.5, mfu_source="given"),
         hardware=hardware,
         deepspeed="zero3",
         gradient_checkpointing=False,
-        pairs=1000,
-        tokens_per_pair=500,
-        epochs=2,
-        mfu=(0.5, "given"),
     )
     flops = 500 * shape_module.flops_per_token(plan.parameters, plan.shape, 500)
     assert plan.pairs_per_second == pytest.approx(2 * 989e12 * 0.5 / flops)
@@ -575,12 +576,8 @@ def test_hours_follow_from_operations_and_utilisation():
 def test_the_table_has_a_line_per_preset_and_a_command_that_can_be_pasted():
     found = estimate(
         GEMMA_7B,
-        model="google/gemma 7b",
+        Workload(model="google/gemma 7b", max_length=4096, pairs_per_step=512, pairs=700_000),
         hardware=read_hardware(4, "h100"),
-        max_length=4096,
-        pairs_per_step=512,
-        pairs=700_000,
-        mfu=(0.4, "assumed 40 % MFU, not measured"),
     )
     text = format_estimate(found)
     assert text.startswith("google/gemma 7b: 8,537,683,968 parameters = embedding 786,432,000 + 28 layers ")
@@ -597,7 +594,7 @@ def test_the_table_has_a_line_per_preset_and_a_command_that_can_be_pasted():
 
 def test_nothing_fits_says_what_to_try():
     hardware = read_hardware(1, "4090")
-    found = estimate(GEMMA_7B, hardware=hardware, deepspeed="zero1", max_length=2048)
+    found = estimate(GEMMA_7B, Workload(max_length=2048), hardware, "zero1")
     assert not found[0].recommended
     advice = format_estimate(found).splitlines()[-1]
     assert advice.startswith("Nothing fits. Try btrm plan with: --tokens-per-batch 4096; or --deepspeed zero3 ")
@@ -606,7 +603,7 @@ def test_nothing_fits_says_what_to_try():
 
 
 def test_dictionary_is_plain_and_complete():
-    found = estimate(GEMMA_2B, model="g", hardware=read_hardware(1, "h200"))
+    found = estimate(GEMMA_2B, Workload(model="g"), read_hardware(1, "h200"))
     out = json.loads(json.dumps(to_dict(found)))
     assert out["parameters"]["total"] == found[0].parameters.total
     assert [p["preset"] for p in out["presets"]] == list(PRESETS)

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from btrm_core.model.shape import read_shape
 from btrm_core.preflight.plan import memory
-from btrm_core.preflight.plan.estimate import read_zero
+from btrm_core.preflight.plan.estimate import Workload, read_zero
 
 LARGE = {
     "vocab_size": 49152,
@@ -94,7 +94,9 @@ def test_planned_states_are_what_a_process_holds(tmp_path: Path, preset: str, dt
     codes = wait(start(measure, str(file), values, log=log), timeout=120)
     assert codes == [0], log.read_text()
     parameters, _ = read_shape(CONFIG_MAPPING["llama"](**LARGE))
-    planned = memory.states(parameters, read_zero(preset, dtype == "bf16", 1, optimizer=optimizer), gpus=1)
+    planned = memory.states(
+        parameters, read_zero(preset, Workload(bf16=dtype == "bf16", optimizer=optimizer), 1), gpus=1
+    )
     expected = planned.weights + planned.gradients + planned.optimizer
     assert parameters.total > 35e6
     assert json.loads(file.read_text()) == pytest.approx(expected, rel=0.05)

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from btrm_core.config import apply
+from btrm_core.config import apply, check
 from btrm_core.errors import ConfigError
 from btrm_core.families import RECIPE
 from btrm_core.model import Parameters, Shape, flops_per_token, read_shape
 from btrm_core.preflight.plan import memory
-from btrm_core.preflight.plan.hardware import GIB, Hardware, read_hardware, read_mfu
+from btrm_core.preflight.plan.hardware import ASSUMED_MFU, ASSUMED_MFU_SOURCE, GIB, Hardware, read_hardware
 from btrm_core.preflight.plan.memory import Memory, Zero
 from btrm_core.settings import ModelConfig, RunConfig, TrainConfig
 
@@ -43,21 +43,51 @@ PRESETS = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained and how it is cut into steps."""
+    """What is trained and how it is cut into steps.
 
-    model: str
-    pairs_per_step: int
-    tokens_per_batch: int
-    max_length: int
-    tokens_per_pair: float
-    pairs: int | None
-    epochs: float
-    lora_rank: int | None
-    bf16: bool
-    mfu: float
-    mfu_source: str
-    quantize: str = "none"
-    optimizer: str = "adamw"
+    Attributes:
+        model: the name that the recommended command gives to `--model`.
+        pairs_per_step: pairs per optimizer step, over all GPUs.
+        tokens_per_batch: token budget of a row.
+        max_length: longest conversation in tokens.
+        tokens_per_pair: mean tokens of a pair with its common prefix counted once.
+        pairs: pairs of the training data, for the hours.
+        epochs: passes over the pairs.
+        lora_rank: train adapters of this rank on every linear layer instead of all weights.
+        bf16: compute type bf16; False is fp32.
+        mfu: model FLOPs utilisation, 0 to 1.
+        mfu_source: where that figure comes from.
+        quantize: none, or 4bit for frozen weights in 4 bits under the adapters.
+        optimizer: adamw, adamw-8bit or adamw-8bit-paged.
+    """
+
+    model: str = "MODEL"
+    pairs_per_step: int = RECIPE.pairs_per_step or 64
+    tokens_per_batch: int = TrainConfig.tokens_per_batch
+    max_length: int = RECIPE.max_length or 2048
+    tokens_per_pair: float = ASSUMED_TOKENS_PER_PAIR
+    pairs: int | None = None
+    epochs: float = 1.0
+    lora_rank: int | None = None
+    bf16: bool = True
+    mfu: float = ASSUMED_MFU
+    mfu_source: str = ASSUMED_MFU_SOURCE
+    quantize: str = ModelConfig.quantize
+    optimizer: str = TrainConfig.optimizer
+
+    def __post_init__(self) -> None:
+        """Refuse sizes of nothing."""
+        for name in ("pairs_per_step", "tokens_per_batch", "max_length", "tokens_per_pair", "epochs"):
+            if getattr(self, name) <= 0:
+                flag = name.replace("_", "-")
+                raise ConfigError(
+                    f"--{flag} {getattr(self, name)}: expected a number above 0; leave it out or raise it"
+                )
+
+    @property
+    def pair_tokens(self) -> float:
+        """Tokens of a pair: as given, but no more than two conversations of the longest length have."""
+        return min(self.tokens_per_pair, 2.0 * self.max_length)
 
     @property
     def row_tokens(self) -> int:
@@ -66,7 +96,7 @@ class Workload:
 
     def micro_batches(self, gpus: int) -> int:
         """Micro-batches per step on each GPU."""
-        return max(1, math.ceil(self.pairs_per_step * self.tokens_per_pair / (gpus * self.tokens_per_batch)))
+        return max(1, math.ceil(self.pairs_per_step * self.pair_tokens / (gpus * self.tokens_per_batch)))
 
 
 @dataclass(frozen=True)
@@ -92,72 +122,35 @@ class Estimate:
 
 def estimate(
     config: Any,
-    *,
-    model: str = "MODEL",
+    work: Workload | None = None,
     hardware: Hardware | None = None,
     deepspeed: str | None = None,
-    max_length: int | None = None,
-    tokens_per_batch: int = TrainConfig.tokens_per_batch,
-    pairs_per_step: int | None = None,
-    pairs: int | None = None,
-    tokens_per_pair: float | None = None,
-    epochs: float = 1.0,
-    lora_rank: int | None = None,
-    quantize: str = ModelConfig.quantize,
-    optimizer: str = TrainConfig.optimizer,
     gradient_checkpointing: bool | None = None,
-    bf16: bool = True,
-    mfu: tuple[float, str] | None = None,
 ) -> list[Estimate]:
     """Estimate every preset (or one preset or DeepSpeed file); at most one estimate is the recommended one.
 
     Args:
         config: a transformers configuration, or the directory or hub id of a model that has one.
-        model: the name that the recommended command gives to `--model`.
+        work: what is trained; None is what a run without further settings does.
         hardware: the GPUs; None assumes one H100.
         deepspeed: one preset or a DeepSpeed JSON file; None estimates all presets.
-        max_length: longest conversation in tokens.
-        tokens_per_batch: token budget of a row.
-        pairs_per_step: pairs per optimizer step, over all GPUs.
-        pairs: pairs of the training data, for the hours.
-        tokens_per_pair: mean tokens of a pair with its common prefix counted once.
-        epochs: passes over the pairs.
-        lora_rank: train adapters of this rank on every linear layer instead of all weights.
-        quantize: none, or 4bit for frozen weights in 4 bits under the adapters.
-        optimizer: adamw, adamw-8bit or adamw-8bit-paged.
         gradient_checkpointing: None recomputes activations only where the preset needs it to fit.
-        bf16: compute type bf16; False is fp32.
-        mfu: model FLOPs utilisation and its source; None reads the benchmark results.
+
+    Returns:
+        One estimate per preset, in the order in which they are preferred.
 
     Raises:
         BtrmError: the configuration cannot be read, its architecture is unknown, or settings contradict each other.
     """
-    from btrm_core.config import check
-
-    check(_settings("zero1", bf16, lora_rank, quantize, optimizer))
+    workload = work or Workload()
+    check(_settings("zero1", workload))
     if isinstance(config, str):
         from btrm_core.model import base_config
 
-        model, config = config, base_config(ModelConfig(name=config))
+        name, config = config, base_config(ModelConfig(name=config))
+        workload = dataclasses.replace(workload, model=name)
     hardware = hardware or read_hardware()
-    parameters, shape = read_shape(config, lora_rank, quantize != "none")
-    max_length = max_length or RECIPE.max_length or 2048
-    value, source = mfu or read_mfu(hardware.name)
-    workload = Workload(
-        model=model,
-        pairs_per_step=pairs_per_step or RECIPE.pairs_per_step or 64,
-        tokens_per_batch=tokens_per_batch,
-        max_length=max_length,
-        tokens_per_pair=tokens_per_pair or min(ASSUMED_TOKENS_PER_PAIR, 2.0 * max_length),
-        pairs=pairs,
-        epochs=epochs,
-        lora_rank=lora_rank,
-        bf16=bf16,
-        mfu=value,
-        mfu_source=source,
-        quantize=quantize,
-        optimizer=optimizer,
-    )
+    parameters, shape = read_shape(config, workload.lora_rank, workload.quantize != "none")
     found = [
         _estimate(preset, gradient_checkpointing, parameters, shape, hardware, workload)
         for preset in ([deepspeed] if deepspeed else [p for p in PRESETS if _possible(p, workload)])
@@ -170,7 +163,7 @@ def estimate(
 def _possible(preset: str, work: Workload) -> bool:
     """Whether a preset goes with 4-bit weights and 8-bit optimizers."""
     try:
-        _zero(preset, work, 1)
+        read_zero(preset, work, 1)
     except ConfigError:
         return False
     return True
@@ -189,7 +182,7 @@ def _estimate(
     preset: str, checkpointing: bool | None, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
 ) -> Estimate:
     gpus = hardware.gpus
-    zero = _zero(preset, work, gpus)
+    zero = read_zero(preset, work, gpus)
     # a packed weight is unpacked for its product, one at a time
     unpacked = (2 if work.bf16 else 4) * shape.hidden * shape.intermediate if parameters.packed else 0
     for recompute in (False, True) if checkpointing is None else (checkpointing,):
@@ -208,7 +201,7 @@ def _estimate(
             break
     speed = None
     if hardware.tflops and work.bf16:
-        flops = work.tokens_per_pair * flops_per_token(parameters, shape, work.tokens_per_pair)
+        flops = work.pair_tokens * flops_per_token(parameters, shape, work.pair_tokens)
         # MFU counts minimal operations: recomputing the forward pass makes 8 of every 6 (arXiv:2205.05198, section 5)
         speed = gpus * hardware.tflops * 1e12 * work.mfu / flops * (0.75 if recompute else 1.0)
     return Estimate(
@@ -228,30 +221,33 @@ def _estimate(
     )
 
 
-def _zero(preset: str, work: Workload, world: int) -> Zero:
-    return read_zero(preset, work.bf16, world, quantize=work.quantize, optimizer=work.optimizer)
+def read_zero(preset: str, work: Workload, world: int) -> Zero:
+    """The ZeRO settings that btrm hands to DeepSpeed.
 
+    Args:
+        preset: a preset's name, or a DeepSpeed JSON file.
+        work: what is trained.
+        world: number of processes.
 
-def read_zero(preset: str, bf16: bool, world: int, quantize: str = "none", optimizer: str = "adamw") -> Zero:
-    """The ZeRO settings that btrm hands to DeepSpeed for a preset or a user's JSON file, and a number of processes.
+    Returns:
+        The settings that memory and traffic depend on.
 
     Raises:
         ConfigError: the preset is unknown, or 4-bit weights or an 8-bit optimizer do not go with it.
     """
     from btrm_core.training.processes import deepspeed_config
 
-    config = _settings(preset, bf16, None, quantize, optimizer)
-    zero = Zero.from_config(deepspeed_config(config, world))
-    return zero if optimizer == "adamw" else dataclasses.replace(zero, moment_bytes=memory.EIGHT_BIT_MOMENT)
+    zero = Zero.from_config(deepspeed_config(_settings(preset, work), world))
+    return zero if work.optimizer == "adamw" else dataclasses.replace(zero, moment_bytes=memory.EIGHT_BIT_MOMENT)
 
 
-def _settings(preset: str, bf16: bool, lora_rank: int | None, quantize: str, optimizer: str) -> RunConfig:
+def _settings(preset: str, work: Workload) -> RunConfig:
     values = {
         "distributed.deepspeed": preset,
-        "model.dtype": "bf16" if bf16 else "fp32",
-        "model.quantize": quantize,
-        "lora.rank": lora_rank,
-        "train.optimizer": optimizer,
+        "model.dtype": "bf16" if work.bf16 else "fp32",
+        "model.quantize": work.quantize,
+        "lora.rank": work.lora_rank,
+        "train.optimizer": work.optimizer,
     }
     return apply(RunConfig(), values)
 
@@ -314,7 +310,7 @@ def _header(e: Estimate) -> str:
         f"{w.model}: {p.total:,} parameters = embedding {p.embedding:,} + {len(e.shape.windows)} layers {p.layers:,} "
         f"+ norms {p.norm:,} + head {p.head:,}{lora}\n"
         f"{h.gpus} x {h.name} ({h.memory / GIB:.1f} GiB{peak}); rows of up to {w.row_tokens:,} tokens; "
-        f"{w.pairs_per_step} pairs per step of about {w.tokens_per_pair:,.0f} tokens: "
+        f"{w.pairs_per_step} pairs per step of about {w.pair_tokens:,.0f} tokens: "
         f"{w.micro_batches(h.gpus)} micro-batches per GPU"
     )
 
@@ -340,6 +336,7 @@ def to_dict(estimates: Sequence[Estimate]) -> dict[str, Any]:
     shared = ("parameters", "shape", "hardware", "workload")
     out: dict[str, Any] = {name: dataclasses.asdict(getattr(first, name)) for name in shared}
     out["parameters"].update(total=first.parameters.total, trainable=first.parameters.trainable)
+    out["workload"]["tokens_per_pair"] = first.workload.pair_tokens
     out["presets"] = []
     for e in estimates:
         own = {k: v for k, v in dataclasses.asdict(e).items() if k not in shared}
