@@ -75,7 +75,8 @@ class DataConfig:
     eval: Annotated[tuple[str, ...], Flag("eval-data", "SRC", repeat=True)] = ()
     """Evaluation pairs. Default: held out by prompt. `held_out_fraction` says how many."""
     map: Annotated[tuple[str, ...], Flag("map", "NAME=COLUMN,...", repeat=True)] = ()
-    """The data's own names, as prompt=question. Also role.expert=assistant, margin=scores; a table [data.map] in TOML."""
+    """The data's own names, as prompt=question. Also role.expert=assistant, margin=scores; in TOML a table
+    [data.map]."""
     max_length: Annotated[int | None, Above(0), Flag()] = None
     """Longest conversation in tokens. Longer ones lose whole oldest turns of the prompt, equally on both sides."""
     held_out_fraction: Annotated[float, AtLeast(0), AtMost(1, included=False)] = 0.05
