@@ -13,6 +13,7 @@ ordinary transformers (or peft) model: save that.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from btrm_core.errors import ConfigError
 from btrm_core.model.attention import choose_kernel, masks_for, registered_name, uses_softcap
+from btrm_core.model.leakage.positions import fresh_positions
 from btrm_core.packing import PADDED, Batch
 
 
@@ -97,6 +99,8 @@ class RewardModel(nn.Module):
     Attributes:
         hf: the model as given, with its head computing in float32.
         kernel: the kernel in use.
+        one_by_one: whether padded lines are computed one at a time, each in its own length: for models whose rewards
+            would depend on the batch.
     """
 
     def __init__(self, hf: Any, kernel: str = PADDED) -> None:
@@ -110,6 +114,8 @@ class RewardModel(nn.Module):
             )
         _install_head(base, "score")
         self.kernel = kernel
+        self.one_by_one = False
+        self._takes_positions = "position_ids" in inspect.signature(self._backbone_of(base).forward).parameters
         self.use_kernel(kernel)
 
     @property
@@ -167,7 +173,7 @@ class RewardModel(nn.Module):
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Return the backbone's last hidden states [B, T, H] of a batch; raises as `forward` does."""
         if batch.layout is None:
-            return self._backbone(batch, batch.attention_mask)
+            return self._line_by_line(batch) if self.one_by_one else self._backbone(batch, batch.attention_mask)
         if self.kernel == PADDED:
             if len(batch.layout.runs) > 1:
                 raise ValueError("kernel 'padded' takes padded lines, not a packed row of several sequences")
@@ -176,16 +182,31 @@ class RewardModel(nn.Module):
             # A mask of ones keeps transformers from looking for packed sequences in the positions.
             return self._backbone(batch, torch.ones_like(batch.input_ids))
 
+    @staticmethod
+    def _backbone_of(base: Any) -> Any:
+        return getattr(base, base.base_model_prefix)
+
     def _backbone(self, batch: Batch, mask: torch.Tensor | None) -> torch.Tensor:
-        base = self.base_model
-        output = getattr(base, base.base_model_prefix)(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        return self._run(batch.input_ids, mask, batch.position_ids)
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        # Some models count positions themselves, or have none: those cannot be packed, which the self-check finds.
+        more = {"position_ids": positions} if self._takes_positions else {}
+        output = self._backbone_of(self.base_model)(input_ids=ids, attention_mask=mask, use_cache=False, **more)
         hidden: torch.Tensor = output[0]
         return hidden
+
+    def _line_by_line(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [B, T, H] of padded lines that are computed one at a time, zeros where they are padded."""
+        ids, positions = batch.input_ids, batch.position_ids
+        lengths = [ids.shape[1]] * len(ids) if batch.attention_mask is None else batch.attention_mask.sum(1).tolist()
+        lines = []
+        for line, length in enumerate(lengths):
+            with fresh_positions(self.base_model):
+                part = slice(line, line + 1), slice(0, length)
+                hidden = self._run(ids[part], torch.ones_like(ids[part]), positions[part])
+            lines.append(F.pad(hidden, (0, 0, 0, ids.shape[1] - length)))
+        return torch.cat(lines)
 
     @contextlib.contextmanager
     def own_attention(self) -> Iterator[None]:

@@ -1,0 +1,21 @@
+"""Leakage: whether a reward depends on nothing but its own sequence, tested exactly; and what follows if it does not.
+
+Made for every way of laying out sequences alike: packed rows, padded lines, one sequence at a time.
+"""
+
+from btrm_core.model.leakage.exact import Leak, examine
+from btrm_core.model.leakage.positions import check_max_length, position_limit, positions_depend_on_batch
+from btrm_core.model.leakage.structure import token_mixers, without_dropout
+from btrm_core.model.leakage.trust import Trust, trusted
+
+__all__ = [
+    "Leak",
+    "Trust",
+    "check_max_length",
+    "examine",
+    "position_limit",
+    "positions_depend_on_batch",
+    "token_mixers",
+    "trusted",
+    "without_dropout",
+]

@@ -1,0 +1,63 @@
+"""What a model is made of, as far as packing is concerned: what mixes tokens besides attention, and dropout."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention", "full", "sliding", "global", "local"}
+"""Kinds of layers that are attention under a mask; every other kind is refused in packed rows."""
+
+_LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "layer_block_types", "attn_type_list")
+
+_MIXERS = re.compile(
+    r"Mamba|SSM|Ssm(?![a-z])|DeltaNet|R[Ww][Kk][Vv]|Recurrent|RGLRU|RgLru|ShortConv|LinearAttention|Lightning|TokenShift"
+    r"|Hyena|Retention|[xms]LSTM"
+)
+"""Class names of modules that carry a state or a neighbour's values from token to token."""
+
+
+def token_mixers(hf: Any) -> str | None:
+    """Name what mixes the tokens of a row and knows no masks: a convolution, a scan, another kind of layer; or None."""
+    config = hf.config.get_text_config()
+    for name in _LAYER_LISTS:
+        kinds = getattr(config, name, None)
+        if not isinstance(kinds, list | tuple):
+            continue
+        for kind in kinds:
+            if isinstance(kind, str) and kind not in ATTENTION_LAYERS:
+                return f"its layers of kind '{kind}' are neither full nor sliding attention"
+    for name, module in hf.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.RNNBase):
+            return f"{name} ({type(module).__name__}) mixes tokens and knows no borders between sequences"
+        if _MIXERS.search(type(module).__name__):
+            return f"{name} ({type(module).__name__}) mixes tokens outside attention"
+    return None
+
+
+def without_dropout(hf: Any) -> list[str]:
+    """Set every dropout of a model to 0, under whatever name; returns what was changed, as `name=value`.
+
+    Not for a model with adapters, whose dropout is asked for by a setting.
+    """
+    config = hf.config.get_text_config()
+    changed = [
+        f"{name}={value:g}"
+        for name, value in sorted(vars(config).items())
+        if _is_dropout(name) and isinstance(value, float | int) and not isinstance(value, bool) and value > 0
+    ]
+    for entry in changed:
+        setattr(config, entry.partition("=")[0], 0.0)
+    for module in hf.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if _is_dropout(name) and isinstance(value, float) and value > 0:
+                setattr(module, name, 0.0)
+    return changed
+
+
+def _is_dropout(name: str) -> bool:
+    return "drop" in name or name.endswith("pdrop")

@@ -1,0 +1,253 @@
+"""How a model's sequences are laid out: packed where that is proven exact, else padded, else one at a time.
+
+One function decides for training, scoring, doctor and conformance, so that what was trained can be scored likewise.
+Whatever goes wrong in a test leads to the next safe choice with its reason; only if nothing is left is it an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from btrm_core.data import cache_root, code_digest
+from btrm_core.errors import ConfigError, first_line
+from btrm_core.model.attention import KERNELS, choose_kernel, uses_softcap
+from btrm_core.model.leakage.exact import Leak, examine
+from btrm_core.model.leakage.positions import positions_depend_on_batch
+from btrm_core.model.leakage.structure import token_mixers
+from btrm_core.model.selfcheck import self_check
+from btrm_core.packing import PADDED, Tree, row_multiple
+
+if TYPE_CHECKING:
+    from btrm_core.model.reward import RewardModel
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What was decided for a model, which has been set accordingly.
+
+    Attributes:
+        layout: shared, packed or padded.
+        one_by_one: whether padded lines are computed one at a time.
+        kernel: the kernel in use.
+        why_not: what was tried before and why it is not used, one line each, the first choice first.
+        proof: what the chosen one was found to be, one line.
+        difference: largest relative difference of a reward from a separate pass with the chosen one.
+    """
+
+    layout: str
+    one_by_one: bool
+    kernel: str
+    why_not: tuple[str, ...]
+    proof: str
+    difference: float
+
+    @property
+    def note(self) -> str | None:
+        """One line for the user if it is not the first choice; None otherwise."""
+        if not self.why_not:
+            return None
+        now = f"{self.kernel} attention in packed rows"
+        if self.layout == PADDED:
+            now = "one sequence at a time" if self.one_by_one else "padded batches"
+        return f"{'; '.join(self.why_not)}; going on with {now}"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What a test is about, besides the model."""
+
+    layout: str
+    pad_id: int
+    longest: int | None
+    training: bool
+    cache_dir: str | None
+
+
+def trusted(
+    model: RewardModel,
+    groups: Sequence[Tree],
+    *,
+    layout: str = "shared",
+    pad_id: int = 0,
+    longest: int | None = None,
+    training: bool = True,
+    allowed: Sequence[str] = (),
+    agree: Callable[[bool], bool] = lambda bad: bad,
+    cache_dir: str | None = None,
+) -> Trust:
+    """Decide how sequences are laid out, by testing it, and set the model's kernel to it.
+
+    Args:
+        model: the reward model, with its first choice of kernel.
+        groups: real groups, the longest at hand first.
+        layout: the layout asked for: shared, packed or padded.
+        pad_id: id of the tokens that fill up.
+        longest: the longest sequence that will be computed, in tokens; None if that is not known.
+        training: whether the model will be trained.
+        allowed: the kernels that the family's recipe allows; empty allows all.
+        agree: tells whether a test failed on any process; called equally often on all.
+        cache_dir: the cache of verdicts by architecture and versions; None takes the usual one.
+
+    Raises:
+        ConfigError: no way is exact, or the only one left is one at a time and weights are spread out (ZeRO-3).
+    """
+    case = _Case(layout, pad_id, longest, training, cache_dir)
+    why_not: list[str] = []
+    model.one_by_one = False
+    if layout != PADDED:
+        found = _packed(model, groups, case, allowed, agree, why_not)
+        if found is not None:
+            return Trust(layout, False, model.kernel, tuple(why_not), found.reason, found.difference)
+    padded = _Case(PADDED, pad_id, longest, training, cache_dir)
+    model.use_kernel(PADDED)
+    dependent = positions_depend_on_batch(model.base_model, longest)
+    if dependent is None:
+        found = _attempt(model, groups, padded, check_real=False)
+        if not agree(not found.ok):
+            return Trust(PADDED, False, PADDED, tuple(why_not), found.reason, found.difference)
+        dependent = found.reason
+    if not why_not or not why_not[-1].endswith(dependent):
+        why_not.append(f"padded batches are not exact for this model: {dependent}")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ConfigError(
+            f"{'; '.join(why_not)}; one sequence at a time needs whole weights on every process: "
+            "give --deepspeed zero2 or lower"
+        )
+    model.one_by_one = True
+    found = _attempt(model, groups, padded, check_real=False)
+    if agree(not found.ok):
+        raise ConfigError(
+            f"this architecture ({model.base_model.config.model_type}) cannot be computed exactly, not even one "
+            f"sequence at a time: {found.reason}; expected another base model"
+        )
+    return Trust(PADDED, True, PADDED, tuple(why_not), found.reason, found.difference)
+
+
+def _packed(
+    model: RewardModel,
+    groups: Sequence[Tree],
+    case: _Case,
+    allowed: Sequence[str],
+    agree: Callable[[bool], bool],
+    why_not: list[str],
+) -> Leak | None:
+    """Try packed rows with one kernel after another; None, and the reasons in `why_not`, if none is exact."""
+    structure = _structure(model, case)
+    if structure is not None:
+        why_not.append(f"packed rows cannot be used for this model: {structure}")
+        return None
+    for kernel in (model.kernel, *_other_kernels(model, allowed)):
+        try:
+            model.use_kernel(kernel)
+        except ConfigError as error:
+            found = Leak(False, str(error), math.inf, 0.0)
+        else:
+            found = _attempt(model, groups, case, check_real=True)
+        if not agree(not found.ok):
+            return found
+        if not any(found.reason in reason for reason in why_not):
+            why_not.append(f"packed rows with {kernel} attention cannot be used for this model: {found.reason}")
+    return None
+
+
+def _structure(model: RewardModel, case: _Case) -> str | None:
+    """Why a model cannot be packed, as far as that is seen without running it; None if it may."""
+    if model.kernel == PADDED:
+        return "it does not use transformers' attention interface, so its attention cannot be packed"
+    if mixer := token_mixers(model.base_model):
+        return mixer
+    filling = row_multiple(model.kernel, model.device.type)  # the filling of a row has positions of its own
+    longest = None if case.longest is None else max(case.longest, filling - 1)
+    return positions_depend_on_batch(model.base_model, longest)
+
+
+def _other_kernels(model: RewardModel, allowed: Sequence[str]) -> Iterator[str]:
+    """The kernels that could stand in for the model's own, the preferred ones first."""
+    base = model.base_model
+    facts: dict[str, Any] = {
+        "device_type": model.device.type,
+        "softcap": uses_softcap(base.config),
+        "half": base.dtype in (torch.float16, torch.bfloat16),
+    }
+    first = model.kernel
+    for kernel in allowed or KERNELS:
+        with contextlib.suppress(ConfigError):
+            if kernel != first and choose_kernel(kernel, allowed=allowed, **facts) == kernel:
+                yield kernel
+
+
+def _attempt(model: RewardModel, groups: Sequence[Tree], case: _Case, *, check_real: bool) -> Leak:
+    """Test one way; an exception of the model, of a kernel or of a compiler is a verdict like any other."""
+    try:
+        leak = _examined(model, groups, case)
+        if leak.ok and check_real and groups:
+            check = self_check(model, groups)
+            if not check.ok:
+                return Leak(False, check.reason, check.difference, check.tolerance)
+            return Leak(True, f"{leak.reason}; {check.reason}", max(leak.difference, check.difference), check.tolerance)
+        return leak
+    except NotImplementedError as error:
+        return Leak(False, first_line(error), math.inf, 0.0)
+    except Exception as error:  # whatever it is, the next choice does without
+        return Leak(False, f"{type(error).__name__}: {first_line(error)}", math.inf, 0.0)
+
+
+def _examined(model: RewardModel, groups: Sequence[Tree], case: _Case) -> Leak:
+    """`examine`, or its verdict for the same architecture, versions and use of an earlier run."""
+    path = _cached_at(model, case)
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Leak(**json.loads(path.read_text(encoding="utf-8")))
+    leak = examine(model, groups, layout=case.layout, pad_id=case.pad_id, longest=case.longest, training=case.training)
+    if path is not None and math.isfinite(leak.difference):
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+                json.dump(vars(leak), file)
+            Path(file.name).replace(path)
+    return leak
+
+
+def _cached_at(model: RewardModel, case: _Case) -> Path | None:
+    """Where the verdict is kept; None if it may not be, because some module's computation is not that of its class."""
+    modules = list(model.modules())
+    if any("forward" in vars(module) for module in modules):
+        return None
+    classes = {type(module) for module in modules}
+    described = model.base_model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        described.pop(name, None)
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    facts = {
+        "architecture": described,
+        "classes": sorted(f"{c.__module__}.{c.__qualname__} {_source(c)}" for c in classes),
+        "dtype": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "dropout": sorted({module.p for module in modules if isinstance(module, torch.nn.Dropout)}),
+        "versions": [torch.__version__, transformers.__version__, code_digest("model", "model/leakage", "packing")],
+        "use": [case.layout, model.kernel, model.one_by_one, case.longest, case.training, device],
+        "checkpointing": bool(getattr(model.base_model, "is_gradient_checkpointing", False)),
+        "spread out": any(hasattr(parameter, "ds_id") for parameter in model.parameters()),
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_root(case.cache_dir) / "leakage" / f"{key}.json"
+
+
+def _source(kind: type) -> str:
+    """The digest of the file that a class comes from, where no version says what is in it."""
+    if kind.__module__.partition(".")[0] in ("torch", "transformers", "btrm_core"):
+        return ""
+    with contextlib.suppress(OSError, TypeError):
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    return ""
