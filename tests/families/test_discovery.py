@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -36,30 +35,6 @@ GOOD = """
     def recipe():
         return Recipe(learning_rate=1e-4)
 """
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Lay out a distribution with one entry point, as pip leaves it, and remove its module afterwards."""
-    monkeypatch.syspath_prepend(tmp_path)
-    modules = []
-
-    def add(source, *, name="foo", distribution=None, version="1.0", value=None, requires=()):
-        distribution = distribution or f"btrm-{name}"
-        module = distribution.replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source).lstrip(), encoding="utf-8")
-        info = tmp_path / f"{module}-{version}.dist-info"
-        info.mkdir()
-        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
-        (info / "METADATA").write_text("\n".join(lines + [f"Requires-Dist: {r}" for r in requires]) + "\n")
-        (info / "entry_points.txt").write_text(f"[btrm.families]\n{name} = {value or module}\n")
-        importlib.invalidate_caches()
-        modules.append(module)
-        return distribution
-
-    yield add
-    for module in modules:
-        sys.modules.pop(module, None)
 
 
 def entry(name):
@@ -135,6 +110,8 @@ def test_listing_takes_a_fraction_of_a_second(install):
 def test_what_a_plugin_prints_while_it_is_imported_stays_off_stdout(install, capsys):
     install("print('hello from the plugin')\n" + textwrap.dedent(GOOD))
     assert entry("foo").status == "ok"
+    assert capsys.readouterr() == ("", "")
+    load("foo")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "hello from the plugin" in captured.err

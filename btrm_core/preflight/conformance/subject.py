@@ -14,13 +14,13 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from btrm_core import families
 from btrm_core.errors import first_line
-from btrm_core.families import ENTRY_POINT_GROUP, Family, TinyShape
+from btrm_core.families import Family, TinyShape
 from btrm_core.preflight.conformance.verdict import Missing
 
 LONG = 160
@@ -80,7 +80,7 @@ class Subject:
     @cached_property
     def points(self) -> list[EntryPoint]:
         """The entry points with this name; more than one is an error that a check reports."""
-        return list(entry_points(group=ENTRY_POINT_GROUP, name=self.name))
+        return [point for point in families.family_points()[0] if point.name == self.name]
 
     @cached_property
     def plugin(self) -> object:
@@ -88,7 +88,7 @@ class Subject:
         if not self.points:
             raise Missing(f"no family '{self.name}' is installed")
         with _or_missing("the plugin cannot be imported"):
-            plugin: object = self.points[0].load()
+            plugin = families.import_plugin(self.points[0])
         return plugin
 
     @cached_property
