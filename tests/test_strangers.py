@@ -230,6 +230,17 @@ def test_entry_points_that_are_no_text_are_said_of_their_package_alone(install):
     assert detect(config("gemma")).name == "gemma"
 
 
+def test_a_package_beside_which_torch_cannot_be_imported_is_named(install):
+    install("", name="bar", files={"entry_points.txt": b"[console_scripts]\nbar = \xff\n"})
+    assert btrm("families", "llama3").returncode == 0
+    done = btrm("train", "--family", "llama3")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "btrm: the entry_points.txt of the installed package btrm-bar 1.0 is not UTF-8, and torch and other libraries "
+        "cannot be imported beside it; repair or uninstall btrm-bar\n"
+    )
+
+
 def test_metadata_that_is_no_text_does_not_hide_a_family(install):
     install(PLAIN, files={"METADATA": b"Name: \xff\n"})
     assert load("foo").origin == "btrm-foo unknown"

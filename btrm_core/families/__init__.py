@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         require_claim,
     )
     from btrm_core.families.family import Answer, Family
-    from btrm_core.families.installed import FamilyEntry, family_points
+    from btrm_core.families.installed import FamilyEntry, family_points, unreadable_package
     from btrm_core.families.new_family import write_family
     from btrm_core.families.opening import import_plugin, summary
     from btrm_core.families.view import describe, format_description, format_families, tracebacks
@@ -50,6 +50,7 @@ __all__ = [
     "require_claim",
     "summary",
     "tracebacks",
+    "unreadable_package",
     "write_family",
 ]
 
@@ -71,6 +72,7 @@ _HOMES = {
     "require_claim": "discovery",
     "summary": "opening",
     "tracebacks": "view",
+    "unreadable_package": "installed",
 }
 """Name -> the module of this package that holds it."""
 

@@ -75,6 +75,22 @@ def entry_of(point: EntryPoint) -> FamilyEntry:
     return FamilyEntry(printable(point.name), printable(point.value), distribution, version)
 
 
+def unreadable_package() -> str | None:
+    """Say so if an installed package has entry points that are no text: torch and others fail on it at import."""
+    for found in distributions():
+        try:
+            _ = found.entry_points
+        except UnicodeError:
+            name, version = _described(found)
+            return (
+                f"the entry_points.txt of the installed package {name} {version} is not UTF-8, and torch and other "
+                f"libraries cannot be imported beside it; repair or uninstall {name}"
+            )
+        except Exception:  # something else is wrong with it, which is no reason for the error at hand
+            continue
+    return None
+
+
 def _described(found: Distribution | None) -> tuple[str, str]:
     """Name and version of a distribution, whose own metadata may be missing or damaged."""
     name = version = None
