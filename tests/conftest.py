@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from installed_plugins import install  # noqa: F401
+from support.installed_plugins import install  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("BTRM_CACHE", tempfile.mkdtemp(prefix="btrm-tests-"))

@@ -152,6 +152,10 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                     cache_dir=data.cache_dir,
                     progress=lambda done, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
                 )
+            if data.strict and encoded[name].report["altered"]:
+                raise DataError(
+                    f"{name} data: {encoded[name].describe()}; expected every message as the data has it (--strict)"
+                )
     if config_module.keeps_best(config) and "eval" not in encoded:
         asked = "--keep-best" if config.output.keep_best else "--early-stopping"
         raise ConfigError(f"{asked} needs evaluation pairs: give --eval-data SRC, or hold some out")

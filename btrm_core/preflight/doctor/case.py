@@ -22,6 +22,7 @@ from btrm_core.families import Family
 from btrm_core.model import build_model, is_finished, load_chat, load_tokenizer, read_manifest, saved_config
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
+from btrm_core.preflight.doctor.kept import messages_kept
 from btrm_core.preflight.doctor.model import Patient, model_checks
 from btrm_core.preflight.doctor.texts import (
     Check,
@@ -191,10 +192,11 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
     yield rows_read(issues)
     reports = _reports(data)
     if data is not None:
+        yield messages_kept(reports)
         yield truncation(reports)
         yield dropped_pairs(reports, data.report["rows"]["train"]["left_out"].get(PROMPT_IN_EVALUATION, 0))
     elif failure is not None:
-        yield Check("truncation", "skip", "no pair can be encoded")
+        yield from (Check(name, "skip", "no pair can be encoded") for name in ("messages", "truncation"))
         yield Check(
             "dropped pairs",
             "fail",
@@ -203,7 +205,9 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
             "raise --max-length, mend the pairs, or give other evaluation data",
         )
     else:
-        yield from (Check(name, "skip", "needs a sound chat format") for name in ("truncation", "dropped pairs"))
+        yield from (
+            Check(name, "skip", "needs a sound chat format") for name in ("messages", "truncation", "dropped pairs")
+        )
     yield repeated_prompts(case.rows)
     yield labels(case.rows, dropped_reasons(reports))
     yield length_bias(case.rows)
