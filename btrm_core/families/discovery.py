@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from btrm_core.errors import FamilyError, did_you_mean, one_line, printable
@@ -37,7 +38,7 @@ def list_families() -> list[FamilyEntry]:
             if entry.distribution != PROJECT:
                 strangers.append(entry)
                 continue
-            plugin, family = open_family(point.name)
+            plugin, family = open_family(point.name, points)
             family.ask("recipe")
         except FamilyError as error:
             entries.append(dataclasses.replace(entry, status="broken", cause=one_line(error)))
@@ -59,9 +60,10 @@ def load(name: str, settings: object | None = None) -> Family:
     Raises:
         FamilyError: no such family, or it is broken; the exception that broke it is the `__cause__`.
     """
-    entry = _named(name)
+    points, unfit = family_points()
+    entry = _named(name, points, unfit)
     try:
-        _, family = open_family(name, settings)
+        _, family = open_family(name, points, settings)
     except FamilyError as error:
         raise FamilyError(
             f"family '{name}' ({entry.origin}) is broken: {one_line(error)}. "
@@ -70,9 +72,8 @@ def load(name: str, settings: object | None = None) -> Family:
     return family
 
 
-def _named(name: str) -> FamilyEntry:
+def _named(name: str, points: Iterable[EntryPoint], unfit: Iterable[FamilyEntry]) -> FamilyEntry:
     """The entry of a family by its name; of one that cannot be a family, the error says why."""
-    points, unfit = family_points()
     known = sorted({point.name for point in points})
     for point in points:
         if point.name == name:
@@ -104,24 +105,39 @@ def detect(config: Any, settings: object | None = None) -> Family:
     broken = f" Broken, and so not asked: {', '.join(silent)}." if silent else ""
     raise FamilyError(
         f"no installed family claims this checkpoint ({_checkpoint(config)}). Installed: {', '.join(names) or 'none'}."
-        f"{broken} Install a family for it, or write one: see CONTRIBUTING.md"
+        f"{broken} Install a family for it, or write one: see CONTRIBUTING.md{_takers()}"
     )
 
 
-def require_claim(family: Family, config: Any) -> None:
+def require_claim(family: Family, config: Any, *, force: bool = False) -> str | None:
     """Refuse a checkpoint that a named family is not made for; a family without the `claims` hook takes any.
+
+    Args:
+        family: the family that was named.
+        config: the checkpoint's transformers config.
+        force: take the checkpoint nevertheless.
+
+    Returns:
+        None, or a warning if the checkpoint was only taken because of `force`.
 
     Raises:
         FamilyError: says what the checkpoint is and which family claims it.
     """
     if "claims" not in family.hooks or family.claims(config):
-        return
+        return None
+    if force:
+        return (
+            f"family '{family.name}' ({family.origin}) does not claim this checkpoint ({_checkpoint(config)}) and was "
+            "forced on it"
+        )
     others, _ = _claimants((name for name in _names() if name != family.name), config)
-    advice = (
-        f"use --family {' or '.join(other.name for other in others)}" if others else "no installed family claims it"
-    )
+    if others:
+        advice = f"use --family {' or '.join(other.name for other in others)}"
+    else:
+        advice = f"no installed family claims it{_takers()}"
     raise FamilyError(
-        f"family '{family.name}' ({family.origin}) is not made for this checkpoint ({_checkpoint(config)}): {advice}"
+        f"family '{family.name}' ({family.origin}) is not made for this checkpoint ({_checkpoint(config)}): {advice}; "
+        "--force-family uses it nevertheless"
     )
 
 
@@ -134,13 +150,14 @@ def _claimants(names: Iterable[str], config: Any) -> tuple[list[FamilyEntry], li
     points, _ = family_points()
     found, silent, strangers = [], [], []
     for name in names:
-        entry = entry_of(next(point for point in points if point.name == name))
+        point = next(point for point in points if point.name == name)
+        entry = entry_of(point)
         try:
-            check_metadata(next(point for point in points if point.name == name), points)
+            check_metadata(point, points)
             if entry.distribution != PROJECT:
                 strangers.append(entry)
                 continue
-            claimed = load(name).claims(config)
+            claimed = open_family(name, points)[1].claims(config)
         except FamilyError:
             silent.append(name)
         else:
@@ -149,6 +166,13 @@ def _claimants(names: Iterable[str], config: Any) -> tuple[list[FamilyEntry], li
         silent += [entry.name] if answer.cause is not None else []
         found += [entry] if answer.claims else []
     return sorted(found, key=lambda entry: entry.name), sorted(silent)
+
+
+def _takers() -> str:
+    """Say which of btrm's own families take any checkpoint, as the end of a message."""
+    own = [entry.name for entry in discover() if entry.distribution == PROJECT]
+    takers = [name for name in own if "claims" not in load(name).hooks]
+    return f"; or try --family {' or '.join(takers)}, which takes any that passes its checks" if takers else ""
 
 
 def _checkpoint(config: Any) -> str:

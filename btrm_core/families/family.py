@@ -55,12 +55,14 @@ class Family:
         origin: distribution and version that provide it.
         plugin: the module or instance itself.
         hooks: the hooks that the plugin implements.
+        warning: what is unusual about this family for this checkpoint; None if nothing is.
     """
 
     def __init__(self, name: str, origin: str, plugin: object, settings: object | None = None) -> None:
         self.name = name
         self.origin = origin
         self.plugin = plugin
+        self.warning: str | None = None
         self._given_by = f"family {name}"
         self._manager = assemble(plugin, self._given_by, settings)
         self.hooks = tuple(

@@ -14,16 +14,20 @@ from btrm_core.errors import FamilyError, one_line, printable
 from btrm_core.families.family import Family, assemble
 from btrm_core.families.guard import guarded
 from btrm_core.families.hookspecs import PROJECT
-from btrm_core.families.installed import entry_of, family_points
+from btrm_core.families.installed import entry_of
 
 
-def open_family(name: str, settings: object | None = None) -> tuple[object, Family]:
+def open_family(name: str, points: Sequence[EntryPoint], settings: object | None = None) -> tuple[object, Family]:
     """Import one plugin and check it against the contract; returns it and the family that asks it.
+
+    Args:
+        name: the family's name.
+        points: all entry points that can be families, as `family_points` gives them.
+        settings: the run's own settings, asked before the family.
 
     Raises:
         FamilyError: says the cause in a few words; the exception that the plugin raised is the `__cause__`.
     """
-    points, _ = family_points()
     point = next(point for point in points if point.name == name)
     origin = entry_of(point).origin
     check_metadata(point, points)

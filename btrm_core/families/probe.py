@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from btrm_core.errors import FamilyError, one_line
+from btrm_core.families.installed import family_points
 from btrm_core.families.opening import open_family, summary
 
 LIMIT_SECONDS = 60.0
@@ -142,7 +143,7 @@ def _answer(name: str, out: Any) -> Finding:
     request = sys.stdin.buffer.read()
     try:
         print("import", file=out, flush=True)
-        plugin, family = open_family(name)
+        plugin, family = open_family(name, family_points()[0])
         if request:
             print("claims", file=out, flush=True)
             return Finding(claims=_claims(family, request))

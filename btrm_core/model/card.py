@@ -90,6 +90,7 @@ def run_manifest(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "family": family.name,
         "origin": family.origin,
+        "warnings": [family.warning] if family.warning else [],
         "base_model": config.model.name,
         "base_revision": config.model.revision,
         "template_sha256": chat.template_sha256,

@@ -86,6 +86,8 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     """
     trackers(config.output.report_to)
     config_module.check(config)
+    if config.force_family and config.family is None:
+        raise ConfigError("--force-family forces the family that is named: give --family NAME too")
     if config.model.name is None and config.family is None:
         raise ConfigError("nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR")
     if config.model.name is None:
@@ -95,7 +97,7 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     else:
         described = base_config(config.model)
         family = families.load(config.family, config) if config.family else families.detect(described, config)
-    families.require_claim(family, described)
+    family.warning = families.require_claim(family, described, force=config.force_family)
     config = resolve(config, family.recipe())
     if not config.data.train:
         raise ConfigError("no training data is named: give --data SRC (a file, a dataset directory or a hub id)")

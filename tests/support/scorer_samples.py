@@ -19,7 +19,7 @@ from btrm_core.model.directory import write_model
 from btrm_core.model.toy import SHAPE, build_toy
 from btrm_core.settings import ModelConfig
 
-FAMILIES = ("gemma", "gemma2", "llama3", "mistral")
+FAMILIES = ("gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen3")
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
 
 PROMPT: Conversation = [

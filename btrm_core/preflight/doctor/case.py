@@ -98,6 +98,8 @@ def examine(config: RunConfig, num_examples: int = 3) -> Case:
     else:
         family, config, described = choose_family(config)
         title = f"family {family.name} ({family.origin}), base model {config.model.name}"
+        if family.warning:
+            title += f"; warning: {family.warning}"
         try:
             chat = prepare_chat(load_tokenizer(config.model), described, family)
         except FamilyError as error:
