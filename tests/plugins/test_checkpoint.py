@@ -12,9 +12,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from btrm_core.chat.format import prepare_chat
 from btrm_core.cli import main
+from btrm_core.config import apply
 from btrm_core.data.sample import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load, require_claim
+from btrm_core.run import train
+from btrm_core.settings import RunConfig
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -102,9 +105,8 @@ def test_without_a_model_there_is_nothing_to_train():
 @pytest.mark.slow
 def test_a_run_trains_scores_and_says_whose_the_answers_are(model, tmp_path):
     output = tmp_path / "run"
-    options = ["--max-steps", "2", "--pairs-per-step", "4", "--data", sample_path("train"), "--output", str(output)]
-    done = CliRunner().invoke(main, ["train", "--family", "checkpoint", "--model", str(model), *options])
-    assert done.exit_code == 0, done.output
+    values = {"model.name": str(model), "data.train": (sample_path("train"),), "output.dir": str(output)}
+    train(apply(RunConfig(family="checkpoint"), {**values, "train.max_steps": 2, "train.pairs_per_step": 4}))
     made = json.loads((output / "model" / "btrm.json").read_text())
     assert (made["family"], made["terminal_token"]) == ("checkpoint", "</s>")
     assert made["answers"] == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import btrm_gemma
@@ -23,10 +24,14 @@ from support.family_checks import (
 )
 from transformers import AutoTokenizer, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
 
+from btrm_core.config import apply
+from btrm_core.data.sample import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import build_toy, tiny_tokenizer
+from btrm_core.run import train
+from btrm_core.settings import RunConfig
 
 CONFIGS = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
@@ -153,3 +158,19 @@ def test_the_template_agrees_with_googles_up_to_the_last_line_break(real, name):
     own = ids(real, real.chat_template, CONVERSATIONS[name])
     assert real.decode(own[-1]) == "\n"
     assert ids(real, load("gemma").chat_template(real), CONVERSATIONS[name]) == own[:-1]
+
+
+@pytest.mark.slow
+def test_forced_on_the_next_generation_it_trains_with_a_warning(tmp_path, capsys):
+    base, output = tmp_path / "gemma2", tmp_path / "run"
+    build_toy(load("gemma2").recipe().tiny, base)
+    values = {"model.name": str(base), "data.train": (sample_path("train"),), "output.dir": str(output)}
+    settings = apply(RunConfig(family="gemma"), {**values, "train.max_steps": 2, "train.pairs_per_step": 4})
+    with pytest.raises(FamilyError, match="use --family gemma2; --force-family uses it nevertheless"):
+        train(settings)
+    train(apply(settings, {"force_family": True}))
+    (warning,) = json.loads((output / "model" / "btrm.json").read_text())["warnings"]
+    assert warning.startswith("family 'gemma' (btrm ")
+    assert "does not claim this checkpoint (model_type 'gemma2'" in warning
+    assert warning.endswith("and was forced on it")
+    assert f"warning: {warning}" in capsys.readouterr().err

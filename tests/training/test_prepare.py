@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from btrm_core import config as config_module
-from btrm_core.errors import DataError
+from btrm_core.errors import ConfigError, DataError
 from btrm_core.settings import RunConfig
 from btrm_core.training.prepare import choose, load_data
 
@@ -30,7 +30,8 @@ def test_a_template_that_cuts_messages_is_counted_and_strict_stops(tmp_path: Pat
         "data.cache_dir": str(tmp_path / "cache"),
         "tokenizer.chat_template": str(tmp_path / "cut.jinja"),
     }
-    _, config, chat = choose(config_module.apply(RunConfig(family="llama3"), values))
+    job = choose(config_module.apply(RunConfig(family="llama3"), values))
+    config, chat = job.config, job.chat
     data = load_data(config, chat)
     said = "in 4 the chat template drops or changes the text of a message of the assistant (such as pairs.jsonl:2)"
     assert data.lines == [f"train data: {said}"]
@@ -39,3 +40,10 @@ def test_a_template_that_cuts_messages_is_counted_and_strict_stops(tmp_path: Pat
     with pytest.raises(DataError) as caught:
         load_data(strict, chat)
     assert str(caught.value) == f"train data: {said}; expected every message as the data has it (--strict)"
+
+
+def test_forcing_needs_a_family_that_is_named() -> None:
+    values = {"force_family": True, "model.name": "anything"}
+    with pytest.raises(ConfigError) as caught:
+        choose(config_module.apply(RunConfig(), values))
+    assert str(caught.value) == "--force-family forces the family that is named: give --family NAME too"
