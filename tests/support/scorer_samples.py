@@ -49,7 +49,9 @@ def base_model(directory: Path, family: str, **shape: Any) -> Path:
     build_toy(tiny, directory, **{**SMALL, **shape})
     _enlarge(directory)
     file = directory / "tokenizer.json"
-    backend, bos = Tokenizer.from_file(str(file)), tiny.special_tokens["bos_token"]
+    backend, bos = Tokenizer.from_file(str(file)), tiny.special_tokens.get("bos_token")
+    if bos is None:  # neither do those real ones
+        return directory
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
     )
