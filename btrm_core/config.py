@@ -148,7 +148,7 @@ def settled(value: Number | None, key: str) -> Number:
 
 
 def _sections() -> str:
-    return ", ".join(f.name for f in fields(RunConfig) if f.name != "family")
+    return ", ".join(f.name for f in fields(RunConfig) if f.name not in ("family", "force_family"))
 
 
 def _read_toml(path: str) -> dict[str, Any]:

@@ -47,9 +47,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+def printable(text: str) -> str:
+    r"""Return a stranger's text with everything that a terminal would obey or not show written as its escape.
+
+    >>> print(printable("a\x1b[31m\nb"))
+    a\x1b[31m\nb
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def one_line(error: BaseException) -> str:
     """The type and the first line of an exception; of btrm's own the line alone, since it is written to be read."""
-    line = first_line(error)
+    try:
+        line = printable(first_line(error))
+    except Exception:  # an exception of a stranger's may fail even at this
+        line = "an error that cannot be shown"
     return line if isinstance(error, BtrmError) else f"{type(error).__name__}: {line}"
 
 

@@ -224,6 +224,8 @@ class RunConfig:
     family: Annotated[str | None, Flag(metavar="NAME")] = None
     """Model family; `btrm families` lists them. Default: ask them all. The name of a plugin; None asks every installed
     one whether it claims the checkpoint."""
+    force_family: Annotated[bool, Flag()] = False
+    """Use the named family on a checkpoint that it does not claim. `btrm.json` then carries a warning."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     head: HeadConfig = field(default_factory=HeadConfig)

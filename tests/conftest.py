@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.installed_plugins import install  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("BTRM_CACHE", tempfile.mkdtemp(prefix="btrm-tests-"))
@@ -18,7 +19,7 @@ settings.register_profile("btrm", deadline=None)  # the machine may be busy
 settings.load_profile("btrm")
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL"}
+FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL", "transformers 4.57": "BTRM_TRANSFORMERS_4"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -144,7 +144,7 @@ def test_held_out_by_construction(tmp_path):
     assert 50 < encoding["eval"]["given"] < 110
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", "mistral", "qwen3"])
 def test_every_family_trains(family, tmp_path):
     outcome = run(tmp_path, family=family, **{"train.max_steps": 2})
     assert math.isfinite(outcome.evaluation["loss"])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from btrm_core.chat.kept import lost_message
 from btrm_core.chat.shorten import Shorten, smallest, ways_to_shorten
 from btrm_core.chat.templates import inspect_template
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
@@ -38,6 +39,17 @@ class EncodedResponses:
     """Characters then cut from the left of what was left of the prompt."""
     error: str | None = None
     """Why the group cannot be encoded, in a few words fit for counting."""
+    altered: tuple[str | None, ...] = ()
+    """For each sequence what the template writes otherwise than the messages have it, in a few words, or None."""
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The ids of one conversation, or the reason why there are none."""
+
+    ids: list[int]
+    error: str | None = None
+    altered: str | None = None
 
 
 @dataclass
@@ -94,10 +106,10 @@ class ChatFormat:
             DataError: the template refuses a conversation, or does not end it in the terminal token.
         """
         encoded = [group[0] for group in self._encode([[c] for c in conversations])]
-        for index, ids in enumerate(encoded):
-            if isinstance(ids, str):
-                raise DataError(f"conversation {index + 1} of {len(encoded)} cannot be encoded: {ids}")
-        return [ids for ids in encoded if not isinstance(ids, str)]
+        for index, finished in enumerate(encoded):
+            if finished.error:
+                raise DataError(f"conversation {index + 1} of {len(encoded)} cannot be encoded: {finished.error}")
+        return [finished.ids for finished in encoded]
 
     def encode_group(
         self, prompt: Conversation, responses: Sequence[str], max_length: int | None = None
@@ -141,8 +153,8 @@ class ChatFormat:
         )
         return rendered
 
-    def _encode(self, groups: Sequence[list[Conversation]]) -> list[list[list[int] | str]]:
-        """Encode groups of conversations that share all but their last message; a string is the reason of a failure."""
+    def _encode(self, groups: Sequence[list[Conversation]]) -> list[list[_Finished]]:
+        """Encode groups of conversations that share all but their last message."""
         spelled = self.encoder.spells_control
         try:
             plain = [
@@ -156,12 +168,18 @@ class ChatFormat:
             middle = len(groups) // 2
             return self._encode(groups[:middle]) + self._encode(groups[middle:])
         return [
-            [self._checked(ids) for ids in next(encoded)] if ok else [self._encode_alone(c) for c in group]
+            [self._checked(ids, altered) for ids, altered in next(encoded)]
+            if ok
+            else [self._encode_alone(c) for c in group]
             for group, ok in zip(groups, plain, strict=True)
         ]
 
-    def _encode_plain(self, groups: Sequence[list[Conversation]]) -> list[list[list[int]]]:
-        """Encode groups that spell no control token, what the texts of a group share only once."""
+    def _encode_plain(self, groups: Sequence[list[Conversation]]) -> list[list[tuple[list[int], str | None]]]:
+        """Encode groups that spell no control token, what the texts of a group share only once.
+
+        Returns:
+            For every conversation its ids, and what the template changed in it.
+        """
         rendered = iter(self._render([conversation for group in groups for conversation in group]))
         texts = [[next(rendered) for _ in group] for group in groups]
         cuts = [self._shared_cut(group) for group in texts]
@@ -172,9 +190,9 @@ class ChatFormat:
         ]
         ids = iter(self.encoder.encode(pieces))
         encoded = []
-        for group, cut in zip(texts, cuts, strict=True):
+        for group, rendering, cut in zip(groups, texts, cuts, strict=True):
             head = next(ids) if cut else []
-            encoded.append([head + next(ids) for _ in group])
+            encoded.append([(head + next(ids), lost_message(c, t)) for c, t in zip(group, rendering, strict=True)])
         return encoded
 
     def _shared_cut(self, texts: list[str]) -> int:
@@ -188,13 +206,13 @@ class ChatFormat:
             low, high = (middle, high) if first[:middle] == last[:middle] else (low, middle - 1)
         return max((first.rfind(anchor, 0, low) for anchor in self.anchors), default=0)
 
-    def _encode_alone(self, conversation: Conversation) -> list[int] | str:
-        """Encode one conversation, which may spell control tokens; a string is the reason of a failure."""
+    def _encode_alone(self, conversation: Conversation) -> _Finished:
+        """Encode one conversation, which may spell control tokens."""
         texts = [text for message in conversation for text in message.values()]
         if not all(isinstance(text, str) for text in texts):
-            return "a message is not text"
+            return _Finished([], "a message is not text")
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-            return "text is not valid Unicode (half of a surrogate pair)"
+            return _Finished([], "text is not valid Unicode (half of a surrogate pair)")
         try:
             hidden, marks = self.encoder.hide(conversation)
             rendered = self._render([hidden])[0]
@@ -202,13 +220,13 @@ class ChatFormat:
         except BtrmError:
             raise
         except Exception as error:  # a template is a program of its own and may fail in any way
-            return f"the chat template refuses it: {first_line(error)}"
-        return self._checked(ids)
+            return _Finished([], f"the chat template refuses it: {first_line(error)}")
+        return self._checked(ids, lost_message(hidden, rendered))
 
-    def _checked(self, ids: list[int]) -> list[int] | str:
+    def _checked(self, ids: list[int], altered: str | None) -> _Finished:
         if ids and ids[-1] == self.terminal_id:
-            return ids
-        return f"the chat template does not end it in {self.terminal_token!r}"
+            return _Finished(ids, altered=altered)
+        return _Finished([], f"the chat template does not end it in {self.terminal_token!r}")
 
     def _fit(self, prompt: Conversation, responses: Sequence[str], limit: int) -> EncodedResponses:
         """Shorten the shared prompt until every conversation fits; each attempt renders and encodes anew."""
@@ -272,14 +290,15 @@ def _conversations(prompt: Conversation, responses: Sequence[str]) -> list[Conve
     return [[*prompt, {"role": "assistant", "content": response}] for response in responses]
 
 
-def _group(sequences: list[list[int] | str], limit: int | None) -> EncodedResponses | None:
+def _group(conversations: list[_Finished], limit: int | None) -> EncodedResponses | None:
     """Return the finished group, or None if a conversation in it is over the limit."""
-    finished = [ids for ids in sequences if not isinstance(ids, str)]
-    if len(finished) < len(sequences):
-        return EncodedResponses([], error=next(ids for ids in sequences if isinstance(ids, str)))
-    if limit is not None and any(len(ids) > limit for ids in finished):
+    error = next((finished.error for finished in conversations if finished.error), None)
+    if error is not None:
+        return EncodedResponses([], error=error)
+    sequences = [finished.ids for finished in conversations]
+    if limit is not None and any(len(ids) > limit for ids in sequences):
         return None
-    return EncodedResponses(finished)
+    return EncodedResponses(sequences, altered=tuple(finished.altered for finished in conversations))
 
 
 def spare(

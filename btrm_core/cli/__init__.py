@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from btrm_core.errors import BtrmError
+from btrm_core.families import unreadable_package
 
 SPEAK_LATER_SECONDS = 3.0
 COMMANDS = {
@@ -66,9 +67,12 @@ class Commands(click.Group):
             raise SystemExit(130) from None
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
-        except Exception:
+        except Exception as error:
             if not _speaks():
                 raise SystemExit(1) from None
+            if isinstance(error, UnicodeDecodeError) and (culprit := unreadable_package()):
+                click.echo(f"btrm: {culprit}", err=True)
+                raise SystemExit(2) from None
             traceback.print_exc()
             click.echo("btrm: this is a bug; please report it with the lines above", err=True)
             raise SystemExit(1) from None

@@ -19,6 +19,7 @@ from btrm_core.settings import RunConfig
 @click.argument("subject", metavar="[MODEL]", required=False)
 @flags(
     "family",
+    "force_family",
     "model.name",
     "model.revision",
     "model.trust_remote_code",

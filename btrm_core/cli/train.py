@@ -12,6 +12,7 @@ from btrm_core.cli.flags import flags, read, with_file
 
 COMMON = (
     "family",
+    "force_family",
     "model.name",
     "model.revision",
     "model.trust_remote_code",

@@ -54,6 +54,7 @@ class Chunk:
         longest: tokens of the longest sequence.
         pair_tokens: tokens of both sides of every pair, what is shared counted each time.
         with_margin: pairs that carry a margin.
+        altered: (difference, pair id) of the pairs whose messages the template does not write as they are.
     """
 
     groups: list[Tree] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Chunk:
     longest: int = 0
     pair_tokens: int = 0
     with_margin: int = 0
+    altered: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, pairs: Iterable[_Kept]) -> None:
         """Add the pairs of one group, if there are any."""
@@ -101,11 +103,12 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Answers:
-    """The responses to a prompt: ids or an error of each."""
+    """The responses to a prompt: ids or an error of each, and what the template changed in their conversations."""
 
     encoded: EncodedResponses
     ids: dict[str, NDArray[np.int32]]
     errors: dict[str, str]
+    altered: dict[str, str]
 
 
 def _encode_chunk(data: PairData, index_P: IntArray, chat: ChatFormat, max_length: int, start: int, stop: int) -> Chunk:
@@ -139,9 +142,10 @@ def _answers(
         if result.error and len(responses) > 2:
             result, errors = spare(chat, prompt, responses, max_length)
         failed = {response: error for response, error in zip(responses, errors, strict=True) if error}
-        good = (response for response in responses if response not in failed)
+        good = [response for response in responses if response not in failed]
+        altered = {response: what for response, what in zip(good, result.altered, strict=False) if what}
         found = (np.array(sequence, dtype=np.int32) for sequence in result.sequences)
-        yield _Answers(result, dict(zip(good, found, strict=True)), failed)
+        yield _Answers(result, dict(zip(good, found, strict=True)), failed, altered)
 
 
 def _taken(chunk: Chunk, rows: Sequence[tuple[int, dict[str, Any], _Answers]]) -> list[_Kept]:
@@ -169,6 +173,8 @@ def _taken(chunk: Chunk, rows: Sequence[tuple[int, dict[str, Any], _Answers]]) -
         chunk.dropped_turns += answers.encoded.dropped_turns
         chunk.cut_characters += answers.encoded.cut_characters
         chunk.with_margin += row["margin"] is not None
+        if altered := answers.altered.get(row["chosen"]) or answers.altered.get(row["rejected"]):
+            chunk.altered.append((altered, row["id"]))
     whole = sum(row["weight"] for _, row, _ in rows) / (sum(pair.values["weight"] for pair in taken) or 1.0)
     for pair in taken:
         pair.values["weight"] *= whole

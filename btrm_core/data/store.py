@@ -233,13 +233,15 @@ class TokenStore:
         return cast("list[str]", self._subsets.to_pylist())
 
     def describe(self) -> str:
-        """One line on what was cut and dropped; empty if every pair was encoded whole."""
+        """One line on what was cut, changed and dropped; empty if every pair was encoded whole."""
         report = self.report
         parts = []
         if report["truncated"]:
             parts.append(f"{report['truncated']:,} of {report['given']:,} pairs cut to {report['max_length']} tokens")
         for reason, number in report["dropped"].items():
             parts.append(f"{number:,} dropped ({reason}; such as {report['examples'][reason][0]})")
+        for reason, number in report["altered"].items():
+            parts.append(f"in {number:,} {reason} (such as {report['examples'][reason][0]})")
         return "; ".join(parts)
 
 
@@ -256,7 +258,7 @@ def encode_pairs(
 
     The report of the result counts: `given` and `encoded` pairs, the `groups` they are in, `dropped` pairs by reason
     (with the ids of the first `examples`), `truncated` pairs with the `dropped_turns` (messages) and `cut_characters`
-    of their prompts, stored `tokens`, the `pair_tokens` of both sides of every pair (what each of them would take by
+    of their prompts, `altered` pairs by what the template changed in their messages, stored `tokens`, the `pair_tokens` of both sides of every pair (what each of them would take by
     itself), `longest` sequence, and `with_margin` pairs.
 
     Args:
@@ -309,7 +311,7 @@ def _build(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Cal
 
     names = ("given", "encoded", "groups", "truncated", "dropped_turns", "cut_characters", "tokens", "pair_tokens")
     report: dict[str, Any] = dict.fromkeys((*names, "longest", "with_margin"), 0)
-    report |= {"dropped": {}, "examples": {}, "max_length": max_length}
+    report |= {"dropped": {}, "altered": {}, "examples": {}, "max_length": max_length}
     with (
         pyarrow.OSFile(str(folder / "groups.arrow"), "wb") as groups_file,
         pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as pairs_file,
@@ -335,10 +337,11 @@ def _count(report: dict[str, Any], chunk: Chunk) -> None:
         report[name] += getattr(chunk, name)
     report["tokens"] += sum(len(tree.tokens) for tree in chunk.groups)
     report["longest"] = max(report["longest"], chunk.longest)
-    for reason, name in chunk.dropped:
-        if reason not in report["dropped"] and len(report["dropped"]) >= _KINDS_KEPT:
-            reason = "other reasons"
-        report["dropped"][reason] = report["dropped"].get(reason, 0) + 1
-        examples = report["examples"].setdefault(reason, [])
-        if len(examples) < _EXAMPLES_KEPT:
-            examples.append(name)
+    for kind, found in (("dropped", chunk.dropped), ("altered", chunk.altered)):
+        for reason, name in found:
+            if reason not in report[kind] and len(report[kind]) >= _KINDS_KEPT:
+                reason = "other reasons"
+            report[kind][reason] = report[kind].get(reason, 0) + 1
+            examples = report["examples"].setdefault(reason, [])
+            if len(examples) < _EXAMPLES_KEPT:
+                examples.append(name)

@@ -14,9 +14,17 @@ from btrm_core.families.hookspecs import ENTRY_POINT_GROUP, HOOKS, PROJECT, PadT
 
 if TYPE_CHECKING:
     from btrm_core.families.defaults import RECIPE
-    from btrm_core.families.discovery import FamilyEntry, detect, discover, list_families, load, require_claim, summary
+    from btrm_core.families.discovery import (
+        detect,
+        discover,
+        list_families,
+        load,
+        require_claim,
+    )
     from btrm_core.families.family import Answer, Family
+    from btrm_core.families.installed import FamilyEntry, family_points, unreadable_package
     from btrm_core.families.new_family import write_family
+    from btrm_core.families.opening import import_plugin, summary
     from btrm_core.families.view import describe, format_description, format_families, tracebacks
 
 __all__ = [
@@ -32,21 +40,24 @@ __all__ = [
     "describe",
     "detect",
     "discover",
+    "family_points",
     "format_description",
     "format_families",
     "hookspecs",
+    "import_plugin",
     "list_families",
     "load",
     "require_claim",
     "summary",
     "tracebacks",
+    "unreadable_package",
     "write_family",
 ]
 
 _HOMES = {
     "Answer": "family",
     "Family": "family",
-    "FamilyEntry": "discovery",
+    "FamilyEntry": "installed",
     "RECIPE": "defaults",
     "describe": "view",
     "detect": "discovery",
@@ -54,11 +65,14 @@ _HOMES = {
     "format_description": "view",
     "format_families": "view",
     "list_families": "discovery",
+    "family_points": "installed",
+    "import_plugin": "opening",
     "load": "discovery",
     "write_family": "new_family",
     "require_claim": "discovery",
-    "summary": "discovery",
+    "summary": "opening",
     "tracebacks": "view",
+    "unreadable_package": "installed",
 }
 """Name -> the module of this package that holds it."""
 

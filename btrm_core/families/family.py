@@ -15,6 +15,7 @@ import pluggy
 
 from btrm_core.errors import BtrmError, ConfigError, FamilyError, did_you_mean, one_line
 from btrm_core.families import defaults, hookspecs
+from btrm_core.families.guard import guarded
 from btrm_core.families.hookspecs import HOOKS, PROJECT, PadToken, Recipe
 from btrm_core.families.overrides import Overrides
 
@@ -54,12 +55,14 @@ class Family:
         origin: distribution and version that provide it.
         plugin: the module or instance itself.
         hooks: the hooks that the plugin implements.
+        warning: what is unusual about this family for this checkpoint; None if nothing is.
     """
 
     def __init__(self, name: str, origin: str, plugin: object, settings: object | None = None) -> None:
         self.name = name
         self.origin = origin
         self.plugin = plugin
+        self.warning: str | None = None
         self._given_by = f"family {name}"
         self._manager = assemble(plugin, self._given_by, settings)
         self.hooks = tuple(
@@ -81,12 +84,10 @@ class Family:
             raise FamilyError(f"unknown hook '{hook}'.{did_you_mean(hook, HOOKS)} Hooks: {', '.join(HOOKS)}")
         for impl in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             wanted = {name: arguments[name] for name in (*impl.argnames, *impl.kwargnames) if name in arguments}
-            try:
+            if impl.plugin_name != self._given_by:
                 value = impl.function(**wanted)
-            except Exception as error:
-                if impl.plugin_name != self._given_by:
-                    raise
-                raise FamilyError(f"{self._where(hook)} failed: {one_line(error)}") from error
+            else:
+                value = self._guarded(hook, "failed", lambda: impl.function(**wanted))  # noqa: B023
             if value is None:
                 continue
             expected, fits = _EXPECTED[hook]
@@ -158,12 +159,7 @@ class Family:
         answer = self.ask("init_head", hidden_size=hidden_size)
 
         def fill(weight_1H: torch.Tensor) -> None:
-            try:
-                answer.value(weight_1H)
-            except Exception as error:
-                raise FamilyError(
-                    f"{self._where('init_head')} gave a function that failed: {one_line(error)}"
-                ) from error
+            self._guarded("init_head", "gave a function that failed", lambda: answer.value(weight_1H))
 
         return fill
 
@@ -174,6 +170,14 @@ class Family:
         return dataclasses.replace(
             defaults.RECIPE, **{name: value for name, value in given.items() if value is not None}
         )
+
+    def _guarded(self, hook: str, failed: str, call: Callable[[], Any]) -> Any:
+        """Run the plugin's code; whatever goes wrong in it names family, origin and hook."""
+        try:
+            with guarded(self._where(hook)):
+                return call()
+        except Exception as error:
+            raise FamilyError(f"{self._where(hook)} {failed}: {one_line(error)}") from error
 
     def _where(self, hook: str) -> str:
         return f"family '{self.name}' ({self.origin}): hook {hook}"

@@ -14,9 +14,9 @@ from typing import Any
 from btrm_core import families
 from btrm_core.console import table
 from btrm_core.errors import CheckpointError, FamilyError, one_line
-from btrm_core.families.discovery import FamilyEntry
 from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import PadToken, text_config
+from btrm_core.families.installed import FamilyEntry
 
 # Draws of the head from which its standard deviation is measured: enough to be right to about 1 %.
 _NUM_DRAWS = 64

@@ -33,9 +33,18 @@ Trained with btrm {version} on pairs of a chosen and a rejected conversation, wi
 {code}
 ```
 
+The chat template writes every control token itself, the first one included. Text that went through it is therefore
+tokenised with `add_special_tokens=False`: many tokenizers would put a second BOS before it, and the reward would be
+another one. The directory is read by transformers 4 (from 4.57) and 5.{attention}
+
 Base model: `{base}`. Longest conversation: {max_length} tokens. All settings, the data's fingerprint and self-test
 vectors are in `btrm.json`.
 """
+
+
+SOFTCAP = """
+Attention is soft-capped in this architecture: with transformers 4, load it with `attn_implementation="eager"`, or the
+cap is dropped without a word."""
 
 
 CHAT = """chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -90,6 +99,7 @@ def run_manifest(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "family": family.name,
         "origin": family.origin,
+        "warnings": [family.warning] if family.warning else [],
         "base_model": config.model.name,
         "base_revision": config.model.revision,
         "template_sha256": chat.template_sha256,
@@ -109,12 +119,19 @@ def run_manifest(
     }
 
 
-def model_card(made: dict[str, Any], directory: Path) -> str:
-    """The model card (`README.md`) for a manifest."""
+def model_card(made: dict[str, Any], directory: Path, *, softcap: bool = False) -> str:
+    """The model card (`README.md`) for a manifest.
+
+    Args:
+        made: the content of `btrm.json`.
+        directory: where the model will be; its name stands in the code.
+        softcap: whether the attention is soft-capped.
+    """
     evaluation = made["evaluation"] or {}
     rows = [f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in evaluation.items() if _is_number(value)]
     base = str(made["base_model"])
     return CARD.format(
+        attention=SOFTCAP if softcap else "",
         code=_code(made, directory.name),
         base=Path(base).name if Path(base).exists() else base,
         family=made["family"],

@@ -17,6 +17,7 @@ from btrm_core.chat import ChatFormat
 from btrm_core.errors import CheckpointError
 from btrm_core.files import explained, publish
 from btrm_core.model.adapters import save_adapters
+from btrm_core.model.older import write_for_older_readers
 
 MANIFEST = "btrm.json"
 
@@ -70,6 +71,7 @@ def write_model(
         else:
             hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
         _save_tokenizer(chat, manifest.get("max_length"), staging)
+        write_for_older_readers(staging)
         (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
         text = json.dumps(manifest, indent=2, ensure_ascii=False)

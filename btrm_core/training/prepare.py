@@ -88,6 +88,8 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     """
     trackers(config.output.report_to)
     config_module.check(config)
+    if config.force_family and config.family is None:
+        raise ConfigError("--force-family forces the family that is named: give --family NAME too")
     if config.model.name is None and config.family is None:
         raise ConfigError("nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR")
     if config.model.name is None:
@@ -97,7 +99,7 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     else:
         described = base_config(config.model)
         family = families.load(config.family, config) if config.family else families.detect(described, config)
-    families.require_claim(family, described)
+    family.warning = families.require_claim(family, described, force=config.force_family)
     config = resolve(config, family.recipe())
     if not config.data.train:
         raise ConfigError("no training data is named: give --data SRC (a file, a dataset directory or a hub id)")
@@ -154,6 +156,10 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                     workers=workers,
                     cache_dir=data.cache_dir,
                     progress=lambda done, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
+                )
+            if data.strict and encoded[name].report["altered"]:
+                raise DataError(
+                    f"{name} data: {encoded[name].describe()}; expected every message as the data has it (--strict)"
                 )
     if config_module.keeps_best(config) and "eval" not in encoded:
         asked = "--keep-best" if config.output.keep_best else "--early-stopping"

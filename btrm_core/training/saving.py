@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from btrm_core.model import as_merged, merged_weights, model_card, plain_model, run_manifest, write_model
+from btrm_core.model import as_merged, merged_weights, model_card, plain_model, run_manifest, uses_softcap, write_model
 from btrm_core.packing import alone, collate
 from btrm_core.training.schedule import Progress
 
@@ -51,7 +51,8 @@ def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | 
         hf = model.hf
         if saved_as is not None and saved_as["merged"]:
             hf, weights = plain_model(model.hf), merged_weights(model.hf, weights)
-        write_model(directory, hf, weights, session.job.chat, made, model_card(made, directory))
+        card = model_card(made, directory, softcap=uses_softcap(hf.config))
+        write_model(directory, hf, weights, session.job.chat, made, card)
     runtime.barrier()
 
 

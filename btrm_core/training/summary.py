@@ -28,6 +28,8 @@ def introduce(session: Session) -> None:
     held_out = f", {len(data.eval)} held out" if data.eval is not None else ", no evaluation"
     dtype = str(runtime.dtype).removeprefix("torch.")
     schedule, form, budget = session.schedule, session.form, session.tokens_per_batch
+    if job.family.warning:
+        say(runtime, f"warning: {job.family.warning}")
     say(runtime, f"family {job.family.name} ({job.family.origin}), base model {config.model.name}")
     say(runtime, f"{len(data.train)} training pairs{held_out}, at most {config.data.max_length} tokens a conversation")
     say(
@@ -69,6 +71,7 @@ def describe_run(job: Job, data: Data, epoch: EpochPlan, schedule: Schedule) -> 
     evaluation = len(data.eval) if data.eval is not None else 0
     return "\n".join(
         [
+            *([f"warning: {family.warning}"] if family.warning else []),
             f"family: {family.name} ({family.origin}); {answers}",
             f"reward at {chat.terminal_token!r}; pad token {chat.pad.token!r} ({chat.pad.reason})",
             f"template sha256: {chat.template_sha256}",

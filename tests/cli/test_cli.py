@@ -60,7 +60,7 @@ def test_help_and_families_answer_without_torch():
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
     names = [entry["name"] for entry in json.loads(done.stdout)]
-    assert {"gemma", "gemma2", "llama3", "mistral"} <= set(names)
+    assert {"checkpoint", "gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen3"} <= set(names)
 
 
 def test_every_flag_is_made_from_its_setting_once():
@@ -116,7 +116,10 @@ def test_an_absurd_number_is_one_line(arguments, message):
 
 def test_unknown_family():
     line = fails("train", "--family", "lama3")
-    assert line.startswith("unknown family 'lama3'. Did you mean 'llama3'? Installed: gemma, gemma2, llama3, mistral")
+    assert line.startswith(
+        "unknown family 'lama3'. Did you mean 'llama3'? Installed: "
+        "checkpoint, gemma, gemma2, gemma3, llama3, mistral, qwen3"
+    )
 
 
 def test_a_family_that_does_not_claim_the_checkpoint(base):
@@ -134,7 +137,7 @@ def test_detection_finds_the_family(base, tmp_path):
 def test_no_family_claims_it(base, tmp_path):
     other = changed_config(base, tmp_path / "other", model_type="gpt2", architectures=["GPT2LMHeadModel"])
     line = fails("train", "--model", other, "--data", sample_path("train"))
-    assert "gemma, gemma2, llama3, mistral" in line
+    assert "checkpoint, gemma, gemma2, gemma3, llama3, mistral, qwen3" in line
 
 
 def test_pad_equal_to_eos_is_refused(base):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -215,3 +216,32 @@ def test_damaged_entry_is_encoded_anew(chat):
     again = encode_pairs(data, chat, 64)
     assert isinstance(again, TokenStore)
     assert len(again) == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        ("content'] ", "content'][:230] ", "assistant"),
+        ("in messages", "in messages[-3:]", "system"),
+        ("content'] ", "content'].split('</think>')[-1] ", "assistant"),
+        ("content'] ", "content'] | replace('one two', 'one  two') ", "user"),
+    ],
+    ids=["cut", "dropped", "thoughts", "spaces"],
+)
+def test_messages_that_the_template_changes_are_counted(chat, old, new, lost):
+    talk = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "one two"}]
+    plain = [{"role": "user", "content": "Hi"}]
+    rows = [
+        {"id": "long", "prompt": talk, "chosen": "<think>so</think>" + "yes " * 60, "rejected": "no"},
+        {"id": "plain", "prompt": plain, "chosen": "yes", "rejected": "no"},
+    ]
+    data = pairs_from_rows(rows)
+    assert encode_pairs(data, chat, 512).report["altered"] == {}
+    changed = dataclasses.replace(chat, template=chat.template.replace(old, new), template_sha256=new)
+    assert changed.template != chat.template
+    report = encode_pairs(data, changed, 512).report
+    reason = f"the chat template drops or changes the text of a message of the {lost}"
+    assert report["altered"] == {reason: 1}
+    assert report["examples"] == {reason: ["long"]}
+    assert report["encoded"] == 2
+    assert encode_pairs(data, changed, 512).describe() == f"in 1 {reason} (such as long)"

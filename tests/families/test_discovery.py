@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -20,7 +19,10 @@ from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import HOOKS, PadToken, Recipe, TinyShape
 from btrm_core.model.toy import tiny_tokenizer
 
-BUILT_IN = ["gemma", "gemma2", "llama3", "mistral"]
+BUILT_IN = ["checkpoint", "gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen3"]
+LISTED = ", ".join(BUILT_IN)
+TAKES_ANY = "; or try --family checkpoint, which takes any that passes its checks"
+FORCE = "; --force-family uses it nevertheless"
 GOOD = """
     '''Foo: a family for tests.
 
@@ -36,30 +38,6 @@ GOOD = """
     def recipe():
         return Recipe(learning_rate=1e-4)
 """
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Lay out a distribution with one entry point, as pip leaves it, and remove its module afterwards."""
-    monkeypatch.syspath_prepend(tmp_path)
-    modules = []
-
-    def add(source, *, name="foo", distribution=None, version="1.0", value=None, requires=()):
-        distribution = distribution or f"btrm-{name}"
-        module = distribution.replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source).lstrip(), encoding="utf-8")
-        info = tmp_path / f"{module}-{version}.dist-info"
-        info.mkdir()
-        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
-        (info / "METADATA").write_text("\n".join(lines + [f"Requires-Dist: {r}" for r in requires]) + "\n")
-        (info / "entry_points.txt").write_text(f"[btrm.families]\n{name} = {value or module}\n")
-        importlib.invalidate_caches()
-        modules.append(module)
-        return distribution
-
-    yield add
-    for module in modules:
-        sys.modules.pop(module, None)
 
 
 def entry(name):
@@ -135,6 +113,8 @@ def test_listing_takes_a_fraction_of_a_second(install):
 def test_what_a_plugin_prints_while_it_is_imported_stays_off_stdout(install, capsys):
     install("print('hello from the plugin')\n" + textwrap.dedent(GOOD))
     assert entry("foo").status == "ok"
+    assert capsys.readouterr() == ("", "")
+    load("foo")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "hello from the plugin" in captured.err
@@ -146,12 +126,10 @@ def test_what_a_plugin_prints_while_it_is_imported_stays_off_stdout(install, cap
 def test_unknown_family_is_an_error_with_a_suggestion():
     with pytest.raises(FamilyError) as caught:
         load("lama3")
-    assert str(caught.value) == (
-        "unknown family 'lama3'. Did you mean 'llama3'? Installed: gemma, gemma2, llama3, mistral"
-    )
+    assert str(caught.value) == (f"unknown family 'lama3'. Did you mean 'llama3'? Installed: {LISTED}")
     with pytest.raises(FamilyError) as caught:
         load("zzz")
-    assert str(caught.value) == "unknown family 'zzz'. Installed: gemma, gemma2, llama3, mistral"
+    assert str(caught.value) == f"unknown family 'zzz'. Installed: {LISTED}"
 
 
 def test_an_instance_can_be_a_family(install):
@@ -446,8 +424,8 @@ def test_no_claimant_is_an_error_that_lists_the_families(install):
         detect(config("bar", architectures=["BarForCausalLM"], rope_theta=10000))
     assert str(caught.value) == (
         "no installed family claims this checkpoint (model_type 'bar', architectures BarForCausalLM, vocab_size 100, "
-        "rope_theta 10000). Installed: bad, gemma, gemma2, llama3, mistral. Broken, and so not asked: bad. "
-        "Install a family for it, or write one: see CONTRIBUTING.md"
+        f"rope_theta 10000). Installed: bad, {LISTED}. Broken, and so not asked: bad. "
+        f"Install a family for it, or write one: see CONTRIBUTING.md{TAKES_ANY}"
     )
 
 
@@ -475,10 +453,20 @@ def test_require_claim_says_what_the_checkpoint_is_and_whose():
     origin = load("gemma").origin
     assert str(caught.value) == (
         f"family 'gemma' ({origin}) is not made for this checkpoint (model_type 'gemma2', architectures "
-        "Gemma2ForCausalLM, vocab_size 100): use --family gemma2"
+        f"Gemma2ForCausalLM, vocab_size 100): use --family gemma2{FORCE}"
     )
-    with pytest.raises(FamilyError, match="no installed family claims it"):
+    with pytest.raises(FamilyError) as caught:
         require_claim(load("gemma"), config("bar"))
+    assert str(caught.value).endswith(f": no installed family claims it{TAKES_ANY}{FORCE}")
+
+
+def test_a_named_family_can_be_forced_on_a_checkpoint_that_it_does_not_claim():
+    family = load("gemma")
+    assert require_claim(family, config("gemma"), force=True) is None
+    assert require_claim(family, config("bar"), force=True) == (
+        f"family 'gemma' ({family.origin}) does not claim this checkpoint (model_type 'bar', vocab_size 100) and was "
+        "forced on it"
+    )
 
 
 def test_a_family_without_claims_takes_any_checkpoint_but_is_never_detected(install):
@@ -497,9 +485,10 @@ def test_the_list_as_a_table(install):
     install("import a_module_that_nobody_has")
     lines = view.format_families(list_families()).splitlines()
     assert lines[0].split() == ["NAME", "ORIGIN", "STATUS", "SUMMARY"]
-    assert lines[1].startswith("foo ")
-    assert lines[1].endswith("broken  ModuleNotFoundError: No module named 'a_module_that_nobody_has'")
-    assert len({line.index(word) for line, word in zip(lines, ["STATUS", "broken", *["ok"] * 4], strict=True)}) == 1
+    broken_line = next(line for line in lines if line.startswith("foo "))
+    assert broken_line.endswith("broken  ModuleNotFoundError: No module named 'a_module_that_nobody_has'")
+    order = ["STATUS", *("broken" if line.startswith("foo ") else "ok" for line in lines[1:])]
+    assert len({line.index(f"  {word}  ") for line, word in zip(lines, order, strict=True)}) == 1
     assert "no families are installed" in view.format_families([])
 
 

@@ -116,7 +116,7 @@ def test_a_family_for_another_btrm_is_not_even_imported(listing):
 
 def test_the_other_families_work(environment, listing):
     assert {name for name, (entry, *_) in listing.items() if entry["status"] == "ok"} >= {
-        *("gemma", "gemma2", "llama3", "mistral"),
+        *("checkpoint", "gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen3"),
         "fine",
     }
     done = environment.btrm("families", "fine")

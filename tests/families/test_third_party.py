@@ -1,7 +1,7 @@
 """Two families as strangers would publish them, built, installed beside btrm, used, and uninstalled again.
 
 `third_party/btrm-smollm2` is of an architecture that btrm's own families have too, with a tokenizer full of traps;
-`third_party/btrm-qwen3` is of another one. Nothing in btrm knows either.
+`third_party/btrm-phi3` is of another one. Nothing in btrm knows either.
 """
 
 from __future__ import annotations
@@ -16,16 +16,9 @@ import pytest
 from support.environments import Environment, build_wheel
 
 PACKAGES = Path(__file__).parents[1] / "third_party"
-NAMES = {"smollm2": "btrm-smollm2 0.2.0", "qwen3": "btrm-qwen3 1.0.0"}
+NAMES = {"smollm2": "btrm-smollm2 0.2.0", "phi3": "btrm-phi3 1.0.0"}
+TOKENS = {"smollm2": ("<|im_end|>", "<|endoftext|>"), "phi3": ("<|end|>", "<|placeholder1|>")}
 SAMPLE = Path(__file__).parents[2] / "btrm_core" / "data" / "sample" / "held_out.jsonl"
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello!"},
-]
-CHATML = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>"
-)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +82,7 @@ def test_installed_it_trains_and_evaluates_and_uninstalled_its_models_score_the_
     assert f"family {name} ({NAMES[name]})" in " ".join((done_well(done) + done.stderr).split())
     manifest = json.loads((output / "model" / "btrm.json").read_text(encoding="utf-8"))
     assert (manifest["family"], manifest["origin"]) == (name, NAMES[name])
-    assert (manifest["terminal_token"], manifest["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+    assert (manifest["terminal_token"], manifest["pad_token"]) == TOKENS[name]
     assert manifest["answers"] == dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), f"family {name}")
     evaluated = json.loads(done_well(environment.btrm("eval", str(output), "--data", str(SAMPLE), "--json")))
     assert evaluated["sources"][str(SAMPLE)]["pairs"] == 131
@@ -115,7 +108,7 @@ def test_smollm2_with_its_real_weights(environment, real_model, tmp_path):
     assert (pad["token"], pad["id"], pad["new"]) == ("<|endoftext|>", 0, False)
     refused = environment.btrm("train", "--family", "llama3", "--model", str(real_model), "--data", str(SAMPLE))
     assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].endswith(": use --family smollm2")
+    assert refused.stderr.splitlines()[-1].endswith(": use --family smollm2; --force-family uses it nevertheless")
     # No --family: smollm2 is the only one that claims it.
     settings = [
         "--max-steps",
@@ -143,40 +136,3 @@ def test_smollm2_with_its_real_weights(environment, real_model, tmp_path):
 def test_smollm2_passes_the_checks_on_the_real_checkpoint(environment, real_model):
     report = done_well(environment.btrm("families", "smollm2", "--check", "--model", str(real_model), timeout=280))
     assert re.search(r"^\d\d passed, 0 failed, 0 skipped$", report, re.MULTILINE), report
-
-
-@pytest.mark.hub("tokenizers")
-def test_qwen3_with_its_real_tokenizer(environment, real_tokenizers, tmp_path):
-    """The ids are those of ChatML: the tokenizer's own for every piece between control tokens."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"""
-import json
-from transformers import AutoConfig, AutoTokenizer
-from btrm_core.chat import prepare_chat
-from btrm_core.families import load
-
-tokenizer = AutoTokenizer.from_pretrained({str(real_tokenizers / "qwen3")!r})
-original = tokenizer.chat_template
-chat = prepare_chat(tokenizer, AutoConfig.for_model("qwen3"), load("qwen3"))
-conversation = json.loads({json.dumps(json.dumps(CONVERSATION))})
-thought = [*conversation[:-1], dict(conversation[-1], content="<think>hm</think>Hello!")]
-print(json.dumps(dict(
-    text=chat.render(conversation), thought=chat.render(thought)[-40:], ids=chat.encode([conversation])[0],
-    terminal=chat.terminal_token, bos=chat.bos_id, pad=chat.pad.token, new=chat.num_new_tokens,
-    original="<think>" in tokenizer.apply_chat_template(conversation, chat_template=original, tokenize=False),
-)))
-""",
-        encoding="utf-8",
-    )
-    found = json.loads(done_well(environment.run(str(script))))
-    assert found["text"] == CHATML
-    assert found["original"] is True
-    assert found["thought"].endswith("<think>hm</think>Hello!<|im_end|>")
-    assert (found["terminal"], found["bos"], found["pad"], found["new"]) == ("<|im_end|>", None, "<|endoftext|>", 0)
-    start, end, newline = 151644, 151645, 198
-    assert found["ids"] == [
-        *(start, 8948, newline, 3430, 9814, 13, end, newline),
-        *(start, 872, newline, 13048, end, newline),
-        *(start, 77091, newline, 9707, 0, end),
-    ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from support.checkpoints import zephyr
 
 from btrm_core.preflight.conformance.runner import FamilyConformance
 
@@ -28,6 +30,30 @@ class TestGemma2(FamilyConformance):
     family = "gemma2"
 
 
+class TestGemma3(FamilyConformance):
+    family = "gemma3"
+
+
+class TestQwen3(FamilyConformance):
+    family = "qwen3"
+
+
+class TestQwen2(FamilyConformance):
+    family = "qwen3"
+    model: ClassVar = {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+
+
+class TestCheckpoint(FamilyConformance):
+    """On a checkpoint of an architecture and with a template that no family of btrm's is made for."""
+
+    family = "checkpoint"
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def own_checkpoint(cls, tmp_path_factory):
+        cls.model = zephyr(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
 @pytest.mark.hub
 class TestLlama3WithItsTokenizer(FamilyConformance):
     family = "llama3"
@@ -44,6 +70,18 @@ class TestMistralWithItsTokenizer(FamilyConformance):
 class TestGemmaWithItsTokenizer(FamilyConformance):
     family = "gemma"
     tokenizer = REAL / "gemma"
+
+
+@pytest.mark.hub
+class TestGemma3WithItsTokenizer(FamilyConformance):
+    family = "gemma3"
+    tokenizer = REAL / "gemma3"
+
+
+@pytest.mark.hub
+class TestQwen3WithItsTokenizer(FamilyConformance):
+    family = "qwen3"
+    tokenizer = REAL / "qwen3"
 
 
 def test_every_built_in_family_is_checked():

@@ -1,11 +1,13 @@
-"""The gemma and gemma2 families' answers; they share vocabulary and template."""
+"""The answers of the gemma, gemma2 and gemma3 families; they share the template, the first two the vocabulary."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import btrm_gemma
 import btrm_gemma2
+import btrm_gemma3
 import pytest
 from support.family_checks import (
     CONVERSATIONS,
@@ -22,12 +24,17 @@ from support.family_checks import (
 )
 from transformers import AutoTokenizer, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
 
+from btrm_core.config import apply
+from btrm_core.data.sample import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import build_toy, tiny_tokenizer
+from btrm_core.run import train
+from btrm_core.settings import RunConfig
 
-CONFIGS = {"gemma": GemmaConfig, "gemma2": Gemma2Config}
+CONFIGS = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
+MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -43,12 +50,11 @@ def tokenizer(family):
 def test_claims_its_own_generation_alone(family):
     for name, config in CONFIGS.items():
         assert family.claims(config()) == (name == family.name)
-    assert not family.claims(Gemma3TextConfig())
     assert not family.claims(Gemma3Config())
     assert detect(CONFIGS[family.name]()).name == family.name
 
 
-def test_no_family_claims_gemma_3():
+def test_no_family_claims_gemma_3_with_images():
     with pytest.raises(FamilyError, match="no installed family claims this checkpoint"):
         detect(Gemma3Config())
 
@@ -101,15 +107,16 @@ def test_chat_template_refuses_unknown_roles(family, tokenizer):
     check_roles(tokenizer, family.chat_template(tokenizer), unknown=("tool", "model", "User"))
 
 
-def test_both_generations_have_one_template():
+def test_all_generations_have_one_template():
     files = [
-        Path(module.__file__).with_name("chat_template.jinja").read_bytes() for module in (btrm_gemma, btrm_gemma2)
+        Path(module.__file__).with_name("chat_template.jinja").read_bytes()
+        for module in (btrm_gemma, btrm_gemma2, btrm_gemma3)
     ]
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
 
 
 def test_the_tokenizer_survives_saving(family, tokenizer, tmp_path):
-    check_reload(tokenizer, family.chat_template(tokenizer), family.name, tmp_path)
+    check_reload(tokenizer, family.chat_template(tokenizer), MODEL_TYPES[family.name], tmp_path)
 
 
 def test_init_head_is_btrms(family):
@@ -121,15 +128,18 @@ def test_recipe(family):
     if family.name == "gemma":
         check_recipe(family, 1e-5, "google/gemma-2b-it")
         assert family.recipe().attention == ()
+    elif family.name == "gemma3":
+        check_recipe(family, 1e-5, "google/gemma-3-1b-it")
+        assert family.recipe().attention == ()
     else:
         check_recipe(family, 5e-6, "google/gemma-2-9b-it")
         assert family.recipe().attention == ("flash", "flex", "eager")
 
 
-@pytest.fixture(scope="module")
-def real(real_tokenizers):
-    """Google's vocabulary; gemma2's answers about it are the same, as the tests above show."""
-    return load("gemma").setup_tokenizer(AutoTokenizer.from_pretrained(real_tokenizers / "gemma"), None)
+@pytest.fixture(scope="module", params=["gemma", "gemma3"])
+def real(request, real_tokenizers):
+    """Google's vocabularies; gemma2's answers about the first are the same, as the tests above show."""
+    return load(request.param).setup_tokenizer(AutoTokenizer.from_pretrained(real_tokenizers / request.param), None)
 
 
 @pytest.mark.hub
@@ -148,3 +158,19 @@ def test_the_template_agrees_with_googles_up_to_the_last_line_break(real, name):
     own = ids(real, real.chat_template, CONVERSATIONS[name])
     assert real.decode(own[-1]) == "\n"
     assert ids(real, load("gemma").chat_template(real), CONVERSATIONS[name]) == own[:-1]
+
+
+@pytest.mark.slow
+def test_forced_on_the_next_generation_it_trains_with_a_warning(tmp_path, capsys):
+    base, output = tmp_path / "gemma2", tmp_path / "run"
+    build_toy(load("gemma2").recipe().tiny, base)
+    values = {"model.name": str(base), "data.train": (sample_path("train"),), "output.dir": str(output)}
+    settings = apply(RunConfig(family="gemma"), {**values, "train.max_steps": 2, "train.pairs_per_step": 4})
+    with pytest.raises(FamilyError, match="use --family gemma2; --force-family uses it nevertheless"):
+        train(settings)
+    train(apply(settings, {"force_family": True}))
+    (warning,) = json.loads((output / "model" / "btrm.json").read_text())["warnings"]
+    assert warning.startswith("family 'gemma' (btrm ")
+    assert "does not claim this checkpoint (model_type 'gemma2'" in warning
+    assert warning.endswith("and was forced on it")
+    assert f"warning: {warning}" in capsys.readouterr().err

@@ -270,7 +270,8 @@ def test_checks_of_a_family_that_is_not_there():
     first, *others = run_checks("lama3")
     assert (first.status, first.what) == (
         "fail",
-        "unknown family 'lama3'. Did you mean 'llama3'? Installed: gemma, gemma2, llama3, mistral",
+        "unknown family 'lama3'. Did you mean 'llama3'? Installed: "
+        "checkpoint, gemma, gemma2, gemma3, llama3, mistral, qwen3",
     )
     assert first.what_to_do.startswith('add [project.entry-points."btrm.families"] lama3 = ')
     assert {result.status for result in others} == {"skip"}

@@ -280,6 +280,18 @@ def test_dropped_pairs(rows: Callable[..., Path]) -> None:
     assert {found[name]["verdict"] for name in ("one BOS", "truncation", *MODEL_CHECKS)} == {"skip"}
 
 
+def test_messages_that_the_template_changes(template: Callable[[str], str], rows: Callable[..., Path]) -> None:
+    cut = template("{{- bos_token }}" + TURNS.replace("m['content'] |", "m['content'][:40] |"))
+    data = rows(*varied(12), ("Tell me.", "It goes on and on. " * 20, "No."))
+    assert texts("--data", data)["messages"]["verdict"] == "ok"
+    found = texts("--data", data, "--set", cut)["messages"]
+    assert (found["verdict"], found["figures"]["pairs"]) == ("warn", 13)
+    assert "in 1 of 13 pairs messages are written otherwise" in found["what"]
+    assert "drops or changes the text of a message of the assistant (first: pairs.jsonl:13)" in found["what"]
+    many = rows(*varied(4), *[(f"Tell me {i}.", "It goes on and on. " * 20, "No.") for i in range(9)])
+    assert texts("--data", many, "--set", cut, exit_code=1)["messages"]["verdict"] == "fail"
+
+
 def test_prompts_of_the_evaluation_data(rows: Callable[..., Path]) -> None:
     lengthy = [(prompt, "It certainly is " + chosen, rejected) for prompt, chosen, rejected in varied(30)[20:]]
     evaluation = rows(*lengthy, *varied(3), name="held_out")

@@ -19,7 +19,7 @@ from btrm_core.model.directory import write_model
 from btrm_core.model.toy import SHAPE, build_toy
 from btrm_core.settings import ModelConfig
 
-FAMILIES = ("gemma", "gemma2", "llama3", "mistral")
+FAMILIES = ("gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen3")
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
 
 PROMPT: Conversation = [
@@ -49,7 +49,9 @@ def base_model(directory: Path, family: str, **shape: Any) -> Path:
     build_toy(tiny, directory, **{**SMALL, **shape})
     _enlarge(directory)
     file = directory / "tokenizer.json"
-    backend, bos = Tokenizer.from_file(str(file)), tiny.special_tokens["bos_token"]
+    backend, bos = Tokenizer.from_file(str(file)), tiny.special_tokens.get("bos_token")
+    if bos is None:  # neither do those real ones
+        return directory
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
     )

@@ -8,7 +8,7 @@ from typing import Any
 from btrm_core import families
 from btrm_core.errors import FamilyError
 from btrm_core.families import PROJECT
-from btrm_core.preflight.conformance.subject import Subject
+from btrm_core.preflight.conformance.subject import SMALL, Subject
 from btrm_core.preflight.conformance.text import ONE, TWO
 from btrm_core.preflight.conformance.verdict import Missing, NotConforming, require
 
@@ -45,7 +45,7 @@ class ModelChecks:
             tiny = families.load(entry.name).recipe().tiny
             if tiny is None:
                 continue
-            foreign = AutoConfig.for_model(tiny.model_type, **dict(tiny.config))
+            foreign = AutoConfig.for_model(tiny.model_type, **{**SMALL, **dict(tiny.config)})
             require(
                 not subject.family.claims(foreign),
                 f"the family also claims checkpoints of '{entry.name}' (model_type {tiny.model_type!r})",

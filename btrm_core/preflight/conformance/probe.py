@@ -1,4 +1,4 @@
-"""What a check runs in a process of its own: `python -m btrm_core.conformance.probe import|answers NAME ...`.
+"""What a check runs in a process of its own: `python -m btrm_core.preflight.conformance.probe import|answers NAME ...`.
 
 Prints JSON. `import` says what importing a plugin does beyond importing it; `answers` says what its hooks answer, each
 as a value or a digest that can be compared with another process's.
@@ -13,11 +13,10 @@ import importlib.util
 import json
 import os
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from btrm_core.families import ENTRY_POINT_GROUP
+from btrm_core.families import family_points
 
 HEAVY = ("torch", "transformers", "tokenizers", "deepspeed", "accelerate", "datasets", "tensorflow", "jax")
 
@@ -34,7 +33,7 @@ _CODE = (".py", ".pyc", ".so", ".pyd", ".dylib", ".zip")
 
 def import_effects(name: str) -> dict[str, list[str]]:
     """Import a family's plugin under an audit hook and return the heavy modules and forbidden events it caused."""
-    point = next(iter(entry_points(group=ENTRY_POINT_GROUP, name=name)))
+    point = next(point for point in family_points()[0] if point.name == name)
     own = _package_directory(point.module)
     before, events, active = set(sys.modules), [], True
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import first_line
@@ -110,6 +110,34 @@ def run_checks(name: str, model: str | None = None) -> list[CheckResult]:
             return [_run(Checked(), check) for check in _checks()]
     finally:
         Checked.teardown_class()
+
+
+def check_checkpoint(name: str, tokenizer: Any, config: Any) -> list[CheckResult]:
+    """Run the checks of text and model on one checkpoint, for a family that takes any.
+
+    Args:
+        name: the family's name.
+        tokenizer: the checkpoint's, as it was loaded; it stays as it is.
+        config: the checkpoint's transformers config.
+
+    Returns:
+        The results up to the first failure. Never raises for a checkpoint.
+    """
+
+    class Checked(FamilyConformance):
+        pass
+
+    Checked._subject = Subject(name, loaded=(tokenizer, config))  # type: ignore[attr-defined]
+    contract = {check for check in vars(ContractChecks) if check.startswith("test_")}
+    results: list[CheckResult] = []
+    try:
+        with _quiet():
+            for check in _checks():
+                if check not in contract and (not results or results[-1].status != "fail"):
+                    results.append(_run(Checked(), check))
+    finally:
+        Checked.teardown_class()
+    return results
 
 
 def format_checks(results: Sequence[CheckResult]) -> str:

@@ -7,6 +7,7 @@ the checks need no download; a tokenizer directory, config values or a whole che
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import shutil
@@ -14,13 +15,13 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from btrm_core import families
 from btrm_core.errors import first_line
-from btrm_core.families import ENTRY_POINT_GROUP, Family, TinyShape
+from btrm_core.families import Family, TinyShape
 from btrm_core.preflight.conformance.verdict import Missing
 
 LONG = 160
@@ -33,7 +34,7 @@ _ROWS = 6
 _STEPS = 3
 
 
-_SMALL = {
+SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -53,6 +54,7 @@ class Subject:
         tokenizer: directory (or hub id) of a tokenizer to use instead of one made in memory.
         model: config values of a tiny model, `model_type` among them, instead of the recipe's tiny shape; or directory
             or hub id of a checkpoint, of which a copy of two small layers with random weights is made.
+        loaded: tokenizer and config of a checkpoint that is read already, instead of `model`.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Subject:
         control_tokens: tuple[str, ...] | None = None,
         tokenizer: str | Path | None = None,
         model: Mapping[str, object] | str | Path | None = None,
+        loaded: tuple[Any, Any] | None = None,
     ) -> None:
         self.name = name
         self._special_tokens = special_tokens
@@ -70,6 +73,7 @@ class Subject:
         self._tokenizer = None if tokenizer is None else str(tokenizer)
         self._config_values = dict(model) if isinstance(model, Mapping) else None
         self._checkpoint = str(model) if isinstance(model, str | Path) else None
+        self._loaded = loaded
         self.directory = Path(tempfile.mkdtemp(prefix="btrm-check-"))
         self._remove = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
 
@@ -80,7 +84,7 @@ class Subject:
     @cached_property
     def points(self) -> list[EntryPoint]:
         """The entry points with this name; more than one is an error that a check reports."""
-        return list(entry_points(group=ENTRY_POINT_GROUP, name=self.name))
+        return [point for point in families.family_points()[0] if point.name == self.name]
 
     @cached_property
     def plugin(self) -> object:
@@ -88,7 +92,7 @@ class Subject:
         if not self.points:
             raise Missing(f"no family '{self.name}' is installed")
         with _or_missing("the plugin cannot be imported"):
-            plugin: object = self.points[0].load()
+            plugin = families.import_plugin(self.points[0])
         return plugin
 
     @cached_property
@@ -118,7 +122,7 @@ class Subject:
         """Directory of a tiny base model (config, weights, tokenizer), like one that a user would start from."""
         directory = self.directory / "base"
         with _or_missing("the tiny model cannot be built"):
-            if self._checkpoint is not None or self._tokenizer is not None:
+            if self._loaded is not None or self._checkpoint is not None or self._tokenizer is not None:
                 self._write_small_copy(directory)
             else:
                 from btrm_core.model import build_toy
@@ -131,6 +135,8 @@ class Subject:
         """The transformers config that hooks are asked about: the checkpoint's own if there is one."""
         from transformers import AutoConfig
 
+        if self._loaded is not None:
+            return self._loaded[1]
         with _or_missing("the config cannot be read"):
             return AutoConfig.from_pretrained(self.checkpoint)
 
@@ -138,6 +144,8 @@ class Subject:
         """The tokenizer as it is loaded before any hook has seen it, anew on every call."""
         from transformers import AutoTokenizer
 
+        if self._loaded is not None:
+            return copy.deepcopy(self._loaded[0])
         with _or_missing("the tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.source)
 
@@ -264,19 +272,19 @@ class Subject:
     def _write_small_copy(self, directory: Path) -> None:
         """Write a base model of two small layers around a given tokenizer, or after a given checkpoint."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
-        if self._checkpoint is not None:
-            original = AutoConfig.from_pretrained(self._checkpoint).get_text_config()
-            values = {**original.to_dict(), **_SMALL}
+        tokenizer = self.fresh_tokenizer()
+        if self._loaded is not None or self._checkpoint is not None:
+            original = self.config.get_text_config()
+            values = {**original.to_dict(), **SMALL}
             values["layer_types"] = (values.get("layer_types") or [None])[:2] if values.get("layer_types") else None
             values["vocab_size"] = max(len(tokenizer), original.vocab_size)
             config = type(original)(**{k: v for k, v in values.items() if v is not None or k.endswith("token_id")})
         else:
             shape = self._require_shape()
             config = AutoConfig.for_model(
-                shape.model_type, **{**_SMALL, **dict(shape.config)}, vocab_size=len(tokenizer)
+                shape.model_type, **{**SMALL, **dict(shape.config)}, vocab_size=len(tokenizer)
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

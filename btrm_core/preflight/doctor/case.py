@@ -22,6 +22,7 @@ from btrm_core.families import Family
 from btrm_core.model import build_model, is_finished, load_chat, load_tokenizer, read_manifest, saved_config
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
+from btrm_core.preflight.doctor.kept import messages_kept
 from btrm_core.preflight.doctor.model import Patient, model_checks
 from btrm_core.preflight.doctor.rows import content_unused, rows_read
 from btrm_core.preflight.doctor.texts import (
@@ -97,6 +98,8 @@ def examine(config: RunConfig, num_examples: int = 3) -> Case:
     else:
         family, config, described = choose_family(config)
         title = f"family {family.name} ({family.origin}), base model {config.model.name}"
+        if family.warning:
+            title += f"; warning: {family.warning}"
         try:
             chat = prepare_chat(load_tokenizer(config.model), described, family)
         except FamilyError as error:
@@ -194,10 +197,11 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
         yield found
     reports = _reports(data)
     if data is not None:
+        yield messages_kept(reports)
         yield truncation(reports)
         yield dropped_pairs(reports, data.report["rows"]["train"]["left_out"].get(PROMPT_IN_EVALUATION, 0))
     elif failure is not None:
-        yield Check("truncation", "skip", "no pair can be encoded")
+        yield from (Check(name, "skip", "no pair can be encoded") for name in ("messages", "truncation"))
         yield Check(
             "dropped pairs",
             "fail",
@@ -206,7 +210,9 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
             "raise --max-length, mend the pairs, or give other evaluation data",
         )
     else:
-        yield from (Check(name, "skip", "needs a sound chat format") for name in ("truncation", "dropped pairs"))
+        yield from (
+            Check(name, "skip", "needs a sound chat format") for name in ("messages", "truncation", "dropped pairs")
+        )
     yield repeated_prompts(case.rows)
     yield labels(case.rows, dropped_reasons(reports))
     yield length_bias(case.rows)

@@ -1,7 +1,8 @@
-"""Qwen3 dense models, base and instruct: ChatML turns, no BOS.
+"""Qwen 2.5 and Qwen 3 dense models, base and instruct: ChatML turns, no BOS.
 
-Messages are written as they are: unlike Qwen's, the template neither adds an empty <think> block to the last answer nor
-takes such blocks out of earlier ones, so an answer has the same ids wherever it stands.
+Messages are written as they are: unlike Qwen's, the template adds no default system message, and neither adds an empty
+<think> block to the last answer nor takes such blocks out of earlier ones, so an answer has the same ids wherever it
+stands.
 """
 
 from __future__ import annotations
@@ -9,24 +10,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btrm_core import PadToken, Recipe, TinyShape, hookimpl, require_tokens
+from btrm_core import PadToken, Recipe, TinyShape, hookimpl
+from btrm_core.families.hookspecs import require_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+# Qwen 1.5 to 2.5 are all "qwen2".
+MODEL_TYPES = ("qwen2", "qwen3")
 
 
 @hookimpl
 def claims(config: PretrainedConfig) -> bool:
-    """Qwen 2.5 and the mixtures of experts have a `model_type` of their own."""
-    return config.model_type == "qwen3"
+    """The mixtures of experts and the models with images have a `model_type` of their own."""
+    return bool(config.model_type in MODEL_TYPES)
 
 
 @hookimpl
 def setup_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Refuse a foreign vocabulary; base checkpoints name the pad token as EOS, which is <|im_end|> here."""
-    require_tokens(tokenizer, (START, END, PAD), "the Qwen3 chat format")
+    """Refuse a foreign vocabulary (models distilled into Qwen bring their own tokens), and name EOS.
+
+    Base checkpoints name the pad token as EOS, which is <|im_end|> here.
+    """
+    require_tokens(tokenizer, (START, END, PAD), "the Qwen chat format")
     if tokenizer.eos_token != END:
         tokenizer.eos_token = END
     return tokenizer
@@ -46,11 +53,15 @@ def chat_template() -> str:
 
 @hookimpl
 def recipe() -> Recipe:
-    """The learning rate is assumed, not tuned."""
+    """The learning rate is assumed, not tuned: that of the 7B models of other families."""
     return Recipe(
         learning_rate=5e-6,
+        pairs_per_step=512,
         max_length=4096,
-        example_model="Qwen/Qwen3-0.6B",
+        epochs=1.0,
+        warmup_ratio=0.03,
+        weight_decay=0.001,
+        example_model="Qwen/Qwen3-8B",
         tiny=TinyShape(
             model_type="qwen3",
             config={"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}},

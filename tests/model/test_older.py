@@ -1,0 +1,155 @@
+"""What is saved is read alike by transformers 4.57 and 5."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.scorer_samples import CONVERSATIONS, FAMILIES, reference, reward_model
+from transformers import AutoConfig, AutoTokenizer
+
+from btrm_core.model.load import chat_from_checkpoint
+from btrm_core.model.older import write_for_older_readers
+
+HALVES = [1.0, 2.0, 3.0, 4.0]
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 256},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    **{name: ("qwen3", {"rope_parameters": rope}) for name, rope in SCALED.items()},
+    "two bases": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 12_000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
+            },
+        },
+    ),
+    "part": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}},
+    ),
+    "long": (
+        "phi3",
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": HALVES,
+                "long_factor": HALVES,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "nested": ("gemma3", {"text_config": {"rope_parameters": None, "num_hidden_layers": 2}}),
+    "without rotary": ("gpt2", {}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_ways_of_saying_it_say_the_same(name, tmp_path):
+    model_type, values = CONFIGS[name]
+    config = AutoConfig.for_model(model_type, **values)
+    config.save_pretrained(tmp_path)
+    write_for_older_readers(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    for old, new in ((config, again), (config.get_text_config(), again.get_text_config())):
+        before, after = (dict(getattr(c, "rope_parameters", None) or {}) for c in (old, new))
+        if name == "long":
+            after.pop("type")  # an older word for rope_type, which is there too
+        assert after == before
+        assert new.dtype == old.dtype
+    written = json.loads((tmp_path / "config.json").read_text())
+    text = written.get("text_config", written)
+    if name == "llama3":
+        assert text["rope_theta"] == 500_000.0
+        expected = {key: value for key, value in SCALED["llama3"].items() if key != "rope_theta"}
+        assert text["rope_scaling"] == expected
+    if name == "two bases":
+        assert (text["rope_theta"], text["rope_local_base_freq"]) == (2e6, 12_000.0)
+        assert text["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    if name == "long":
+        assert set(text["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+    if name in ("plain", "nested"):
+        assert text["rope_scaling"] is None
+
+
+def test_the_tokenizer_has_a_class_and_keys_that_both_know(tmp_path):
+    directory = reward_model(tmp_path / "model", "gemma")
+    written = json.loads((directory / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<start_of_turn>", "<end_of_turn>"]
+    assert not {"extra_special_tokens", "is_local", "local_files_only"} & set(written)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert {"<start_of_turn>", "<end_of_turn>", "<pad>"} <= set(tokenizer.all_special_tokens)
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "left")
+
+
+READER = """
+import json, sys
+import torch, transformers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+directories, conversations = json.load(sys.stdin)
+out = {}
+for name, directory in directories.items():
+    options = {"attn_implementation": "eager"} if "gemma2" in name else {}  # as the card says
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
+    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in text]
+    alone = [model(torch.tensor([i])).logits.item() for i in ids]
+    reward = pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=len(text))
+    found = reward(text, top_k=None, function_to_apply="none", add_special_tokens=False, padding=True)
+    out[name] = {"ids": ids, "alone": alone, "piped": [f[0]["score"] for f in found]}
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.hub("transformers 4.57")
+def test_transformers_4_gives_the_same_ids_and_rewards(tmp_path):
+    made = {family: reward_model(tmp_path / family, family) for family in FAMILIES}
+    made |= {name: reward_model(tmp_path / name, "qwen3", rope_parameters=rope) for name, rope in SCALED.items()}
+    directories = {name: str(path) for name, path in made.items()}
+    environment = {**os.environ, "PYTHONPATH": os.environ["BTRM_TRANSFORMERS_4"]}
+    done = subprocess.run(
+        [sys.executable, "-c", READER],
+        input=json.dumps([directories, CONVERSATIONS]),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, path in made.items():
+        chat = chat_from_checkpoint(Path(path))
+        assert found[name]["ids"] == chat.encode(CONVERSATIONS), name
+        expected = reference(path, chat, CONVERSATIONS)
+        assert found[name]["alone"] == pytest.approx(expected, abs=1e-5), name
+        assert found[name]["piped"] == pytest.approx(expected, abs=1e-5), name
+        assert max(expected) - min(expected) > 1e-3  # rewards that could be told apart

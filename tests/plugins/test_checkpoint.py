@@ -1,0 +1,119 @@
+"""The checkpoint family: what it takes over from a checkpoint, and which checkpoints it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support.checkpoints import ZEPHYR, zephyr
+from transformers import AutoConfig, AutoTokenizer
+
+from btrm_core.chat.format import prepare_chat
+from btrm_core.cli import main
+from btrm_core.config import apply
+from btrm_core.data.sample import sample_path
+from btrm_core.errors import FamilyError
+from btrm_core.families.discovery import detect, load, require_claim
+from btrm_core.run import train
+from btrm_core.settings import RunConfig
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+]
+
+
+def chat_of(directory: Path):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return prepare_chat(tokenizer, AutoConfig.from_pretrained(directory), load("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return zephyr(tmp_path_factory.mktemp("zephyr") / "model")
+
+
+def test_it_takes_any_checkpoint_but_is_never_detected(model):
+    config = AutoConfig.from_pretrained(model)
+    require_claim(load("checkpoint"), config)
+    assert detect(config).name == "mistral"
+
+
+def test_the_checkpoints_own_template_up_to_the_token_that_ends_the_last_turn(model):
+    chat = chat_of(model)
+    own = AutoTokenizer.from_pretrained(model).apply_chat_template(TALK, tokenize=False)
+    assert own == "<s><|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n"
+    assert chat.render(TALK) == own.rstrip()
+    assert chat.terminal_token == "</s>"
+    prompt = AutoTokenizer.from_pretrained(model).apply_chat_template(
+        TALK[:2], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.render(TALK[:2], add_generation_prompt=True) == prompt
+    assert (chat.pad.token, chat.num_new_tokens) == ("<unk>", 0)  # its own is EOS
+    assert load("checkpoint").chat_template(chat.tokenizer) == chat.template
+
+
+REFUSED = {
+    "no BOS": (ZEPHYR.removeprefix("{{ bos_token }}"), "exactly one bos", "BOS '<s>' occurs 0 times"),
+    "thoughts": (
+        ZEPHYR.replace("message['content']", "message['content'].split('</think>')[-1]"),
+        "content is verbatim",
+        "the assistant message '<think>",
+    ),
+    "no system": (
+        ZEPHYR.replace("message['role'] == 'system'", "false"),
+        "answers go together",
+        "loses or changes a system message",
+    ),
+    "a date": ("{{ strftime_now('%d %b %Y') }}" + ZEPHYR, "answers go together", "prints today's date"),
+    "no end": (ZEPHYR.replace("eos_token", "'!'"), "answers go together", "expected a control token"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_checkpoint_that_fails_a_check_is_refused_with_it(fault, tmp_path):
+    template, check, what = REFUSED[fault]
+    directory = zephyr(tmp_path / "model", template)
+    with pytest.raises(FamilyError) as caught:
+        chat_of(directory)
+    assert str(caught.value).startswith("family 'checkpoint' (btrm ")
+    assert f"hook setup_tokenizer failed: this checkpoint does not pass the check '{check}': " in str(caught.value)
+    assert what in str(caught.value)
+    assert str(caught.value).endswith("Write a family that corrects them: btrm new-family NAME")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_a_template_is_refused(tmp_path):
+    with pytest.raises(FamilyError, match="there is no chat template"):
+        chat_of(zephyr(tmp_path / "model", None))
+
+
+def test_of_several_processes_the_first_checks(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert chat_of(model).terminal_token == "</s>"
+
+
+def test_without_a_model_there_is_nothing_to_train():
+    done = CliRunner().invoke(main, ["train", "--family", "checkpoint"])
+    assert done.exit_code == 2
+    assert "family 'checkpoint' (btrm 0.1.0) gives no tiny model in its recipe" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_trains_scores_and_says_whose_the_answers_are(model, tmp_path):
+    output = tmp_path / "run"
+    values = {"model.name": str(model), "data.train": (sample_path("train"),), "output.dir": str(output)}
+    train(apply(RunConfig(family="checkpoint"), {**values, "train.max_steps": 2, "train.pairs_per_step": 4}))
+    made = json.loads((output / "model" / "btrm.json").read_text())
+    assert (made["family"], made["terminal_token"]) == ("checkpoint", "</s>")
+    assert made["answers"] == {
+        "setup_tokenizer": "family checkpoint",
+        "pad_token": "btrm default",
+        "chat_template": "family checkpoint",
+    }
+    done = CliRunner().invoke(main, ["eval", str(output), "--data", sample_path("held_out"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert "another chat template" not in done.stderr

@@ -1,0 +1,5 @@
+from btrm_core.testing import FamilyConformance
+
+
+class TestPhi3(FamilyConformance):
+    family = "phi3"

@@ -1,0 +1,49 @@
+"""What a run looks at before its first step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from btrm_core import config as config_module
+from btrm_core.errors import ConfigError, DataError
+from btrm_core.settings import RunConfig
+from btrm_core.training.prepare import choose, load_data
+
+CUT = (
+    "{{- bos_token }}{%- for m in messages %}{{- '<|start_header_id|>' ~ m['role'] ~ '<|end_header_id|>\n\n' ~ "
+    "m['content'][:200] ~ '<|eot_id|>' }}{%- endfor %}"
+)
+
+
+def test_a_template_that_cuts_messages_is_counted_and_strict_stops(tmp_path: Path) -> None:
+    (tmp_path / "cut.jinja").write_text(CUT)
+    rows = [
+        {"prompt": f"What is {n}?", "chosen": "It is. " * 40 * (n % 2) + "Yes.", "rejected": "No."} for n in range(8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "data.train": (str(tmp_path / "pairs.jsonl"),),
+        "data.held_out_fraction": 0.0,
+        "data.cache_dir": str(tmp_path / "cache"),
+        "tokenizer.chat_template": str(tmp_path / "cut.jinja"),
+    }
+    job = choose(config_module.apply(RunConfig(family="llama3"), values))
+    config, chat = job.config, job.chat
+    data = load_data(config, chat)
+    said = "in 4 the chat template drops or changes the text of a message of the assistant (such as pairs.jsonl:2)"
+    assert data.lines == [f"train data: {said}"]
+    assert len(data.train) == 8
+    strict = config_module.apply(config, {"data.strict": True})
+    with pytest.raises(DataError) as caught:
+        load_data(strict, chat)
+    assert str(caught.value) == f"train data: {said}; expected every message as the data has it (--strict)"
+
+
+def test_forcing_needs_a_family_that_is_named() -> None:
+    values = {"force_family": True, "model.name": "anything"}
+    with pytest.raises(ConfigError) as caught:
+        choose(config_module.apply(RunConfig(), values))
+    assert str(caught.value) == "--force-family forces the family that is named: give --family NAME too"
