@@ -31,6 +31,7 @@ COMMANDS = {
     "new-family": "families:new_family_command",
     "plan": "preflight:plan_command",
     "score": "score:score",
+    "serve": "serve:serve",
     "train": "train:train",
 }
 """Subcommand -> module of this package and function; a module is imported when its command is called."""

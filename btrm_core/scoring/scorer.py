@@ -144,9 +144,15 @@ class Scorer:
         if is_adapters(self.directory):
             self._check_base()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the model computes in; its head is fp32 in any case."""
+        dtype: torch.dtype = self.model.base_model.dtype
+        return dtype
+
     def _check_base(self) -> None:
         """Refuse adapters on another base model than their own."""
-        tolerance = model_tolerance(self.manifest, self.model.base_model.dtype)
+        tolerance = model_tolerance(self.manifest, self.dtype)
         if self.manifest.get("self_test") and not (off := self.self_test()) <= tolerance:
             raise CheckpointError(
                 f"{self.directory} holds adapters, and with {self.model.base_model.config._name_or_path} the rewards "
