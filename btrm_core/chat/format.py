@@ -9,7 +9,6 @@ Nothing here raises for a row of data in the batched path: a row that cannot be 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +18,7 @@ from btrm_core.chat.templates import inspect_template
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
 from btrm_core.errors import BtrmError, DataError, first_line
 from btrm_core.families import Family, PadToken
+from btrm_core.files import text_sha256
 
 Message = dict[str, str]
 
@@ -255,7 +255,7 @@ def settle(tokenizer: Any, template: str, pad: PadToken, num_new_tokens: int, an
     return ChatFormat(
         tokenizer=tokenizer,
         template=template,
-        template_sha256=hashlib.sha256(template.encode("utf-8")).hexdigest(),
+        template_sha256=text_sha256(template),
         pad=pad,
         pad_id=tokenizer.pad_token_id,
         bos_id=facts.bos_id,

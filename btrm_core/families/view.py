@@ -6,7 +6,6 @@ Decides what is shown and how it is laid out. Imports torch and transformers onl
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from btrm_core.errors import CheckpointError, FamilyError, one_line
 from btrm_core.families.discovery import FamilyEntry
 from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import PadToken, text_config
+from btrm_core.files import text_sha256
 
 # Draws of the head from which its standard deviation is measured: enough to be right to about 1 %.
 _NUM_DRAWS = 64
@@ -76,7 +76,7 @@ def _answers(family: Family, model: str) -> dict[str, dict[str, Any]]:
         },
         "pad_token": {**_pad(tokenizer, pad.value), "given_by": pad.given_by},
         "chat_template": {
-            "sha256": hashlib.sha256(template.value.encode("utf-8")).hexdigest(),
+            "sha256": text_sha256(template.value),
             "terminal_token": _terminal_token(tokenizer, template.value),
             "source": template.value,
             "given_by": template.given_by,

@@ -7,15 +7,13 @@ beside its place, flushed to disk and renamed.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from btrm_core.chat import ChatFormat
 from btrm_core.errors import CheckpointError
-from btrm_core.files import explained, publish
+from btrm_core.files import explained, whole_directory
 from btrm_core.model.adapters import save_adapters
 
 MANIFEST = "btrm.json"
@@ -61,24 +59,19 @@ def write_model(
     Raises:
         CheckpointError: the disk is full or cannot be written; nothing half-written is left.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
-        staging.chmod(0o755)
-        if hasattr(hf, "get_base_model"):
-            save_adapters(hf, staging, state_dict, whole_embedding=chat.num_new_tokens > 0)
-        else:
-            hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
-        _save_tokenizer(chat, manifest.get("max_length"), staging)
-        (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        publish(staging, directory)
+        with whole_directory(directory) as staging:
+            if hasattr(hf, "get_base_model"):
+                save_adapters(hf, staging, state_dict, whole_embedding=chat.num_new_tokens > 0)
+            else:
+                hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
+            _save_tokenizer(chat, manifest.get("max_length"), staging)
+            (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            text = json.dumps(manifest, indent=2, ensure_ascii=False)
+            (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except Exception as error:
         raise explained(error, directory) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _save_tokenizer(chat: ChatFormat, max_length: int | None, directory: Path) -> None:

@@ -24,7 +24,7 @@ from btrm_core.chat import ChatFormat, install_pad, settle
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError, first_line
 from btrm_core.families import PadToken
-from btrm_core.files import digest
+from btrm_core.files import digest, text_sha256
 from btrm_core.model import adapters
 from btrm_core.model import base as base_module
 from btrm_core.model.directory import MANIFEST, model_directory, read_manifest
@@ -269,7 +269,7 @@ def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | 
         template = family.chat_template(chat.tokenizer)
     except FamilyError:
         return None
-    if hashlib.sha256(template.encode("utf-8")).hexdigest() == chat.template_sha256:
+    if text_sha256(template) == chat.template_sha256:
         return None
     return (
         f"the installed family '{name}' ({family.origin}) has another chat template than the one this model was "
