@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from btrm_core.families.discovery import FamilyEntry, detect, discover, list_families, load, require_claim, summary
     from btrm_core.families.family import Answer, Family
     from btrm_core.families.new_family import write_family
-    from btrm_core.families.view import describe, format_description, format_families, tracebacks
+    from btrm_core.families.view import (
+        describe,
+        draw_heads,
+        format_description,
+        format_families,
+        head_std,
+        tracebacks,
+    )
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -32,8 +39,10 @@ __all__ = [
     "describe",
     "detect",
     "discover",
+    "draw_heads",
     "format_description",
     "format_families",
+    "head_std",
     "hookspecs",
     "list_families",
     "load",
@@ -51,8 +60,10 @@ _HOMES = {
     "describe": "view",
     "detect": "discovery",
     "discover": "discovery",
+    "draw_heads": "view",
     "format_description": "view",
     "format_families": "view",
+    "head_std": "view",
     "list_families": "discovery",
     "load": "discovery",
     "write_family": "new_family",

@@ -135,10 +135,7 @@ def attend(
     attention_mask: object,
     *,
     kernel: str,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-    **extra: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, Any]:
     """The registered attention function of every layer.
 
@@ -149,10 +146,8 @@ def attend(
         value: [1, kv_heads, T, D].
         attention_mask: what `layer_mask` returned.
         kernel: one of `KERNELS`.
-        scaling: factor on the scores; None is 1/sqrt(D).
-        softcap: soft-cap on the scores, or None.
-        dropout: must be 0.
-        **extra: what else a model passes; only what changes the result is looked at.
+        **more: what else a model passes; only what changes the result is looked at: `scaling`, the factor on the
+            scores (None is 1/sqrt(D)), `softcap`, and `dropout`, which must be 0.
 
     Returns:
         The output [1, T, heads, D], and no attention weights (None).
@@ -163,20 +158,18 @@ def attend(
     if not isinstance(attention_mask, LayerMask):
         if _LAYOUT.get() is not None:
             raise NotImplementedError("the model does not take its mask from transformers' mask functions")
-        own = _own_attention(module, softcap, extra)
-        answer: tuple[torch.Tensor, Any] = own(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **extra
-        )
+        own = _own_attention(module, more.pop("softcap", None), more)
+        answer: tuple[torch.Tensor, Any] = own(module, query, key, value, attention_mask, **more)
         return answer
-    if dropout:
+    if more.get("dropout"):
         raise NotImplementedError("attention dropout cannot be packed exactly; set attention_dropout to 0")
     for name in ("s_aux", "position_bias"):
-        if extra.get(name) is not None:
+        if more.get(name) is not None:
             raise NotImplementedError(f"attention with {name} cannot be packed")
-    if extra.get("is_causal") is False or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    if more.get("is_causal") is False or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise NotImplementedError("only causal self-attention over one row at a time can be packed")
-    options: dict[str, Any] = {"window": attention_mask.window, "scaling": scaling}
-    if softcap is not None:
+    options: dict[str, Any] = {"window": attention_mask.window, "scaling": more.get("scaling")}
+    if (softcap := more.get("softcap")) is not None:
         if kernel not in SOFTCAP_KERNELS:
             raise NotImplementedError(f"kernel '{kernel}' cannot compute this model's attention soft-capping")
         options["softcap"] = softcap
@@ -184,10 +177,10 @@ def attend(
     return output, None
 
 
-def _own_attention(module: torch.nn.Module, softcap: float | None, extra: Mapping[str, Any]) -> Callable[..., Any]:
+def _own_attention(module: torch.nn.Module, softcap: float | None, more: Mapping[str, Any]) -> Callable[..., Any]:
     """The attention that transformers would use for a layer without a packed row."""
     if softcap is None:
-        if extra.get("s_aux") is not None:
+        if more.get("s_aux") is not None:
             raise NotImplementedError("attention sinks need the model's own attention (kernel 'padded')")
         return cast("Callable[..., Any]", sdpa_attention_forward)
     eager = sys.modules[type(module).__module__].eager_attention_forward

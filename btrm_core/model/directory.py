@@ -7,12 +7,13 @@ beside its place, flushed to disk and renamed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from btrm_core.chat import ChatFormat
-from btrm_core.errors import CheckpointError
+from btrm_core.errors import CheckpointError, first_line
 from btrm_core.files import explained, whole_directory
 from btrm_core.model.adapters import save_adapters
 
@@ -20,6 +21,15 @@ MANIFEST = "btrm.json"
 
 
 SHARD_SIZE = "5GB"
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+_NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other forms
 
 
 def is_finished(directory: Path) -> bool:
@@ -114,3 +124,24 @@ def model_directory(path: str) -> Path:
     if base.is_dir():
         raise CheckpointError(f"{path} holds no model: neither {path}/config.json nor {path}/model/config.json exists")
     raise CheckpointError(f"there is no model directory {path}")
+
+
+def find_model(name: str) -> Path:
+    """Return the model directory that a user means: a path, a run's output directory, or a hub id (downloaded).
+
+    Raises:
+        CheckpointError: there is no such directory, and no such model on the hub or in its cache.
+    """
+    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        return model_directory(name)
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES)
+        return model_directory(found)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client raises types of several libraries
+        raise CheckpointError(
+            f"there is no model directory {name}, and it cannot be had from the Hugging Face hub: {first_line(error)}"
+        ) from error

@@ -27,7 +27,8 @@ from btrm_core.scoring.records import (
     what_was_added,
     written,
 )
-from btrm_core.scoring.scorer import Responses, Rewards, Scorer
+from btrm_core.scoring.responses import Responses, Rewards
+from btrm_core.scoring.scorer import Scorer
 
 
 @dataclass

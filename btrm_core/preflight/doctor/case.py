@@ -21,11 +21,11 @@ from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
 from btrm_core.model import build_model, is_finished, load_chat, load_tokenizer, read_manifest, saved_config
 from btrm_core.model import tolerance as model_tolerance
+from btrm_core.preflight.doctor.check import Check, refused
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
 from btrm_core.preflight.doctor.model import Patient, model_checks
 from btrm_core.preflight.doctor.rows import content_unused, rows_read
 from btrm_core.preflight.doctor.texts import (
-    Check,
     count_tokens,
     dropped_pairs,
     dropped_reasons,
@@ -33,7 +33,6 @@ from btrm_core.preflight.doctor.texts import (
     length_bias,
     one_bos,
     pad_token,
-    refused,
     repeated_prompts,
     terminal_token,
     truncation,
