@@ -119,7 +119,7 @@ class ChatFormat:
             max_length: tokens; None means the checkpoint's own maximum, and no limit where there is none.
 
         Returns:
-            One result per group, in order. Never raises for a group: see `EncodedGroup.error`.
+            One result per group, in order. Never raises for a group: see `EncodedResponses.error`.
         """
         limit = self.max_length if max_length is None else max_length
         encoded = self._encode([_conversations(prompt, responses) for prompt, responses in groups])

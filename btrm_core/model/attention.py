@@ -10,7 +10,7 @@ and the caller falls back to padded batches.
 Called without a packed row (padded lines, or a user running the model by hand), both do what
 transformers' own functions do, so a model set to a btrm kernel remains an ordinary model.
 
-This module decides the kernel; the kernels are in `kernels`, the masks' forms in `layout`.
+This module decides the kernel; the kernels are in `kernels`, the masks' forms in `packing.visibility`.
 """
 
 from __future__ import annotations
@@ -60,29 +60,29 @@ SOFTCAP_KERNELS = ("flash", "flex", "eager")
 """Kernels that compute soft-capped scores; the others would drop the cap and change every reward."""
 
 
-_LAYOUT: contextvars.ContextVar[Visibility | None] = contextvars.ContextVar("btrm_layout", default=None)
+_VISIBILITY: contextvars.ContextVar[Visibility | None] = contextvars.ContextVar("btrm_visibility", default=None)
 
 
 @dataclass(frozen=True)
 class LayerMask:
-    """What a layer gets as its attention mask: the row's layout and the layer's window."""
+    """What a layer gets as its attention mask: the row's visibility and the layer's window."""
 
-    layout: Visibility
+    visibility: Visibility
     window: int | None
 
 
 @contextlib.contextmanager
-def masks_for(layout: Visibility) -> Iterator[None]:
-    """While active, models build their masks from `layout`.
+def masks_for(visibility: Visibility) -> Iterator[None]:
+    """While active, models build their masks from `visibility`.
 
     Only building needs it: the mask then travels with the layers' arguments, so backward passes and
     recomputed layers never look here.
     """
-    token = _LAYOUT.set(layout)
+    token = _VISIBILITY.set(visibility)
     try:
         yield
     finally:
-        _LAYOUT.reset(token)
+        _VISIBILITY.reset(token)
 
 
 def layer_mask(
@@ -105,8 +105,8 @@ def layer_mask(
     Raises:
         NotImplementedError: the rule is neither causal nor a causal sliding window.
     """
-    layout = _LAYOUT.get()
-    if layout is None:
+    visibility = _VISIBILITY.get()
+    if visibility is None:
         own = eager_mask if uses_softcap(config) else sdpa_mask
         return own(mask_function=mask_function, local_size=local_size, config=config, **rest)
     far = 1 << 20
@@ -124,7 +124,7 @@ def layer_mask(
         understood = False
     if not understood:
         raise NotImplementedError("only causal and sliding-window attention can be packed")
-    return LayerMask(layout, local_size)
+    return LayerMask(visibility, local_size)
 
 
 def attend(
@@ -156,7 +156,7 @@ def attend(
         NotImplementedError: the layer asks for something the kernels do not compute.
     """
     if not isinstance(attention_mask, LayerMask):
-        if _LAYOUT.get() is not None:
+        if _VISIBILITY.get() is not None:
             raise NotImplementedError("the model does not take its mask from transformers' mask functions")
         own = _own_attention(module, more.pop("softcap", None), more)
         answer: tuple[torch.Tensor, Any] = own(module, query, key, value, attention_mask, **more)
@@ -173,7 +173,7 @@ def attend(
         if kernel not in SOFTCAP_KERNELS:
             raise NotImplementedError(f"kernel '{kernel}' cannot compute this model's attention soft-capping")
         options["softcap"] = softcap
-    output = _FUNCTIONS[kernel](query, key, value, attention_mask.layout, **options)
+    output = _FUNCTIONS[kernel](query, key, value, attention_mask.visibility, **options)
     return output, None
 
 

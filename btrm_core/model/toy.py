@@ -1,4 +1,4 @@
-"""The embedded default: a tiny model shaped like a family, and the sample of preference pairs that ships with btrm.
+"""The toy: a tiny model shaped like a family, which a run without `--model` trains on the sample that ships with btrm.
 
 Decides: how large the toy is and how its tokenizer is made. The family says only what makes its models its own
 (`Recipe.tiny`); nothing here knows a family.

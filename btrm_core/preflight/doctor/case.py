@@ -80,7 +80,7 @@ def examine(config: RunConfig, num_examples: int = 3) -> Case:
     to go on with.
 
     Args:
-        config: as for `run.train`; without model and data it is the embedded default.
+        config: as for `run.train`; without model and data it is the toy.
         num_examples: pairs to show, spread over the data.
 
     Raises:
