@@ -18,9 +18,9 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from btrm_core.errors import CheckpointError, DataError
 
@@ -30,8 +30,7 @@ _SETTLED_SECONDS = 2.0
 
 def digest(*values: object) -> str:
     """Return the SHA-256 of JSON values, as hex; equal values give equal digests in every process."""
-    text = json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return text_sha256(json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
 
 
 def file_sha256(path: Path, root: Path) -> str:
@@ -64,6 +63,13 @@ def file_sha256(path: Path, root: Path) -> str:
     return found
 
 
+BUILDING = ".building-"
+"""How the names of directories begin that are not finished."""
+
+
+STALE_SECONDS = 24 * 3600.0
+
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux's fcntl.h: paths as the process sees them, and both change places."""
 
@@ -74,14 +80,60 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = (*(f"(os error {number})" for number in FULL), "No space left", "enforce fail at inline_container.cc")
 
 
-def publish(staging: Path, target: Path) -> None:
-    """Flush a finished directory to disk and rename it to its place, in exchange for what is there if that can be."""
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8, as hex."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """A new directory to fill, which comes to its place when the block ends, or not at all.
+
+    What killed processes have left beside it goes after a day.
+
+    Args:
+        target: Its place. Its parents are made.
+        keep: Says whether what lies there by then stays and the new one goes; None replaces it in any case.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f"{BUILDING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=BUILDING))
+    try:
+        staging.chmod(0o755)
+        yield staging
+        publish(staging, target, keep)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = None) -> None:
+    """Flush a finished directory to disk and rename it to its place, in exchange for what is there if that can be.
+
+    Args:
+        staging: Lies on the same disk.
+        target: Its place.
+        keep: Says whether what is there stays, and `staging` where it is.
+    """
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
             _fsync(path)
     _fsync(staging)
-    if target.exists():
+    if keep is not None and target.exists() and keep(target):
+        return
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        if keep is not None and keep(target):
+            return  # another process was faster
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
         if exchange(staging, target):
             staging.rename(aside / target.name)
@@ -89,8 +141,6 @@ def publish(staging: Path, target: Path) -> None:
             target.rename(aside / target.name)
             staging.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
-    else:
-        staging.rename(target)
     _fsync(target.parent)
 
 
@@ -106,6 +156,15 @@ def exchange(left: Path, right: Path) -> bool:
     renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     here = AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right)
     return int(renameat2(*here, RENAME_EXCHANGE)) == 0
+
+
+def hold(stream: IO[Any]) -> bool:
+    """Lock an open file for this process alone, until it is closed or the process ends; False if another holds it."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def explained(error: Exception, directory: Path) -> Exception:
@@ -148,14 +207,12 @@ def output_lock(directory: Path, is_main: bool) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"cannot write to the output directory {directory}: {error.strerror}") from error
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not hold(handle):
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
             raise CheckpointError(
                 f"another run (process {owner}) is writing to {directory}; choose another --output, or wait for it"
-            ) from None
+            )
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()

@@ -22,7 +22,7 @@ class ModelConfig:
     """The base model and how it computes."""
 
     name: Annotated[str | None, Flag("model", "ID|DIR")] = None
-    """Base model. Default: a tiny model of the family. A directory or a hub id; None trains the embedded default."""
+    """Base model. Default: a tiny model of the family. A directory or a hub id; None trains the toy."""
     revision: Annotated[str | None, Flag()] = None
     """Branch, tag or commit of a hub id."""
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32"), Flag(names_choices=True)] = "auto"

@@ -9,7 +9,6 @@ Nothing here raises for a row of data in the batched path: a row that cannot be 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ from btrm_core.chat.templates import inspect_template
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
 from btrm_core.errors import BtrmError, DataError, first_line
 from btrm_core.families import Family, PadToken
+from btrm_core.files import text_sha256
 
 Message = dict[str, str]
 
@@ -131,7 +131,7 @@ class ChatFormat:
             max_length: tokens; None means the checkpoint's own maximum, and no limit where there is none.
 
         Returns:
-            One result per group, in order. Never raises for a group: see `EncodedGroup.error`.
+            One result per group, in order. Never raises for a group: see `EncodedResponses.error`.
         """
         limit = self.max_length if max_length is None else max_length
         encoded = self._encode([_conversations(prompt, responses) for prompt, responses in groups])
@@ -273,7 +273,7 @@ def settle(tokenizer: Any, template: str, pad: PadToken, num_new_tokens: int, an
     return ChatFormat(
         tokenizer=tokenizer,
         template=template,
-        template_sha256=hashlib.sha256(template.encode("utf-8")).hexdigest(),
+        template_sha256=text_sha256(template),
         pad=pad,
         pad_id=tokenizer.pad_token_id,
         bos_id=facts.bos_id,

@@ -1,7 +1,7 @@
 """Does a chat template keep its promises with this tokenizer?
 
 Decides: what is read off a template by rendering probe conversations (BOS, terminal token, the control tokens it
-writes) and which templates are refused. Encoding real conversations is `chat`'s.
+writes) and which templates are refused. Encoding real conversations is `format`'s.
 """
 
 from __future__ import annotations

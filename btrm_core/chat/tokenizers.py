@@ -1,7 +1,7 @@
-"""What btrm needs of a tokenizer: text that stays text, a pad token of its own, and a toy for tests and the demo.
+"""What btrm needs of a tokenizer: text that stays text, and a pad token of its own.
 
-Decides: how a rendered conversation becomes ids (`Encoder`), how a pad token is put in place (`install_pad`) and what
-a tiny tokenizer is (`tiny_tokenizer`). Chat templates and whole conversations are `chat`'s.
+Decides: how a rendered conversation becomes ids (`Encoder`) and how a pad token is put in place (`install_pad`). Chat
+templates are `templates`', whole conversations `format`'s.
 
 Why an encoder of our own: a tokenizer turns the letters `<|eot_id|>` into the control token wherever they stand, so a
 user who types them ends the turn. Switching this off for a whole text (`split_special_tokens`) would lose the

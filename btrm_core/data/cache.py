@@ -7,24 +7,21 @@ succeed: the second finds the name taken and uses what is there.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import hashlib
 import json
 import os
-import secrets
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from btrm_core.errors import DataError
+from btrm_core.files import disk_is_full, whole_directory
 
 COMPLETE = "complete.json"  # written last: name and size of every file of the entry
 
 
-_STALE_SECONDS = 24 * 3600.0
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -66,22 +63,18 @@ def build_once(entry: Path, build: Callable[[Path], None]) -> Path:
     if is_whole(entry):
         return entry
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(entry.parent)
-        folder = _fresh(entry.parent)
-        folder.mkdir()
+        with whole_directory(entry, keep=is_whole) as folder:
+            build(folder)
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+            (folder / COMPLETE).write_text(json.dumps(sizes))
     except OSError as error:
-        raise _unwritable(entry.parent, error) from error
-    try:
-        build(folder)
-        _seal(folder)
-        _publish(folder, entry)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise _unwritable(entry.parent, error) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not disk_is_full(error) and error.errno not in UNWRITABLE:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error)  # Arrow wraps the system's words in its own
+        raise DataError(
+            f"cannot write the data cache '{entry.parent}': {reason}. "
+            "Free some space, or set BTRM_CACHE to a folder on another disk."
+        ) from error
     return entry
 
 
@@ -92,46 +85,3 @@ def is_whole(entry: Path) -> bool:
         return all((entry / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-
-
-def _fresh(parent: Path) -> Path:
-    return parent / f".building-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _seal(folder: Path) -> None:
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / COMPLETE).write_text(json.dumps(sizes))
-
-
-def _publish(folder: Path, entry: Path) -> None:
-    """Rename `folder` to `entry`; a damaged entry in the way is moved aside, a whole one wins."""
-    for _ in range(3):
-        try:
-            folder.rename(entry)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        if is_whole(entry):
-            return
-        aside = _fresh(entry.parent)
-        with contextlib.suppress(OSError):  # another process may have moved it first
-            entry.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    raise DataError(f"cannot replace the damaged cache entry '{entry}'. Remove it and try again.")
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what killed processes left behind."""
-    for path in parent.glob(".building-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _unwritable(parent: Path, error: OSError) -> DataError:
-    reason = os.strerror(error.errno) if error.errno else str(error)  # Arrow wraps the system's words in its own
-    return DataError(
-        f"cannot write the data cache '{parent}': {reason}. "
-        "Free some space, or set BTRM_CACHE to a folder on another disk."
-    )

@@ -2,7 +2,7 @@
 
 Rows are streamed into an Arrow file in the cache and memory-mapped from there, so memory does not grow with
 the data and a second run starts at once with the same pairs and the same report of issues. No token is made
-here; `encoded.py` does that.
+here; `encode.py` does that.
 
 Shapes: P pairs.
 """

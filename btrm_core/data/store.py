@@ -258,8 +258,8 @@ def encode_pairs(
 
     The report of the result counts: `given` and `encoded` pairs, the `groups` they are in, `dropped` pairs by reason
     (with the ids of the first `examples`), `truncated` pairs with the `dropped_turns` (messages) and `cut_characters`
-    of their prompts, `altered` pairs by what the template changed in their messages, stored `tokens`, the `pair_tokens` of both sides of every pair (what each of them would take by
-    itself), `longest` sequence, and `with_margin` pairs.
+    of their prompts, `altered` pairs by what the template changed in their messages, stored `tokens`, the `pair_tokens`
+    of both sides of every pair (what each of them would take by itself), `longest` sequence, and `with_margin` pairs.
 
     Args:
         data: the pairs.

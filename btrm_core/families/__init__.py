@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from btrm_core.families.installed import FamilyEntry, family_points, unreadable_package
     from btrm_core.families.new_family import write_family
     from btrm_core.families.opening import import_plugin, summary
-    from btrm_core.families.view import describe, format_description, format_families, tracebacks
+    from btrm_core.families.view import (
+        describe,
+        draw_heads,
+        format_description,
+        format_families,
+        head_std,
+        tracebacks,
+    )
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -40,9 +47,11 @@ __all__ = [
     "describe",
     "detect",
     "discover",
+    "draw_heads",
     "family_points",
     "format_description",
     "format_families",
+    "head_std",
     "hookspecs",
     "import_plugin",
     "list_families",
@@ -62,8 +71,10 @@ _HOMES = {
     "describe": "view",
     "detect": "discovery",
     "discover": "discovery",
+    "draw_heads": "view",
     "format_description": "view",
     "format_families": "view",
+    "head_std": "view",
     "list_families": "discovery",
     "family_points": "installed",
     "import_plugin": "opening",

@@ -55,7 +55,7 @@ def load(name: str, settings: object | None = None) -> Family:
 
     Args:
         name: the family's name.
-        settings: the run's `RunConfig` (or anything that `RunSettings` takes), asked before the family.
+        settings: the run's `RunConfig` (or anything that `Overrides` takes), asked before the family.
 
     Raises:
         FamilyError: no such family, or it is broken; the exception that broke it is the `__cause__`.

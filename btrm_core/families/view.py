@@ -6,10 +6,9 @@ Decides what is shown and how it is laid out. Imports torch and transformers onl
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from btrm_core import families
 from btrm_core.console import table
@@ -17,6 +16,10 @@ from btrm_core.errors import CheckpointError, FamilyError, one_line
 from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import PadToken, text_config
 from btrm_core.families.installed import FamilyEntry
+from btrm_core.files import text_sha256
+
+if TYPE_CHECKING:
+    import torch
 
 # Draws of the head from which its standard deviation is measured: enough to be right to about 1 %.
 _NUM_DRAWS = 64
@@ -76,14 +79,14 @@ def _answers(family: Family, model: str) -> dict[str, dict[str, Any]]:
         },
         "pad_token": {**_pad(tokenizer, pad.value), "given_by": pad.given_by},
         "chat_template": {
-            "sha256": hashlib.sha256(template.value.encode("utf-8")).hexdigest(),
+            "sha256": text_sha256(template.value),
             "terminal_token": _terminal_token(tokenizer, template.value),
             "source": template.value,
             "given_by": template.given_by,
         },
         "init_head": {
             "hidden_size": size,
-            "std": _head_std(family, size),
+            "std": head_std(family, size),
             "given_by": family.ask("init_head", hidden_size=size).given_by,
         },
     }
@@ -107,17 +110,35 @@ def _terminal_token(tokenizer: Any, template: str) -> str:
     return str(tokenizer.convert_ids_to_tokens(ids[-1]))
 
 
-def _head_std(family: Family, hidden_size: int) -> float:
-    """The standard deviation of the head as drawn, whoever draws it."""
+def draw_heads(family: Family, hidden_size: int, count: int = _NUM_DRAWS, seed: int = 0) -> torch.Tensor:
+    """Reward heads as the family draws them, on tensors that were NaN.
+
+    Args:
+        family: Who is asked for `init_head`.
+        hidden_size: Values of a head.
+        count: Heads to draw, one after the other.
+        seed: Of torch's global generator, which is left as it was.
+
+    Returns:
+        [count, hidden_size] float32 on the CPU.
+
+    Raises:
+        FamilyError: the answer is no function that fills a tensor.
+    """
     import torch
 
     fill = family.init_head(hidden_size)
+    draws_NH = torch.full((count, hidden_size), torch.nan, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        draws = [torch.empty(1, hidden_size, dtype=torch.float32) for _ in range(_NUM_DRAWS)]
-        for weight_1H in draws:
-            fill(weight_1H)
-    return float(f"{torch.cat(draws).square().mean().sqrt().item():.3g}")
+        torch.manual_seed(seed)
+        for index in range(count):
+            fill(draws_NH[index : index + 1])
+    return draws_NH
+
+
+def head_std(family: Family, hidden_size: int) -> float:
+    """The standard deviation of the head as drawn, whoever draws it, to three digits."""
+    return float(f"{draw_heads(family, hidden_size).square().mean().sqrt().item():.3g}")
 
 
 def format_families(entries: Sequence[FamilyEntry]) -> str:

@@ -11,12 +11,11 @@ from btrm_core.model.base import (
     parameter_groups,
     weights_digest,
 )
-from btrm_core.model.card import model_card, run_manifest
-from btrm_core.model.directory import is_finished, read_manifest, refuse_overwrite, write_model
+from btrm_core.model.card import Trained, model_card, run_manifest
+from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, write_model
 from btrm_core.model.load import (
     chat_from_checkpoint,
     check_head,
-    find_model,
     identity,
     is_adapters,
     load_chat,
@@ -49,6 +48,7 @@ __all__ = [
     "Parameters",
     "RewardModel",
     "Shape",
+    "Trained",
     "as_merged",
     "base_config",
     "build_model",

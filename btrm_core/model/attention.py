@@ -10,7 +10,7 @@ and the caller falls back to padded batches.
 Called without a packed row (padded lines, or a user running the model by hand), both do what
 transformers' own functions do, so a model set to a btrm kernel remains an ordinary model.
 
-This module decides the kernel; the kernels are in `kernels`, the masks' forms in `layout`.
+This module decides the kernel; the kernels are in `kernels`, the masks' forms in `packing.visibility`.
 """
 
 from __future__ import annotations
@@ -60,29 +60,29 @@ SOFTCAP_KERNELS = ("flash", "flex", "eager")
 """Kernels that compute soft-capped scores; the others would drop the cap and change every reward."""
 
 
-_LAYOUT: contextvars.ContextVar[Visibility | None] = contextvars.ContextVar("btrm_layout", default=None)
+_VISIBILITY: contextvars.ContextVar[Visibility | None] = contextvars.ContextVar("btrm_visibility", default=None)
 
 
 @dataclass(frozen=True)
 class LayerMask:
-    """What a layer gets as its attention mask: the row's layout and the layer's window."""
+    """What a layer gets as its attention mask: the row's visibility and the layer's window."""
 
-    layout: Visibility
+    visibility: Visibility
     window: int | None
 
 
 @contextlib.contextmanager
-def masks_for(layout: Visibility) -> Iterator[None]:
-    """While active, models build their masks from `layout`.
+def masks_for(visibility: Visibility) -> Iterator[None]:
+    """While active, models build their masks from `visibility`.
 
     Only building needs it: the mask then travels with the layers' arguments, so backward passes and
     recomputed layers never look here.
     """
-    token = _LAYOUT.set(layout)
+    token = _VISIBILITY.set(visibility)
     try:
         yield
     finally:
-        _LAYOUT.reset(token)
+        _VISIBILITY.reset(token)
 
 
 def layer_mask(
@@ -105,8 +105,8 @@ def layer_mask(
     Raises:
         NotImplementedError: the rule is neither causal nor a causal sliding window.
     """
-    layout = _LAYOUT.get()
-    if layout is None:
+    visibility = _VISIBILITY.get()
+    if visibility is None:
         own = eager_mask if uses_softcap(config) else sdpa_mask
         return own(mask_function=mask_function, local_size=local_size, config=config, **rest)
     far = 1 << 20
@@ -124,7 +124,7 @@ def layer_mask(
         understood = False
     if not understood:
         raise NotImplementedError("only causal and sliding-window attention can be packed")
-    return LayerMask(layout, local_size)
+    return LayerMask(visibility, local_size)
 
 
 def attend(
@@ -135,10 +135,7 @@ def attend(
     attention_mask: object,
     *,
     kernel: str,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-    **extra: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, Any]:
     """The registered attention function of every layer.
 
@@ -149,10 +146,8 @@ def attend(
         value: [1, kv_heads, T, D].
         attention_mask: what `layer_mask` returned.
         kernel: one of `KERNELS`.
-        scaling: factor on the scores; None is 1/sqrt(D).
-        softcap: soft-cap on the scores, or None.
-        dropout: must be 0.
-        **extra: what else a model passes; only what changes the result is looked at.
+        **more: what else a model passes; only what changes the result is looked at: `scaling`, the factor on the
+            scores (None is 1/sqrt(D)), `softcap`, and `dropout`, which must be 0.
 
     Returns:
         The output [1, T, heads, D], and no attention weights (None).
@@ -161,33 +156,31 @@ def attend(
         NotImplementedError: the layer asks for something the kernels do not compute.
     """
     if not isinstance(attention_mask, LayerMask):
-        if _LAYOUT.get() is not None:
+        if _VISIBILITY.get() is not None:
             raise NotImplementedError("the model does not take its mask from transformers' mask functions")
-        own = _own_attention(module, softcap, extra)
-        answer: tuple[torch.Tensor, Any] = own(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **extra
-        )
+        own = _own_attention(module, more.pop("softcap", None), more)
+        answer: tuple[torch.Tensor, Any] = own(module, query, key, value, attention_mask, **more)
         return answer
-    if dropout:
+    if more.get("dropout"):
         raise NotImplementedError("attention dropout cannot be packed exactly; set attention_dropout to 0")
     for name in ("s_aux", "position_bias"):
-        if extra.get(name) is not None:
+        if more.get(name) is not None:
             raise NotImplementedError(f"attention with {name} cannot be packed")
-    if extra.get("is_causal") is False or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    if more.get("is_causal") is False or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise NotImplementedError("only causal self-attention over one row at a time can be packed")
-    options: dict[str, Any] = {"window": attention_mask.window, "scaling": scaling}
-    if softcap is not None:
+    options: dict[str, Any] = {"window": attention_mask.window, "scaling": more.get("scaling")}
+    if (softcap := more.get("softcap")) is not None:
         if kernel not in SOFTCAP_KERNELS:
             raise NotImplementedError(f"kernel '{kernel}' cannot compute this model's attention soft-capping")
         options["softcap"] = softcap
-    output = _FUNCTIONS[kernel](query, key, value, attention_mask.layout, **options)
+    output = _FUNCTIONS[kernel](query, key, value, attention_mask.visibility, **options)
     return output, None
 
 
-def _own_attention(module: torch.nn.Module, softcap: float | None, extra: Mapping[str, Any]) -> Callable[..., Any]:
+def _own_attention(module: torch.nn.Module, softcap: float | None, more: Mapping[str, Any]) -> Callable[..., Any]:
     """The attention that transformers would use for a layer without a packed row."""
     if softcap is None:
-        if extra.get("s_aux") is not None:
+        if more.get("s_aux") is not None:
             raise NotImplementedError("attention sinks need the model's own attention (kernel 'padded')")
         return cast("Callable[..., Any]", sdpa_attention_forward)
     eager = sys.modules[type(module).__module__].eager_attention_forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,38 @@ FOUR_BITS = """, quantization_config=BitsAndBytesConfig(
 )"""
 
 
-def run_manifest(
-    *,
-    config: RunConfig,
-    family: Family,
-    chat: ChatFormat,
-    data: dict[str, Any],
-    evaluation: dict[str, Any] | None,
-    training: dict[str, Any],
-    self_test: list[dict[str, Any]],
-    dtype: str,
-) -> dict[str, Any]:
-    """The content of `btrm.json`: enough to score, to check, and to train again."""
+@dataclass(frozen=True)
+class Trained:
+    """What a run alone knows of the model that it has trained, as JSON values.
+
+    Attributes:
+        data: Report on the data.
+        evaluation: Figures on held-out pairs; None if there are none.
+        training: Steps, seconds, how it was computed.
+        self_test: Conversations as ids, with the rewards that any reader must reproduce.
+        dtype: Compute type, such as "bfloat16".
+        base_commit: Of the base model, if it came from the hub.
+        adapters: How they are saved; None without adapters.
+    """
+
+    data: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    training: dict[str, Any]
+    self_test: list[dict[str, Any]]
+    dtype: str
+    base_commit: str | None
+    adapters: dict[str, Any] | None
+
+
+def run_manifest(config: RunConfig, family: Family, chat: ChatFormat, trained: Trained) -> dict[str, Any]:
+    """The content of `btrm.json`: enough to score, to check, and to train again.
+
+    Args:
+        config: The run's settings, resolved.
+        family: Who answered.
+        chat: How conversations became ids.
+        trained: What came of it.
+    """
     return {
         "btrm_version": metadata.version("btrm"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -109,13 +130,15 @@ def run_manifest(
         "pad_token_id": chat.pad_id,
         "answers": chat.answers,
         "max_length": config.data.max_length,
-        "dtype": dtype,
+        "dtype": trained.dtype,
         "loss": "bradley-terry",
-        "data": data,
-        "evaluation": evaluation,
-        "training": training,
+        "data": trained.data,
+        "evaluation": trained.evaluation,
+        "training": trained.training,
         "config": {key: list(v) if isinstance(v, tuple) else v for key, v in flat(config).items()},
-        "self_test": self_test,
+        "self_test": trained.self_test,
+        "base_commit": trained.base_commit,
+        "adapters": trained.adapters,
     }
 
 

@@ -7,15 +7,14 @@ beside its place, flushed to disk and renamed.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from btrm_core.chat import ChatFormat
-from btrm_core.errors import CheckpointError
-from btrm_core.files import explained, publish
+from btrm_core.errors import CheckpointError, first_line
+from btrm_core.files import explained, whole_directory
 from btrm_core.model.adapters import save_adapters
 from btrm_core.model.older import write_for_older_readers
 
@@ -23,6 +22,15 @@ MANIFEST = "btrm.json"
 
 
 SHARD_SIZE = "5GB"
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+_NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other forms
 
 
 def is_finished(directory: Path) -> bool:
@@ -62,25 +70,20 @@ def write_model(
     Raises:
         CheckpointError: the disk is full or cannot be written; nothing half-written is left.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
-        staging.chmod(0o755)
-        if hasattr(hf, "get_base_model"):
-            save_adapters(hf, staging, state_dict, whole_embedding=chat.num_new_tokens > 0)
-        else:
-            hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
-        _save_tokenizer(chat, manifest.get("max_length"), staging)
-        write_for_older_readers(staging)
-        (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        publish(staging, directory)
+        with whole_directory(directory) as staging:
+            if hasattr(hf, "get_base_model"):
+                save_adapters(hf, staging, state_dict, whole_embedding=chat.num_new_tokens > 0)
+            else:
+                hf.save_pretrained(staging, state_dict=dict(state_dict), max_shard_size=SHARD_SIZE)
+            _save_tokenizer(chat, manifest.get("max_length"), staging)
+            write_for_older_readers(staging)
+            (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            text = json.dumps(manifest, indent=2, ensure_ascii=False)
+            (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except Exception as error:
         raise explained(error, directory) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _save_tokenizer(chat: ChatFormat, max_length: int | None, directory: Path) -> None:
@@ -123,3 +126,24 @@ def model_directory(path: str) -> Path:
     if base.is_dir():
         raise CheckpointError(f"{path} holds no model: neither {path}/config.json nor {path}/model/config.json exists")
     raise CheckpointError(f"there is no model directory {path}")
+
+
+def find_model(name: str) -> Path:
+    """Return the model directory that a user means: a path, a run's output directory, or a hub id (downloaded).
+
+    Raises:
+        CheckpointError: there is no such directory, and no such model on the hub or in its cache.
+    """
+    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        return model_directory(name)
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES)
+        return model_directory(found)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client raises types of several libraries
+        raise CheckpointError(
+            f"there is no model directory {name}, and it cannot be had from the Hugging Face hub: {first_line(error)}"
+        ) from error

@@ -1,4 +1,4 @@
-"""The attention kernels, each a plain function of queries, keys, values and a `Layout`.
+"""The attention kernels, each a plain function of queries, keys, values and a `Visibility`.
 
 All take `query` [1, heads, T, D], `key` and `value` [1, kv_heads, T, D] of one packed row, as
 transformers hands them over, and return [1, T, heads, D]. All compute the same numbers; they differ
@@ -46,18 +46,18 @@ class _GatherPaths(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, layout: Visibility) -> Tensor:
-        assert layout.key_index_K is not None
-        ctx.layout = layout
-        return rows.index_select(0, layout.key_index_K)
+    def forward(ctx: Any, rows: Tensor, visibility: Visibility) -> Tensor:
+        assert visibility.key_index_K is not None
+        ctx.visibility = visibility
+        return rows.index_select(0, visibility.key_index_K)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        layout: Visibility = ctx.layout
-        assert layout.own_index_T is not None
-        total = gradient.index_select(0, layout.own_index_T)
-        for tokens, keys in layout.readers:
+        visibility: Visibility = ctx.visibility
+        assert visibility.own_index_T is not None
+        total = gradient.index_select(0, visibility.own_index_T)
+        for tokens, keys in visibility.readers:
             read = gradient.index_select(0, keys)
             total.index_copy_(0, tokens, read.view(len(tokens), -1, *read.shape[1:]).sum(1))
         return total, None
@@ -68,37 +68,37 @@ def _rows(states: Tensor) -> Tensor:
     return states[0].transpose(0, 1)
 
 
-def _keys(states: Tensor, layout: Visibility) -> Tensor:
+def _keys(states: Tensor, visibility: Visibility) -> Tensor:
     """Keys or values of all runs, [K, kv_heads, D]."""
     rows = _rows(states)
-    if layout.key_index_K is None:
+    if visibility.key_index_K is None:
         return rows
-    gathered: Tensor = _GatherPaths.apply(rows, layout)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherPaths.apply(rows, visibility)  # type: ignore[no-untyped-call]
     return gathered
 
 
 def run_loop(
-    query: Tensor, key: Tensor, value: Tensor, layout: Visibility, *, window: int | None, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
     """PyTorch's fused attention, one call per run.
 
     Plain causal runs need no mask. A run with a path before it has more keys than queries, where PyTorch aligns
     `is_causal` to the top left, so it gets a small mask, built once and used by all layers.
     """
-    query_lengths = [run.queries for run in layout.runs]
-    key_lengths = [run.keys for run in layout.runs]
+    query_lengths = [run.queries for run in visibility.runs]
+    key_lengths = [run.keys for run in visibility.runs]
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     parts = zip(
-        layout.runs,
+        visibility.runs,
         torch.split(_rows(query), query_lengths),
-        torch.split(_keys(key, layout), key_lengths),
-        torch.split(_keys(value, layout), key_lengths),
+        torch.split(_keys(key, visibility), key_lengths),
+        torch.split(_keys(value, visibility), key_lengths),
         strict=True,
     )
     for run, queries, keys, values in parts:
-        plain = layout.is_plain(run, window)
-        mask = None if plain else layout.run_mask(run, window, query.dtype)
+        plain = visibility.is_plain(run, window)
+        mask = None if plain else visibility.run_mask(run, window, query.dtype)
         output = F.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
@@ -113,14 +113,14 @@ def run_loop(
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, layout: Visibility, *, window: int | None, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
     """PyTorch's attention with the whole T x T mask."""
     output = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=layout.visible(window),
+        attn_mask=visibility.visible(window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -131,15 +131,15 @@ def eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Visibility,
+    visibility: Visibility,
     *,
     window: int | None,
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
     """Attention written out run by run: scores, soft-cap, softmax in at least float32, sum."""
-    query_lengths = [run.queries for run in layout.runs]
-    key_lengths = [run.keys for run in layout.runs]
+    query_lengths = [run.queries for run in visibility.runs]
+    key_lengths = [run.keys for run in visibility.runs]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv_heads = key.shape[1]
     group = query.shape[1] // kv_heads
@@ -147,10 +147,10 @@ def eager(
     precise = torch.float32 if query.dtype in HALF else None
     outputs = []
     parts = zip(
-        layout.runs,
+        visibility.runs,
         torch.split(_rows(query), query_lengths),
-        torch.split(_keys(key, layout), key_lengths),
-        torch.split(_keys(value, layout), key_lengths),
+        torch.split(_keys(key, visibility), key_lengths),
+        torch.split(_keys(value, visibility), key_lengths),
         strict=True,
     )
     for run, queries, keys, values in parts:
@@ -159,7 +159,7 @@ def eager(
         scores = torch.matmul(lines, keys.permute(1, 2, 0)) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        hidden = layout.run_mask(run, window, torch.bool).logical_not()
+        hidden = visibility.run_mask(run, window, torch.bool).logical_not()
         scores = scores.view(kv_heads, group, *hidden.shape).masked_fill(hidden, -torch.inf)
         weights = scores.softmax(-1, dtype=precise).to(query.dtype).flatten(1, 2)
         output = torch.matmul(weights, values.transpose(0, 1)).view(kv_heads, group, run.queries, -1)
@@ -168,14 +168,14 @@ def eager(
 
 
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Visibility, *, window: int | None, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
     """Torch's variable-length flash attention on half-precision CUDA tensors, else the run loop."""
     if not query.is_cuda or query.dtype not in HALF:
-        return run_loop(query, key, value, layout, window=window, scaling=scaling)
+        return run_loop(query, key, value, visibility, window=window, scaling=scaling)
     from torch.nn.attention.varlen import varlen_attn
 
-    keys, values = _keys(key, layout), _keys(value, layout)
+    keys, values = _keys(key, visibility), _keys(value, visibility)
     options, native_groups = varlen_options(frozenset(inspect.signature(varlen_attn).parameters), window)
     group = query.shape[1] // key.shape[1]
     if group > 1 and native_groups:
@@ -186,10 +186,10 @@ def varlen(
         _rows(query),
         keys,
         values,
-        layout.query_starts,
-        layout.key_starts,
-        layout.max_queries,
-        layout.max_keys,
+        visibility.query_starts,
+        visibility.key_starts,
+        visibility.max_queries,
+        visibility.max_keys,
         scale=scaling,
         **options,
     )
@@ -224,7 +224,7 @@ def flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Visibility,
+    visibility: Visibility,
     *,
     window: int | None,
     scaling: float | None,
@@ -236,12 +236,12 @@ def flash(
     extra = {} if softcap is None else {"softcap": softcap}
     output: Tensor = flash_attn_varlen_func(
         _rows(query),
-        _keys(key, layout),
-        _keys(value, layout),
-        layout.query_starts,
-        layout.key_starts,
-        layout.max_queries,
-        layout.max_keys,
+        _keys(key, visibility),
+        _keys(value, visibility),
+        visibility.query_starts,
+        visibility.key_starts,
+        visibility.max_queries,
+        visibility.max_keys,
         softmax_scale=scaling,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -292,7 +292,7 @@ def flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Visibility,
+    visibility: Visibility,
     *,
     window: int | None,
     scaling: float | None,
@@ -304,7 +304,7 @@ def flex(
         key,
         value,
         score_mod=None if softcap is None else _softcap_score(softcap),
-        block_mask=layout.block_mask(window),
+        block_mask=visibility.block_mask(window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,10 +23,10 @@ from btrm_core.chat import ChatFormat, install_pad, settle
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError, first_line
 from btrm_core.families import PadToken
-from btrm_core.files import digest
+from btrm_core.files import digest, text_sha256
 from btrm_core.model import adapters
 from btrm_core.model import base as base_module
-from btrm_core.model.directory import MANIFEST, model_directory, read_manifest
+from btrm_core.model.directory import MANIFEST, read_manifest
 from btrm_core.settings import ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,36 +36,6 @@ HEAD = "score.weight"
 
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-
-
-_NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other forms
-
-
-def find_model(name: str) -> Path:
-    """Return the model directory that a user means: a path, a run's output directory, or a hub id (downloaded).
-
-    Raises:
-        CheckpointError: there is no such directory, and no such model on the hub or in its cache.
-    """
-    if Path(name).exists() or not _HUB_ID.fullmatch(name):
-        return model_directory(name)
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES)
-        return model_directory(found)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the hub's client raises types of several libraries
-        raise CheckpointError(
-            f"there is no model directory {name}, and it cannot be had from the Hugging Face hub: {first_line(error)}"
-        ) from error
 
 
 def load_chat(directory: Path) -> ChatFormat:
@@ -269,7 +238,7 @@ def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | 
         template = family.chat_template(chat.tokenizer)
     except FamilyError:
         return None
-    if hashlib.sha256(template.encode("utf-8")).hexdigest() == chat.template_sha256:
+    if text_sha256(template) == chat.template_sha256:
         return None
     return (
         f"the installed family '{name}' ({family.origin}) has another chat template than the one this model was "

@@ -1,8 +1,8 @@
 """Whether the files of a checkpoint are what they seem, looked at before anything is loaded.
 
 Decides which directories are refused because their weights are no weights (a pointer of Git LFS, half a download, an
-index without its files), are packed by somebody else's quantisation, or hold a trained head that would not be read. Only
-headers are read: the look costs milliseconds for a model of any size.
+index without its files), are packed by somebody else's quantisation, or hold a trained head that would not be read.
+Only headers are read: the look costs milliseconds for a model of any size.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def _shards(index: Path) -> dict[str, set[str]]:
                 raise CheckpointError(f"{index} names a file outside its directory ({name!r}); {_AGAIN}")
             found.setdefault(name, set()).add(tensor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is broken: expected JSON with a weight_map of tensors to files; {_AGAIN}") from (
-            error
-        )
+        raise CheckpointError(
+            f"{index} is broken: expected JSON with a weight_map of tensors to files; {_AGAIN}"
+        ) from error
     if not found:
         raise CheckpointError(f"{index} is broken: its weight_map is empty; {_AGAIN}")
     return found

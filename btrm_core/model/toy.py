@@ -1,4 +1,4 @@
-"""The embedded default: a tiny model shaped like a family, and the sample of preference pairs that ships with btrm.
+"""The toy: a tiny model shaped like a family, which a run without `--model` trains on the sample that ships with btrm.
 
 Decides: how large the toy is and how its tokenizer is made. The family says only what makes its models its own
 (`Recipe.tiny`); nothing here knows a family.
@@ -7,10 +7,7 @@ Decides: how large the toy is and how its tokenizer is made. The family says onl
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from btrm_core.data import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families import Family
+from btrm_core.files import text_sha256, whole_directory
 
 if TYPE_CHECKING:
     from btrm_core.families import TinyShape
@@ -49,25 +47,22 @@ def toy_model(family: Family, cache_dir: Path) -> Path:
             "without --model; give --model ID|DIR and --data SRC"
         )
     description = json.dumps([SHAPE, VOCABULARY, dataclasses.asdict(tiny)], sort_keys=True, default=str)
-    digest = hashlib.sha256((description + Path(sample_path("train")).read_text("utf-8")).encode()).hexdigest()[:12]
-    target = cache_dir / "toy" / f"{family.name}-{digest}"
-    if not (target / "config.json").exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".toy-"))
-        build_toy(tiny, staging)
-        try:
-            staging.rename(target)
-        except OSError:  # another process was faster
-            shutil.rmtree(staging, ignore_errors=True)
+    name = f"{family.name}-{text_sha256(description + Path(sample_path('train')).read_text('utf-8'))[:12]}"
+    target = cache_dir / "toy" / name
+    if not _is_whole(target):
+        with whole_directory(target, keep=_is_whole) as folder:
+            build_toy(tiny, folder)
     return target
+
+
+def _is_whole(directory: Path) -> bool:
+    return (directory / "config.json").exists()
 
 
 def build_toy(tiny: Any, directory: Path, **overrides: Any) -> None:
     """Write a tiny random causal language model and its tokenizer, trained on the sample, to `directory`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    pass
 
     tokenizer = tiny_tokenizer(tiny, _sample_texts(), vocab_size=VOCABULARY)
     shape = {**SHAPE, **dict(tiny.config), **overrides}

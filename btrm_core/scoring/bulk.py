@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -28,7 +27,8 @@ from btrm_core.scoring.records import (
     what_was_added,
     written,
 )
-from btrm_core.scoring.scorer import Responses, Rewards, Scorer
+from btrm_core.scoring.responses import Responses, Rewards
+from btrm_core.scoring.scorer import Scorer
 
 
 @dataclass
@@ -85,10 +85,8 @@ def partial_file(target: Path, header: dict[str, Any]) -> Iterator[tuple[IO[byte
         DataError: another process is writing it.
     """
     with target.with_name(target.name + ".partial").open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"another process is writing {stream.name}; wait for it, or name another output") from None
+        if not files.hold(stream):
+            raise DataError(f"another process is writing {stream.name}; wait for it, or name another output")
         stream.seek(0)
         known, done, size = header_file(target), Tally(), 0
         if Path(stream.name).stat().st_size:

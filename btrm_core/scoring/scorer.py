@@ -2,7 +2,7 @@
 
 Decides how conversations become rows when there is no training step: prompts that several responses share are computed
 once, rows are filled up to a token budget, results come back in the order of the input. The numbers are those of
-scoring every conversation alone. Opening the model is `loading`'s, arranging rows `rows`'.
+scoring every conversation alone. Opening the model is `model.load`'s, arranging rows `packing`'s.
 
 Shapes: S conversations, P pairs.
 """
@@ -10,7 +10,6 @@ Shapes: S conversations, P pairs.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from btrm_core.chat import Conversation, EncodedResponses, spare
+from btrm_core.chat import Conversation, spare
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import (
     RewardModel,
@@ -37,6 +36,7 @@ from btrm_core.model import (
 )
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.packing import PADDED, Bundle, Tree, bundles, collate, grow, packed_rows, padded_rows, row_multiple
+from btrm_core.scoring.responses import Encoded, Responses, Rewards, as_responses, rewards_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,28 +52,6 @@ _PROBE = [{"role": "user", "content": "Name the largest planet."}]
 
 
 _ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
-
-
-Responses = tuple[Conversation, Sequence[str]]
-"""A prompt (a list of messages) and the assistant's responses to it."""
-
-
-Encoded = tuple[EncodedResponses, tuple[str | None, ...]]
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """What became of one prompt and its responses.
-
-    Attributes:
-        rewards: one per response, None where `errors` says why there is none.
-        errors: one per response, None where there is a reward.
-        truncated: whether the prompt was cut to keep the conversations within the maximum length.
-    """
-
-    rewards: tuple[float | None, ...]
-    errors: tuple[str | None, ...]
-    truncated: bool
 
 
 @dataclass
@@ -195,7 +173,7 @@ class Scorer:
         Raises:
             DataError: one cannot be scored; it says which and why.
         """
-        groups = [_as_group(conversation, index) for index, conversation in enumerate(conversations)]
+        groups = [as_responses(conversation, index) for index, conversation in enumerate(conversations)]
         return _array([reward for scored in self._all(groups, "conversation") for reward in scored])
 
     def pair_rewards(
@@ -275,7 +253,7 @@ class Scorer:
             for _ in result.sequences
         ]
         values = iter(self.sequence_rewards(sequences, keys).tolist())
-        return [_scored(result, errors, values) for result, errors in encoded]
+        return [rewards_of(part, values) for part in encoded]
 
     def sequence_rewards(self, sequences: Sequence[Sequence[int]], together: Sequence[Hashable]) -> np.ndarray:
         """Return the rewards [S] of finished id sequences, float32.
@@ -337,24 +315,6 @@ class Scorer:
             raise CheckpointError(f"{self.directory}/btrm.json holds no self-test vectors to compare with")
         rewards_S = [self.sequence_rewards([vector["input_ids"]], [0])[0] for vector in vectors]
         return float(np.abs(np.array(rewards_S) - [vector["reward"] for vector in vectors]).max())
-
-
-def _as_group(conversation: Conversation, index: int) -> Responses:
-    if not conversation or conversation[-1].get("role") != "assistant":
-        raise DataError(f"conversation {index + 1}: expected a list of messages that ends with the assistant's")
-    return conversation[:-1], [conversation[-1]["content"]]
-
-
-def _scored(result: EncodedResponses, errors: tuple[str | None, ...], values: Any) -> Rewards:
-    """Put rewards in the places of the responses without error; `values` goes on where this group ends."""
-    rewards: list[float | None] = []
-    reasons = list(errors)
-    for place, error in enumerate(errors):
-        reward = next(values) if error is None else None
-        if reward is not None and not math.isfinite(reward):
-            reward, reasons[place] = None, f"the model's reward is {reward}, not a finite number"
-        rewards.append(reward)
-    return Rewards(tuple(rewards), tuple(reasons), bool(result.dropped_turns or result.cut_characters))
 
 
 def _array(rewards: Sequence[float | None]) -> np.ndarray:

@@ -37,7 +37,7 @@ class Item(BaseModel):
     prompt: str | list[Turn] | None = None
     responses: list[str] | None = None
     input_ids: list[int] | None = None
-    text: str | None = Field(None, description="a whole conversation as the model's chat template writes it")
+    text: str | None = Field(default=None, description="a whole conversation as the model's chat template writes it")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Item:

@@ -92,10 +92,10 @@ class Calibration:
     def of(cls, manifest: dict[str, Any]) -> Calibration:
         """Read it from a manifest; numbers that make no sense count as not there."""
         found = manifest.get("calibration") or {}
-        mean, std, temperature = (found.get(key) for key in ("mean", "std", "temperature"))
-        if not (_number(mean) and _number(std) and std > 0):
+        mean, std, temperature = (_number(found.get(key)) for key in ("mean", "std", "temperature"))
+        if mean is None or std is None or std <= 0:
             mean = std = None
-        return cls(mean, std, temperature if _number(temperature) and temperature > 0 else 1.0)
+        return cls(mean, std, temperature if temperature is not None and temperature > 0 else 1.0)
 
     def normalized(self, reward: float) -> float:
         """The reward in standard deviations from the mean of the reference set."""
@@ -113,8 +113,10 @@ class Calibration:
         return 1 / (1 + math.exp(-scaled)) if scaled > -700 else 0.0
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """A finite number, else None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
 
 
 class Service:

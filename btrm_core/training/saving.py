@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from btrm_core.model import as_merged, merged_weights, model_card, plain_model, run_manifest, uses_softcap, write_model
+from btrm_core.model import (
+    Trained,
+    as_merged,
+    merged_weights,
+    model_card,
+    plain_model,
+    run_manifest,
+    uses_softcap,
+    write_model,
+)
 from btrm_core.packing import alone, collate
 from btrm_core.training.schedule import Progress
 
@@ -29,10 +38,7 @@ def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | 
     vectors, saved_as = _self_test(session)
     gathered = runtime.accelerator.get_state_dict(session.engine)
     if runtime.is_main:
-        made = run_manifest(
-            config=config,
-            family=session.job.family,
-            chat=session.job.chat,
+        trained = Trained(
             data=session.data.report,
             evaluation=evaluation,
             training={
@@ -45,8 +51,10 @@ def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | 
             },
             self_test=vectors,
             dtype=str(runtime.dtype).removeprefix("torch."),
+            base_commit=getattr(model.base_model.config, "_commit_hash", None),
+            adapters=saved_as,
         )
-        made |= {"base_commit": getattr(model.base_model.config, "_commit_hash", None), "adapters": saved_as}
+        made = run_manifest(config, session.job.family, session.job.chat, trained)
         weights = {name.removeprefix("hf."): tensor for name, tensor in gathered.items()}
         hf = model.hf
         if saved_as is not None and saved_as["merged"]:

@@ -18,7 +18,8 @@ from btrm_core.errors import CheckpointError, DataError
 from btrm_core.evaluation.text import format_evaluation
 from btrm_core.scoring.bulk import header_file, score_file
 from btrm_core.scoring.evaluate import evaluate_sources
-from btrm_core.scoring.scorer import Responses, Rewards, Scorer
+from btrm_core.scoring.responses import Responses, Rewards
+from btrm_core.scoring.scorer import Scorer
 
 TOO_LONG = "word " * 400
 

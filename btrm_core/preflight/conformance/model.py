@@ -7,7 +7,7 @@ from typing import Any
 
 from btrm_core import families
 from btrm_core.errors import FamilyError
-from btrm_core.families import PROJECT
+from btrm_core.families import PROJECT, draw_heads
 from btrm_core.preflight.conformance.subject import SMALL, Subject
 from btrm_core.preflight.conformance.text import ONE, TWO
 from btrm_core.preflight.conformance.verdict import Missing, NotConforming, require
@@ -208,17 +208,11 @@ class ModelChecks:
 
 def _drawn_head(family: Any, size: int, seed: int) -> list[float]:
     """The values of a head as the family draws it, on a tensor that was NaN."""
-    import torch
-
-    weight_1H = torch.full((1, size), torch.nan, dtype=torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            family.init_head(size)(weight_1H)
-        except FamilyError as error:
-            raise NotConforming(
-                str(error),
-                "training from a base model stops there",
-                "return a function that fills a (1, hidden_size) float32 tensor in place",
-            ) from error
-    return [float(value) for value in weight_1H.flatten()]
+    try:
+        return [float(value) for value in draw_heads(family, size, count=1, seed=seed)[0]]
+    except FamilyError as error:
+        raise NotConforming(
+            str(error),
+            "training from a base model stops there",
+            "return a function that fills a (1, hidden_size) float32 tensor in place",
+        ) from error

@@ -131,7 +131,7 @@ def check_checkpoint(name: str, tokenizer: Any, config: Any) -> list[CheckResult
     contract = {check for check in vars(ContractChecks) if check.startswith("test_")}
     results: list[CheckResult] = []
     try:
-        with _quiet():
+        with quiet_libraries(stdout=sys.stderr):
             for check in _checks():
                 if check not in contract and (not results or results[-1].status != "fail"):
                     results.append(_run(Checked(), check))

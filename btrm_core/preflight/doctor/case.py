@@ -21,12 +21,12 @@ from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
 from btrm_core.model import build_model, is_finished, load_chat, load_tokenizer, read_manifest, saved_config
 from btrm_core.model import tolerance as model_tolerance
+from btrm_core.preflight.doctor.check import Check, refused
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
 from btrm_core.preflight.doctor.kept import messages_kept
 from btrm_core.preflight.doctor.model import Patient, model_checks
 from btrm_core.preflight.doctor.rows import content_unused, rows_read
 from btrm_core.preflight.doctor.texts import (
-    Check,
     count_tokens,
     dropped_pairs,
     dropped_reasons,
@@ -34,7 +34,6 @@ from btrm_core.preflight.doctor.texts import (
     length_bias,
     one_bos,
     pad_token,
-    refused,
     repeated_prompts,
     terminal_token,
     truncation,
@@ -82,7 +81,7 @@ def examine(config: RunConfig, num_examples: int = 3) -> Case:
     to go on with.
 
     Args:
-        config: as for `run.train`; without model and data it is the embedded default.
+        config: as for `run.train`; without model and data it is the toy.
         num_examples: pairs to show, spread over the data.
 
     Raises:

@@ -5,7 +5,6 @@ A refused answer is seen best in what it writes, so its conversations are encode
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from btrm_core.chat import ChatFormat, Conversation, Encoder, fast_backend, inst
 from btrm_core.data import Pair, PairData
 from btrm_core.errors import DataError, FamilyError
 from btrm_core.families import Family, PadToken
+from btrm_core.files import text_sha256
 from btrm_core.packing import Tree, grow
 
 UNSOUND_PAIRS = 256
@@ -78,7 +78,7 @@ def format_as_written(tokenizer: Any, config: Any, family: Family, rows: PairDat
     chat = ChatFormat(
         tokenizer=tokenizer,
         template=template,
-        template_sha256=hashlib.sha256(template.encode("utf-8")).hexdigest(),
+        template_sha256=text_sha256(template),
         pad=PadToken(tokenizer.pad_token or ""),
         pad_id=pad_id,
         bos_id=tokenizer.bos_token_id,

@@ -63,7 +63,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         merged["zero_optimization"].setdefault("reduce_bucket_size", LONE_BUCKET)
     check_zero(config, merged["zero_optimization"])
     if config.train.optimizer in OPTIMIZERS:
-        del merged["optimizer"]  # it is made here and handed over whole, see `prepare.make_engine`
+        del merged["optimizer"]  # it is made here and handed over whole, see `engine.make_engine`
         merged["zero_allow_untested_optimizer"] = True
     return merged
 

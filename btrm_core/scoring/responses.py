@@ -1,0 +1,59 @@
+"""What is scored, a prompt with responses, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from btrm_core.chat import Conversation, EncodedResponses
+from btrm_core.errors import DataError
+
+Responses = tuple[Conversation, Sequence[str]]
+"""A prompt (a list of messages) and the assistant's responses to it."""
+
+
+Encoded = tuple[EncodedResponses, tuple[str | None, ...]]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What became of one prompt and its responses.
+
+    Attributes:
+        rewards: one per response, None where `errors` says why there is none.
+        errors: one per response, None where there is a reward.
+        truncated: whether the prompt was cut to keep the conversations within the maximum length.
+    """
+
+    rewards: tuple[float | None, ...]
+    errors: tuple[str | None, ...]
+    truncated: bool
+
+
+def as_responses(conversation: Conversation, index: int) -> Responses:
+    """A finished conversation as a prompt with one response.
+
+    Args:
+        conversation: Its messages.
+        index: Its place among those to score, for the error.
+
+    Raises:
+        DataError: it does not end with the assistant's message.
+    """
+    if not conversation or conversation[-1].get("role") != "assistant":
+        raise DataError(f"conversation {index + 1}: expected a list of messages that ends with the assistant's")
+    return conversation[:-1], [conversation[-1]["content"]]
+
+
+def rewards_of(encoded: Encoded, values: Iterator[float]) -> Rewards:
+    """Put rewards in the places of the responses without error; `values` goes on where this group ends."""
+    result, errors = encoded
+    rewards: list[float | None] = []
+    reasons = list(errors)
+    for place, error in enumerate(errors):
+        reward = next(values) if error is None else None
+        if reward is not None and not math.isfinite(reward):
+            reward, reasons[place] = None, f"the model's reward is {reward}, not a finite number"
+        rewards.append(reward)
+    return Rewards(tuple(rewards), tuple(reasons), bool(result.dropped_turns or result.cut_characters))

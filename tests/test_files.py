@@ -1,0 +1,92 @@
+"""Directories come to their place whole or not at all, and one process holds a file at a time."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from btrm_core import files
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def half_made(target, error):
+    with files.whole_directory(target) as folder:
+        (folder / "x").write_text("half")
+        raise error
+
+
+def test_a_directory_is_there_when_its_block_ends(tmp_path):
+    target = tmp_path / "deep" / "model"
+    with files.whole_directory(target) as folder:
+        (folder / "x").write_text("made")
+        (folder / "x").chmod(0o600)
+        assert not target.exists()
+    assert (target / "x").read_text() == "made"
+    assert (target / "x").stat().st_mode & 0o777 == 0o644
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert names(target.parent) == ["model"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()])
+def test_nothing_is_left_of_one_that_fails(tmp_path, error):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "x").write_text("before")
+    with pytest.raises(type(error)):
+        half_made(tmp_path / "model", error)
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "x").read_text() == "before"
+
+
+@pytest.mark.parametrize("keep", [None, lambda _: False])
+def test_it_replaces_what_was_there(tmp_path, keep):
+    for text in ("first", "second"):
+        with files.whole_directory(tmp_path / "model", keep) as folder:
+            (folder / "x").write_text(text)
+    assert (tmp_path / "model" / "x").read_text() == "second"
+    assert names(tmp_path) == ["model"]
+
+
+def test_it_gives_way_to_what_is_to_be_kept(tmp_path):
+    for text in ("first", "second"):
+        with files.whole_directory(tmp_path / "model", lambda there: (there / "x").exists()) as folder:
+            (folder / "x").write_text(text)
+    assert (tmp_path / "model" / "x").read_text() == "first"
+    assert names(tmp_path) == ["model"]
+
+
+def test_remains_of_killed_processes_go_after_a_day(tmp_path):
+    for name, age in ((".building-old", 25), (".building-new", 1)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
+    with files.whole_directory(tmp_path / "model"):
+        pass
+    assert names(tmp_path) == [".building-new", "model"]
+
+
+def test_a_file_is_held_by_one_process(tmp_path):
+    path = tmp_path / "lock"
+    code = f"from btrm_core import files; print(files.hold(open({str(path)!r}, 'a')))"
+    with path.open("a") as stream:
+        assert files.hold(stream)
+        said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout]
+    said += [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout]
+    assert said == ["False\n", "True\n"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "whatever"),
+        OSError(122, "Disk quota exceeded"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_every_library_says_in_its_own_words_that_the_disk_is_full(error):
+    assert files.disk_is_full(error)
+    assert not files.disk_is_full(OSError(13, "Permission denied"))
