@@ -13,6 +13,7 @@ seconds. The same checks run as `pytest --btrm-family=foo` and as `btrm families
 
 from __future__ import annotations
 
-from btrm_core.preflight.conformance.runner import CheckResult, FamilyConformance, format_checks, run_checks
+from btrm_core.preflight import Check
+from btrm_core.preflight.conformance.runner import FamilyConformance, format_checks, run_checks
 
-__all__ = ["CheckResult", "FamilyConformance", "format_checks", "run_checks"]
+__all__ = ["Check", "FamilyConformance", "format_checks", "run_checks"]

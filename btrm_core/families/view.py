@@ -83,7 +83,7 @@ def _answers(family: Family, model: str) -> dict[str, dict[str, Any]]:
         },
         "init_head": {
             "hidden_size": size,
-            "std": _head_std(family, size),
+            "std": float(f"{family.drawn_head(size, _NUM_DRAWS).square().mean().sqrt().item():.3g}"),
             "given_by": family.ask("init_head", hidden_size=size).given_by,
         },
     }
@@ -105,19 +105,6 @@ def _terminal_token(tokenizer: Any, template: str) -> str:
         ) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return str(tokenizer.convert_ids_to_tokens(ids[-1]))
-
-
-def _head_std(family: Family, hidden_size: int) -> float:
-    """The standard deviation of the head as drawn, whoever draws it."""
-    import torch
-
-    fill = family.init_head(hidden_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        draws = [torch.empty(1, hidden_size, dtype=torch.float32) for _ in range(_NUM_DRAWS)]
-        for weight_1H in draws:
-            fill(weight_1H)
-    return float(f"{torch.cat(draws).square().mean().sqrt().item():.3g}")
 
 
 def format_families(entries: Sequence[FamilyEntry]) -> str:

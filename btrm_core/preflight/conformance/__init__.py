@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from btrm_core.preflight.conformance.runner import CheckResult, FamilyConformance, format_checks, run_checks
+    from btrm_core.preflight.conformance.runner import FamilyConformance, format_checks, run_checks
 
-__all__ = ["CheckResult", "FamilyConformance", "format_checks", "run_checks"]
+__all__ = ["FamilyConformance", "format_checks", "run_checks"]
 
 
 def __getattr__(name: str) -> Any:

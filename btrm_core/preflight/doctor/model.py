@@ -23,7 +23,8 @@ from btrm_core.errors import TrainingError
 from btrm_core.families import Family
 from btrm_core.model import RewardModel, check_first_loss, expected_first_loss, self_check, write_model
 from btrm_core.packing import PADDED, Tree, collate, grow, row_form, row_multiple
-from btrm_core.preflight.doctor.texts import Check, refused
+from btrm_core.preflight import Check
+from btrm_core.preflight.doctor.texts import refused
 from btrm_core.training import some_rewards
 from btrm_core.training.processes import Runtime
 
@@ -107,7 +108,7 @@ def head(patient: Patient) -> Check:
         return Check("head", "fail", what, "every reward is the same or none", advice, figures)
     if patient.family is None or not patient.head_is_new:
         return Check("head", "ok", f"as trained: {size} finite values of standard deviation {std:.3g}", figures=figures)
-    drawn, usual = _drawn_std(patient.family, size), 1 / math.sqrt(size + 1)
+    drawn, usual = float(patient.family.drawn_head(size, DRAWS, seed=1).square().mean().sqrt()), 1 / math.sqrt(size + 1)
     given_by = patient.family.ask("init_head", hidden_size=size).given_by
     figures |= {"expected_std": drawn, "usual_std": usual, "given_by": given_by}
     what = f"{size} finite values of standard deviation {std:.3g}, by {given_by}"
@@ -119,17 +120,6 @@ def head(patient: Patient) -> Check:
         why = f"the usual one is 1/sqrt(hidden + 1) = {usual:.3g}; first rewards are {size_of}"
         return Check("head", "warn", what, why, "leave out head.init_std, or change the init_head hook", figures)
     return Check("head", "ok", what, figures=figures)
-
-
-def _drawn_std(family: Family, size: int) -> float:
-    """The standard deviation that the family's initialiser gives, from heads of our own."""
-    draws_NH = torch.zeros(DRAWS, size)
-    fill = family.init_head(size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        for index in range(DRAWS):
-            fill(draws_NH[index : index + 1])
-    return float(draws_NH.square().mean().sqrt())
 
 
 def packed(patient: Patient) -> Check:

@@ -26,6 +26,7 @@ from btrm_core.data import (
 )
 from btrm_core.evaluation import standard_error
 from btrm_core.packing import Tree, pack_row
+from btrm_core.preflight import Check
 
 TRUNCATED_WARN = 0.05
 """Share of pairs that lose a part of their prompt."""
@@ -54,27 +55,6 @@ _OTHER_END = "the chat template does not end it in"
 
 
 _OTHER_TEMPLATE = "mend the template, or give another one with --set tokenizer.chat_template=FILE"
-
-
-@dataclass(frozen=True)
-class Check:
-    """How one check ended.
-
-    Attributes:
-        name: the check in a few words.
-        verdict: "ok", "warn", "fail" or "skip".
-        what: what was found.
-        why: why that matters; empty unless it is a warning or a failure.
-        what_to_do: what to change; empty unless it is a warning or a failure.
-        figures: the numbers behind it, by name.
-    """
-
-    name: str
-    verdict: str
-    what: str
-    why: str = ""
-    what_to_do: str = ""
-    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def refused(name: str, error: Exception, why: str, what_to_do: str) -> Check:
