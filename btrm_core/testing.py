@@ -13,12 +13,12 @@ seconds. The same checks run as `pytest --btrm-family=foo` and as `btrm families
 
 from __future__ import annotations
 
+from btrm_core.preflight import Check
 from btrm_core.preflight.conformance.runner import (
-    CheckResult,
     FamilyConformance,
     check_checkpoint,
     format_checks,
     run_checks,
 )
 
-__all__ = ["CheckResult", "FamilyConformance", "check_checkpoint", "format_checks", "run_checks"]
+__all__ = ["Check", "FamilyConformance", "check_checkpoint", "format_checks", "run_checks"]

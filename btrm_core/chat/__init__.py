@@ -3,10 +3,14 @@
 Template, tokenizer and maximum length together decide them; nothing else in btrm turns text into ids.
 """
 
-from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, opens_turns, prepare_chat, settle, spare
+from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, prepare_chat, settle, spare
+from btrm_core.chat.templates import ONE, SYSTEM, TWO, opens_turns
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
 
 __all__ = [
+    "ONE",
+    "SYSTEM",
+    "TWO",
     "ChatFormat",
     "Conversation",
     "EncodedResponses",

@@ -15,7 +15,7 @@ from typing import Any
 
 from btrm_core.chat.kept import lost_message
 from btrm_core.chat.shorten import Shorten, smallest, ways_to_shorten
-from btrm_core.chat.templates import inspect_template
+from btrm_core.chat.templates import as_written, inspect_template
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
 from btrm_core.errors import BtrmError, DataError, first_line
 from btrm_core.families import Family, PadToken
@@ -264,24 +264,44 @@ def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
     return settle(tokenizer, template.value, pad.value, num_new_tokens, answers)
 
 
-def settle(tokenizer: Any, template: str, pad: PadToken, num_new_tokens: int, answers: dict[str, str]) -> ChatFormat:
-    """Put the settled answers on the tokenizer and check them on probe conversations."""
+def settle(
+    tokenizer: Any, template: str, pad: PadToken, num_new_tokens: int, answers: dict[str, str], check: bool = True
+) -> ChatFormat:
+    """Put the settled answers on the tokenizer and check them on probe conversations.
+
+    Args:
+        tokenizer: a fast tokenizer; it is changed.
+        template: Jinja source.
+        pad: the pad token, which the tokenizer has; an empty one where it is refused.
+        num_new_tokens: tokens that the pad policy added to the vocabulary (0 or 1).
+        answers: hook name -> who gave the answer.
+        check: False demands nothing of the answers, to look at what a refused template writes.
+
+    Returns:
+        The format. Without the check, texts that spell control tokens are encoded as the tokenizer has them, and
+        `pad_id` is -1 where there is no pad token.
+
+    Raises:
+        FamilyError: an answer does not keep its promises; without the check, the template renders nothing.
+    """
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     tokenizer.chat_template = template
-    facts = inspect_template(tokenizer, template, answers["chat_template"])
+    facts = (
+        inspect_template(tokenizer, template, answers["chat_template"]) if check else as_written(tokenizer, template)
+    )
     unknown = None if tokenizer.unk_token == pad.token else tokenizer.unk_token_id
     return ChatFormat(
         tokenizer=tokenizer,
         template=template,
         template_sha256=text_sha256(template),
         pad=pad,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=tokenizer.pad_token_id if pad.token else -1,
         bos_id=facts.bos_id,
         terminal_id=facts.terminal_id,
-        control_ids=frozenset(facts.controls.values()) - {unknown},
+        control_ids=frozenset(facts.controls.values()) - ({unknown} if check else set()),
         num_new_tokens=num_new_tokens,
         answers=answers,
-        encoder=Encoder(fast_backend(tokenizer), facts.controls),
+        encoder=Encoder(fast_backend(tokenizer), facts.controls if check else {}),
         anchors=facts.anchors,
     )
 
@@ -313,18 +333,3 @@ def spare(
     good = [response for response, error in zip(responses, errors, strict=True) if error is None]
     result = chat.encode_group(prompt, good or responses, max_length)
     return result, tuple(error or result.error for error in errors)
-
-
-_EXCHANGE: Conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
-
-def opens_turns(chat: ChatFormat) -> bool:
-    """Whether the token named as BOS is one that opens every turn, as SmolLM2's does."""
-    bos = chat.bos_id
-    if bos is None:
-        return False
-    try:
-        one, two = (chat.encoder.encode([chat.render(_EXCHANGE * n)])[0].count(bos) for n in (1, 2))
-    except DataError:
-        return False
-    return two - one == len(_EXCHANGE)

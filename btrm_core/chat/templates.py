@@ -6,7 +6,9 @@ writes) and which templates are refused. Encoding real conversations is `format`
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +19,17 @@ from btrm_core.errors import FamilyError, first_line
 OTHER_TEMPLATE = "give another one with --set tokenizer.chat_template=FILE"
 
 
-_SYSTEM = {"role": "system", "content": "Answer in few words."}
+SYSTEM = {"role": "system", "content": "Answer in few words."}
 
 
-_ONE = [{"role": "user", "content": "What is one plus two?"}, {"role": "assistant", "content": "It is three."}]
+ONE = [{"role": "user", "content": "What is one plus two?"}, {"role": "assistant", "content": "It is three."}]
 
 
-_TWO = [*_ONE, {"role": "user", "content": "And twice that?"}, {"role": "assistant", "content": "Six, of course."}]
+TWO = [*ONE, {"role": "user", "content": "And twice that?"}, {"role": "assistant", "content": "Six, of course."}]
 
 
-_PROBES = {"single-turn": _ONE, "multi-turn": _TWO, "system": [_SYSTEM, *_TWO]}
+PROBES = {"single-turn": ONE, "multi-turn": TWO, "system": [SYSTEM, *TWO]}
+"""Conversations that a template is tried on: by a run, by doctor and by the conformance kit."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def inspect_template(tokenizer: Any, template: str, given_by: str) -> TemplateFa
     encoder = Encoder(fast_backend(tokenizer), {})
     ids = dict(zip(texts, encoder.encode(list(texts.values())), strict=True))
     for name in texts:
-        own = tokenizer.apply_chat_template(_PROBES[name], chat_template=template, tokenize=True, return_dict=False)
+        own = tokenizer.apply_chat_template(PROBES[name], chat_template=template, tokenize=True, return_dict=False)
         if list(own) != ids[name]:
             raise FamilyError(
                 f"tokenizer {type(tokenizer).__name__} does more than its fast backend, its ids cannot be reproduced; "
@@ -91,7 +94,7 @@ def inspect_template(tokenizer: Any, template: str, given_by: str) -> TemplateFa
 def _render_probes(tokenizer: Any, template: str, who: str) -> dict[str, str]:
     """Render the probes; the system one may be refused, as its rows then are, with a reason each."""
     texts = {}
-    for name, conversation in _PROBES.items():
+    for name, conversation in PROBES.items():
         try:
             texts[name] = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
         except Exception as error:  # a template is a program of its own and may fail in any way
@@ -150,8 +153,7 @@ def _bos(tokenizer: Any, ids: dict[str, list[int]], who: str, terminal_id: int) 
     if first and set(counts) == {1}:
         return int(bos)
     followers = {two[i + 1] for i, index in enumerate(two[:-1]) if index == bos}
-    opens_turns = two.count(bos) - one.count(bos) == len(_TWO) - len(_ONE)
-    if first and opens_turns and not followers & set(tokenizer.added_tokens_decoder):
+    if first and opens_turns(bos, one, two) and not followers & set(tokenizer.added_tokens_decoder):
         return None
     raise FamilyError(
         f"{who} writes the BOS token {tokenizer.bos_token!r} {one.count(bos)} times in a conversation of one exchange "
@@ -159,10 +161,54 @@ def _bos(tokenizer: Any, ids: dict[str, list[int]], who: str, terminal_id: int) 
     )
 
 
+def opens_turns(token_id: int, one: Sequence[int], two: Sequence[int]) -> bool:
+    """Whether a token opens every turn, as SmolLM2's BOS does, and not the conversation alone.
+
+    Args:
+        token_id: the token.
+        one: ids of the probe `ONE`.
+        two: ids of the probe `TWO`.
+
+    Returns:
+        True if the second exchange adds the token once for each of its messages.
+    """
+    return two.count(token_id) - one.count(token_id) == len(TWO) - len(ONE)
+
+
+def as_written(tokenizer: Any, template: str) -> TemplateFacts:
+    """What probe conversations show of a template that keeps no promise, for those who want to look at it.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: Jinja source.
+
+    Returns:
+        The terminal token is the most frequent last one; BOS is the tokenizer's unless it opens every turn; every added
+        token counts as a control token, and texts are never cut.
+
+    Raises:
+        FamilyError: no probe can be rendered.
+    """
+    encoder, ids = Encoder(fast_backend(tokenizer), {}), {}
+    for name, conversation in PROBES.items():
+        with contextlib.suppress(Exception):  # a template is a program of its own and may fail in any way
+            text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+            ids[name] = encoder.encode([text])[0]
+    ends = Counter(sequence[-1] for sequence in ids.values() if sequence)
+    if not ends:
+        raise FamilyError(f"the chat template renders none of its probe conversations; {OTHER_TEMPLATE}")
+    bos_id = tokenizer.bos_token_id
+    both = ids.get("single-turn"), ids.get("multi-turn")
+    if bos_id is not None and both[0] and both[1] and opens_turns(bos_id, both[0], both[1]):
+        bos_id = None
+    controls = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    return TemplateFacts(bos_id, int(ends.most_common(1)[0][0]), controls, ())
+
+
 def _around_a_question(tokenizer: Any, template: str, encoder: Encoder) -> set[int]:
     """Return the added tokens, flagged special or not, that the template writes around a user message."""
     try:
-        text = tokenizer.apply_chat_template(_ONE[:1], chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(ONE[:1], chat_template=template, tokenize=False)
     except Exception:  # it refuses unanswered questions: nothing to learn here
         return set()
     added = tokenizer.added_tokens_decoder

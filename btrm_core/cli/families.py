@@ -35,7 +35,7 @@ def _check_family(name: str, model: str | None, as_json: bool) -> None:
 
     results = run_checks(name, model)
     click.echo(dumps([vars(result) for result in results]) if as_json else format_checks(results))
-    if any(result.status == "fail" for result in results):
+    if any(result.verdict == "fail" for result in results):
         raise SystemExit(1)
 
 

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from btrm_core.families.opening import import_plugin, summary
     from btrm_core.families.view import (
         describe,
-        draw_heads,
         format_description,
         format_families,
-        head_std,
         tracebacks,
     )
 
@@ -47,11 +45,9 @@ __all__ = [
     "describe",
     "detect",
     "discover",
-    "draw_heads",
     "family_points",
     "format_description",
     "format_families",
-    "head_std",
     "hookspecs",
     "import_plugin",
     "list_families",
@@ -71,10 +67,8 @@ _HOMES = {
     "describe": "view",
     "detect": "discovery",
     "discover": "discovery",
-    "draw_heads": "view",
     "format_description": "view",
     "format_families": "view",
-    "head_std": "view",
     "list_families": "discovery",
     "family_points": "installed",
     "import_plugin": "opening",

@@ -163,6 +163,29 @@ class Family:
 
         return fill
 
+    def drawn_head(self, hidden_size: int, draws: int = 1, seed: int = 0) -> torch.Tensor:
+        """Heads as the family draws them, on tensors that were NaN; torch's generator is left as it was.
+
+        Args:
+            hidden_size: H, the width of a head.
+            draws: N, how many heads, one after the other.
+            seed: of the first.
+
+        Returns:
+            Values [N, H] in float32.
+
+        Raises:
+            FamilyError: the initialiser fails.
+        """
+        import torch
+
+        fill, heads_NH = self.init_head(hidden_size), torch.full((draws, hidden_size), torch.nan)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for index in range(draws):
+                fill(heads_NH[index : index + 1])
+        return heads_NH
+
     def recipe(self) -> Recipe:
         """The family's recommendations; what it leaves open is filled from btrm's defaults."""
         answer: Recipe = self.ask("recipe").value

@@ -19,7 +19,7 @@ from btrm_core.families.installed import FamilyEntry
 from btrm_core.files import text_sha256
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 # Draws of the head from which its standard deviation is measured: enough to be right to about 1 %.
 _NUM_DRAWS = 64
@@ -86,7 +86,7 @@ def _answers(family: Family, model: str) -> dict[str, dict[str, Any]]:
         },
         "init_head": {
             "hidden_size": size,
-            "std": head_std(family, size),
+            "std": float(f"{family.drawn_head(size, _NUM_DRAWS).square().mean().sqrt().item():.3g}"),
             "given_by": family.ask("init_head", hidden_size=size).given_by,
         },
     }
@@ -108,37 +108,6 @@ def _terminal_token(tokenizer: Any, template: str) -> str:
         ) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return str(tokenizer.convert_ids_to_tokens(ids[-1]))
-
-
-def draw_heads(family: Family, hidden_size: int, count: int = _NUM_DRAWS, seed: int = 0) -> torch.Tensor:
-    """Reward heads as the family draws them, on tensors that were NaN.
-
-    Args:
-        family: Who is asked for `init_head`.
-        hidden_size: Values of a head.
-        count: Heads to draw, one after the other.
-        seed: Of torch's global generator, which is left as it was.
-
-    Returns:
-        [count, hidden_size] float32 on the CPU.
-
-    Raises:
-        FamilyError: the answer is no function that fills a tensor.
-    """
-    import torch
-
-    fill = family.init_head(hidden_size)
-    draws_NH = torch.full((count, hidden_size), torch.nan, dtype=torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for index in range(count):
-            fill(draws_NH[index : index + 1])
-    return draws_NH
-
-
-def head_std(family: Family, hidden_size: int) -> float:
-    """The standard deviation of the head as drawn, whoever draws it, to three digits."""
-    return float(f"{draw_heads(family, hidden_size).square().mean().sqrt().item():.3g}")
 
 
 def format_families(entries: Sequence[FamilyEntry]) -> str:

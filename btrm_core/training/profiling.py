@@ -31,6 +31,9 @@ COMMUNICATION = ("nccl", "gloo:")
 """What torch calls collective operations in a trace begins with one of these."""
 
 
+_RECORDING = (torch.profiler.ProfilerAction.RECORD, torch.profiler.ProfilerAction.RECORD_AND_SAVE)
+
+
 Item = TypeVar("Item")
 
 
@@ -47,14 +50,33 @@ class Profiler:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.whole = 0.0
         self.steps = 0
-        self._seen = 0
         self._started = 0.0
         self._trace: Any = None
+        if directory is not None:
+            self._trace = self._waiting()
+
+    def _waiting(self) -> Any:
+        """A profiler of torch that lets the warm-up pass, records some steps and then reports."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+        trace = torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=STEPS, repeat=1),
+            on_trace_ready=self._report,
+        )
+        trace.start()
+        return trace
+
+    @property
+    def _recording(self) -> bool:
+        return self._trace is not None and self._trace.current_action in _RECORDING
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Charge the time inside the block to a part of the step (`PARTS`)."""
-        if self._trace is None:
+        if not self._recording:
             yield
             return
         _wait()
@@ -75,40 +97,36 @@ class Profiler:
             yield item
 
     def step_done(self) -> None:
-        """Count a step; start after the warm-up, stop and report when enough steps are measured."""
-        if self.directory is None:
+        """Tell torch's profiler that a step is over: it begins, goes on, or ends and reports."""
+        if self._trace is None:
             return
-        self._seen += 1
-        if self._trace is not None:
+        if self._recording:
             self.steps += 1
-            if self.steps == STEPS:
-                self.close()
-        elif self._seen == WARM_UP:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-            self._trace = torch.profiler.profile(activities=activities)
-            self._trace.start()
+        elif self._trace.step_num == WARM_UP - 1:
             self._started = time.perf_counter()
+        self._trace.step()
+        if self.steps == STEPS:
+            self._trace.stop()
+            self._trace = None
 
     def close(self) -> None:
-        """Write the trace and say where the time went; a run that was too short says so."""
-        if self.directory is None:
+        """Report on what was measured if the run ended before all steps were; a run that was too short says so."""
+        if self._trace is None:
             return
-        directory, self.directory = self.directory, None
         trace, self._trace = self._trace, None
+        trace.stop()
         if self.steps == 0:
-            if trace is not None:
-                trace.stop()
             self.say(f"--profile: the run ended before step {WARM_UP + 1}, so nothing was measured")
+
+    def _report(self, trace: Any) -> None:
+        """Write the trace and say where the time went."""
+        if self.directory is None or self.steps == 0:
             return
         _wait()
         self.whole = time.perf_counter() - self._started
-        trace.stop()
-        trace.export_chrome_trace(str(directory / TRACE))
+        trace.export_chrome_trace(str(self.directory / TRACE))
         self.say(self.table(_communication(trace)))
-        self.say(f"trace of these steps: {directory / TRACE} (open it in https://ui.perfetto.dev)")
+        self.say(f"trace of these steps: {self.directory / TRACE} (open it in https://ui.perfetto.dev)")
 
     def table(self, communication: float) -> str:
         """Time of a step by part; `communication` is in the parts already."""

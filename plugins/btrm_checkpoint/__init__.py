@@ -43,7 +43,7 @@ def setup_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
     finally:
         _checking.reset(token)
     for result in results:
-        if result.status == "fail":
+        if result.verdict == "fail":
             raise FamilyError(
                 f"this checkpoint does not pass the check '{result.name}': {result.what}; expected a tokenizer and a "
                 "chat template that need no correction. Write a family that corrects them: btrm new-family NAME"

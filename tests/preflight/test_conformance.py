@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from btrm_core.families.new_family import package_files
+from btrm_core.preflight import Check
 from btrm_core.preflight.conformance import runner
-from btrm_core.preflight.conformance.runner import CheckResult, FamilyConformance, format_checks, run_checks
+from btrm_core.preflight.conformance.runner import FamilyConformance, format_checks, run_checks
 
 Install = Callable[..., None]
 
@@ -173,7 +174,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     sys.modules.pop("btrm_foo", None)
 
 
-def check(name: str, **attributes: object) -> CheckResult:
+def check(name: str, **attributes: object) -> Check:
     """Run one check on family foo."""
     tested = type("Tested", (FamilyConformance,), {"family": "foo", **attributes})
     try:
@@ -186,7 +187,7 @@ def check(name: str, **attributes: object) -> CheckResult:
 def test_a_fault_is_found_and_explained(install, name, fault, what):
     install(fault)
     result = check(name)
-    assert result.status == "fail"
+    assert result.verdict == "fail"
     assert what in result.what
     assert result.why
     assert result.what_to_do
@@ -205,7 +206,7 @@ def test_a_file_found_only_from_the_current_directory_is_a_fault(install, tmp_pa
     install((CODE, READ, 'return Path("btrm_foo/chat_template.jinja").read_text()'))
     monkeypatch.chdir(tmp_path)
     result = check("answers_are_steady")
-    assert result.status == "fail"
+    assert result.verdict == "fail"
     assert result.what.startswith("the plugin fails in another process, started in another directory: ")
     assert "No such file or directory: 'btrm_foo/chat_template.jinja'" in result.what
 
@@ -225,10 +226,10 @@ def test_every_check_says_what_it_proves():
 
 def test_the_good_package_passes_and_what_cannot_be_checked_is_skipped(install):
     install()
-    assert check("exactly_one_bos").status == "pass"
-    assert check("recipe_is_sane").status == "pass"
+    assert check("exactly_one_bos").verdict == "ok"
+    assert check("recipe_is_sane").verdict == "ok"
     skipped = check("exactly_one_bos", special_tokens={"eos_token": "<|im_end|>", "pad_token": "<pad>"})
-    assert skipped.status == "skip"
+    assert skipped.verdict == "skip"
     assert skipped.what.startswith("hook setup_tokenizer fails: family 'foo' (btrm-foo 0.1.0): hook setup_tokenizer ")
     assert "has no <s>, which the Foo chat format needs" in skipped.what
 
@@ -236,7 +237,7 @@ def test_the_good_package_passes_and_what_cannot_be_checked_is_skipped(install):
 def test_a_family_without_claims_is_not_asked_for_one(install):
     install((CODE, "@hookimpl\ndef claims", "def _claims"))
     result = check("claims_its_own_only")
-    assert (result.status, result.what) == (
+    assert (result.verdict, result.what) == (
         "skip",
         "the family has no claims hook: it is never detected, but can be named",
     )
@@ -250,7 +251,7 @@ def test_config_values_and_tokens_can_be_given_where_the_recipe_has_no_tiny_shap
         "control_tokens": ("<|im_start|>",),
     }
     for name in ("tiny_model_is_built", "claims_its_own_only", "training_lowers_the_loss", "exactly_one_bos"):
-        assert check(name, **given).status == "pass", name
+        assert check(name, **given).verdict == "ok", name
 
 
 def test_a_tokenizer_directory_and_a_checkpoint_can_be_given(install, tmp_path):
@@ -261,27 +262,27 @@ def test_a_tokenizer_directory_and_a_checkpoint_can_be_given(install, tmp_path):
     build_toy(load("foo").recipe().tiny, tmp_path / "model", hidden_size=96, num_attention_heads=6)
     for given in ({"tokenizer": tmp_path / "model"}, {"model": tmp_path / "model"}):
         for name in ("answers_go_together", "claims_its_own_only", "training_lowers_the_loss", "pipeline_scores_alike"):
-            assert check(name, **given) == CheckResult(
-                name.replace("_", " "), "pass", inspect.getdoc(getattr(FamilyConformance, f"test_{name}"))
+            assert check(name, **given) == Check(
+                name.replace("_", " "), "ok", inspect.getdoc(getattr(FamilyConformance, f"test_{name}"))
             )
 
 
 def test_checks_of_a_family_that_is_not_there():
     first, *others = run_checks("lama3")
-    assert (first.status, first.what) == (
+    assert (first.verdict, first.what) == (
         "fail",
         "unknown family 'lama3'. Did you mean 'llama3'? Installed: "
         "checkpoint, gemma, gemma2, gemma3, llama3, mistral, qwen3",
     )
     assert first.what_to_do.startswith('add [project.entry-points."btrm.families"] lama3 = ')
-    assert {result.status for result in others} == {"skip"}
+    assert {result.verdict for result in others} == {"skip"}
 
 
 def test_the_report_can_be_read():
     results = [
-        CheckResult("template compiles", "pass", "It compiles."),
-        CheckResult("exactly one bos", "fail", "Once.", "BOS occurs twice", "it is wrong", "write it once"),
-        CheckResult("claims its own only", "skip", "It claims.", "the family has no claims hook"),
+        Check("template compiles", "ok", "It compiles."),
+        Check("exactly one bos", "fail", "BOS occurs twice", "it is wrong", "write it once"),
+        Check("claims its own only", "skip", "the family has no claims hook"),
     ]
     assert format_checks(results).splitlines() == [
         "PASS  template compiles",

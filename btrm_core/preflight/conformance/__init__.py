@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from btrm_core.preflight.conformance.runner import (
-        CheckResult,
         FamilyConformance,
         check_checkpoint,
         format_checks,
         run_checks,
     )
 
-__all__ = ["CheckResult", "FamilyConformance", "check_checkpoint", "format_checks", "run_checks"]
+__all__ = ["FamilyConformance", "check_checkpoint", "format_checks", "run_checks"]
 
 
 def __getattr__(name: str) -> Any:

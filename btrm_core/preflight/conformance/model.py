@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from btrm_core import families
+from btrm_core.chat import ONE, TWO
 from btrm_core.errors import FamilyError
-from btrm_core.families import PROJECT, draw_heads
+from btrm_core.families import PROJECT, Family
 from btrm_core.preflight.conformance.subject import SMALL, Subject
-from btrm_core.preflight.conformance.text import ONE, TWO
 from btrm_core.preflight.conformance.verdict import Missing, NotConforming, require
 
 CONVERSATIONS = [ONE, TWO]
@@ -58,7 +57,7 @@ class ModelChecks:
         """The head's initialiser fills the tensor with finite values of a right size, the same for equal seeds."""
         family = self.subject.family
         for size in (64, 4096):
-            head, again = _drawn_head(family, size, seed=1), _drawn_head(family, size, seed=1)
+            head, again = _drawn_head(family, size), _drawn_head(family, size)
             require(
                 all(math.isfinite(value) for value in head),
                 f"{sum(not math.isfinite(value) for value in head)} of the {size} values of the head are not finite",
@@ -206,10 +205,10 @@ class ModelChecks:
         )
 
 
-def _drawn_head(family: Any, size: int, seed: int) -> list[float]:
-    """The values of a head as the family draws it, on a tensor that was NaN."""
+def _drawn_head(family: Family, size: int) -> list[float]:
+    """The values of a head as the family draws it."""
     try:
-        return [float(value) for value in draw_heads(family, size, count=1, seed=seed)[0]]
+        return [float(value) for value in family.drawn_head(size, seed=1).flatten()]
     except FamilyError as error:
         raise NotConforming(
             str(error),

@@ -16,12 +16,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import first_line
+from btrm_core.preflight import Check
 from btrm_core.preflight.conformance.contract import ContractChecks
 from btrm_core.preflight.conformance.model import ModelChecks
 from btrm_core.preflight.conformance.subject import Subject
@@ -69,28 +69,7 @@ class FamilyConformance(ModelChecks, TextChecks, ContractChecks):
             del cls._subject  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """How one check ended.
-
-    Attributes:
-        name: the check in words, e.g. "pad token is safe".
-        status: "pass", "fail" or "skip".
-        proves: what passing proves, in one sentence.
-        what: what is wrong, or why the check was skipped; empty for a pass.
-        why: why that matters; empty unless it failed.
-        what_to_do: what to change; empty unless it failed.
-    """
-
-    name: str
-    status: str
-    proves: str
-    what: str = ""
-    why: str = ""
-    what_to_do: str = ""
-
-
-def run_checks(name: str, model: str | None = None) -> list[CheckResult]:
+def run_checks(name: str, model: str | None = None) -> list[Check]:
     """Run every check on an installed family, without a test framework.
 
     Args:
@@ -112,7 +91,7 @@ def run_checks(name: str, model: str | None = None) -> list[CheckResult]:
         Checked.teardown_class()
 
 
-def check_checkpoint(name: str, tokenizer: Any, config: Any) -> list[CheckResult]:
+def check_checkpoint(name: str, tokenizer: Any, config: Any) -> list[Check]:
     """Run the checks of text and model on one checkpoint, for a family that takes any.
 
     Args:
@@ -129,29 +108,37 @@ def check_checkpoint(name: str, tokenizer: Any, config: Any) -> list[CheckResult
 
     Checked._subject = Subject(name, loaded=(tokenizer, config))  # type: ignore[attr-defined]
     contract = {check for check in vars(ContractChecks) if check.startswith("test_")}
-    results: list[CheckResult] = []
+    results: list[Check] = []
     try:
         with quiet_libraries(stdout=sys.stderr):
             for check in _checks():
-                if check not in contract and (not results or results[-1].status != "fail"):
+                if check not in contract and (not results or results[-1].verdict != "fail"):
                     results.append(_run(Checked(), check))
     finally:
         Checked.teardown_class()
     return results
 
 
-def format_checks(results: Sequence[CheckResult]) -> str:
-    """The results as a report for the terminal: one line per check, and the reasons under what did not pass."""
+def format_checks(results: Sequence[Check]) -> str:
+    """The results as a report for the terminal: one line per check, and the reasons under what did not pass.
+
+    Args:
+        results: from `run_checks`.
+
+    Returns:
+        Lines; the last says how many checks ended how.
+    """
     lines = []
     for result in results:
-        lines.append(f"{result.status.upper():<4}  {result.name}" + (f": {result.what}" if result.what else ""))
-        if result.status == "fail":
+        word = "PASS" if result.verdict == "ok" else result.verdict.upper()
+        lines.append(f"{word:<4}  {result.name}" + ("" if result.verdict == "ok" else f": {result.what}"))
+        if result.verdict == "fail":
             lines += [f"      why it matters: {result.why}", f"      what to do: {result.what_to_do}"]
-    counts = [f"{sum(r.status == status for r in results)} {word}" for status, word in _WORDS.items()]
+    counts = [f"{sum(r.verdict == verdict for r in results)} {word}" for verdict, word in _WORDS.items()]
     return "\n".join([*lines, "", ", ".join(counts)])
 
 
-_WORDS = {"pass": "passed", "fail": "failed", "skip": "skipped"}
+_WORDS = {"ok": "passed", "fail": "failed", "skip": "skipped"}
 
 
 def _checks() -> list[str]:
@@ -159,17 +146,17 @@ def _checks() -> list[str]:
     return [name for base in reversed(FamilyConformance.__mro__) for name in vars(base) if name.startswith("test_")]
 
 
-def _run(checks: FamilyConformance, name: str) -> CheckResult:
+def _run(checks: FamilyConformance, name: str) -> Check:
     check = getattr(checks, name)
     title = name.removeprefix("test_").replace("_", " ")
     proves = " ".join((inspect.getdoc(check) or "").split())
     try:
         check()
     except NotConforming as error:
-        return CheckResult(title, "fail", proves, error.what, error.why, error.what_to_do)
+        return Check(title, "fail", error.what, error.why, error.what_to_do)
     except Missing as reason:
-        return CheckResult(title, "skip", proves, str(reason))
+        return Check(title, "skip", str(reason))
     except Exception as error:  # an error nobody foresaw is a failure of the family until it is understood
         what = f"{type(error).__name__}: {first_line(error)}"
-        return CheckResult(title, "fail", proves, what, "a run would meet it too", "look at the family's hooks first")
-    return CheckResult(title, "pass", proves)
+        return Check(title, "fail", what, "a run would meet it too", "look at the family's hooks first")
+    return Check(title, "ok", proves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from btrm_core.chat import ONE, SYSTEM, TWO, opens_turns
 from btrm_core.errors import first_line
 from btrm_core.preflight.conformance.subject import Subject
 from btrm_core.preflight.conformance.verdict import Missing, NotConforming, require
@@ -13,15 +14,6 @@ Conversation = list[dict[str, str]]
 
 
 _READ_AT = "the reward is read at the last token"
-
-
-SYSTEM = {"role": "system", "content": "Answer like a pirate."}
-
-
-ONE = [{"role": "user", "content": "Where is the ship?"}, {"role": "assistant", "content": "In the harbour."}]
-
-
-TWO = [*ONE, {"role": "user", "content": "Which one?"}, {"role": "assistant", "content": "The old one, by the pier."}]
 
 
 HARD = [
@@ -114,14 +106,14 @@ class TextChecks:
         tokenizer = self.subject.tokenizer
         if tokenizer.bos_token is None or tokenizer.bos_token == tokenizer.eos_token:
             raise Missing("the tokenizer has no beginning-of-sequence token")
-        counts = {name: ids.count(tokenizer.bos_token_id) for name, ids in self._rendered_ids().items()}
-        turns = {name: len(conversation) for name, conversation in _CONVERSATIONS.items()}
-        if all(counts[name] == turns[name] for name in counts):
+        rendered, bos = self._rendered_ids(), tokenizer.bos_token_id
+        if opens_turns(bos, rendered["of one exchange"], rendered["of two exchanges"]):
             return  # ChatML vocabularies name as BOS the token that opens every turn
-        for name, ids in self._rendered_ids().items():
+        for name, ids in rendered.items():
+            count = ids.count(bos)
             require(
-                counts[name] == 1 and ids[0] == tokenizer.bos_token_id,
-                f"BOS {tokenizer.bos_token!r} occurs {counts[name]} times in a conversation {name}, "
+                count == 1 and ids[0] == bos,
+                f"BOS {tokenizer.bos_token!r} occurs {count} times in a conversation {name}, "
                 f"which begins with {tokenizer.convert_ids_to_tokens(ids[0])!r}",
                 "base models were trained with it once, at the beginning; otherwise the hidden states are off",
                 "begin the template with {{- bos_token }} and write it nowhere else",

@@ -14,14 +14,15 @@ from typing import Any, cast
 
 import torch
 
-from btrm_core.chat import ChatFormat, Conversation, prepare_chat
+from btrm_core.chat import ONE, TWO, ChatFormat, Conversation, prepare_chat
 from btrm_core.config import apply
 from btrm_core.data import PROMPT_IN_EVALUATION, PairData, Ties, WhichPairs, load_pairs, parse_naming
 from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
 from btrm_core.model import build_model, is_finished, load_chat, load_tokenizer, read_manifest, saved_config
 from btrm_core.model import tolerance as model_tolerance
-from btrm_core.preflight.doctor.check import Check, refused
+from btrm_core.preflight import Check
+from btrm_core.preflight.doctor.check import refused
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
 from btrm_core.preflight.doctor.kept import messages_kept
 from btrm_core.preflight.doctor.model import Patient, model_checks
@@ -44,9 +45,6 @@ from btrm_core.training import Data, choose_family, load_data
 from btrm_core.training.processes import compute_dtype
 
 _MODEL_CHECKS = ("model", "head", "packed = separate", "first loss", "pipeline parity")
-
-
-_MADE_UP: Conversation = [{"role": "user", "content": "Name the largest planet."}]
 
 
 @dataclass
@@ -105,7 +103,7 @@ def examine(config: RunConfig, num_examples: int = 3) -> Case:
             refusal = error
     rows = _read(config, config.data.train)
     if family is not None and refusal is not None:
-        chat = format_as_written(load_tokenizer(config.model), described, family, rows)
+        chat = format_as_written(load_tokenizer(config.model), described, family)
     number, limit = min(num_examples, len(rows)), int(config.data.max_length or 0)
     chosen = [rows[index * len(rows) // number] for index in range(number)]
     examples = [encode_example(row, chat, limit, as_written=refusal is not None) for row in chosen]
@@ -296,7 +294,7 @@ def _plain_conversations(rows: PairData, chat: ChatFormat, limit: int) -> list[C
             continue
         if group.sequences == chat.encoder.encode([chat.render(c) for c in both]):
             return both
-    return [[*_MADE_UP, {"role": "assistant", "content": answer}] for answer in ("It is Jupiter.", "No.")]
+    return [TWO, ONE]
 
 
 def _finished(config: RunConfig) -> Path | None:

@@ -1,31 +1,8 @@
-"""One verdict of `btrm doctor`: what was found, why it matters, what to do."""
+"""A verdict of `btrm doctor` out of an error that btrm raised."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-
-@dataclass(frozen=True)
-class Check:
-    """How one check ended.
-
-    Attributes:
-        name: the check in a few words.
-        verdict: "ok", "warn", "fail" or "skip".
-        what: what was found.
-        why: why that matters; empty unless it is a warning or a failure.
-        what_to_do: what to change; empty unless it is a warning or a failure.
-        figures: the numbers behind it, by name.
-    """
-
-    name: str
-    verdict: str
-    what: str
-    why: str = ""
-    what_to_do: str = ""
-    figures: Mapping[str, Any] = field(default_factory=dict)
+from btrm_core.preflight import Check
 
 
 def refused(name: str, error: Exception, why: str, what_to_do: str) -> Check:

@@ -5,16 +5,15 @@ A refused answer is seen best in what it writes, so its conversations are encode
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from btrm_core.chat import ChatFormat, Conversation, Encoder, fast_backend, install_pad, opens_turns, self_contained
+from btrm_core.chat import ChatFormat, Conversation, install_pad, self_contained, settle
 from btrm_core.data import Pair, PairData
 from btrm_core.errors import DataError, FamilyError
 from btrm_core.families import Family, PadToken
-from btrm_core.files import text_sha256
 from btrm_core.packing import Tree, grow
 
 UNSOUND_PAIRS = 256
@@ -55,8 +54,13 @@ def encode_example(row: Pair, chat: ChatFormat | None, max_length: int, *, as_wr
     return Example(row.id, row.subset, grow(encoded.sequences), cut)
 
 
-def format_as_written(tokenizer: Any, config: Any, family: Family, rows: PairData) -> ChatFormat | None:
-    """A format that encodes what a refused template writes; its terminal token is the most frequent last one.
+def format_as_written(tokenizer: Any, config: Any, family: Family) -> ChatFormat | None:
+    """A format that encodes what a refused template writes, demanding nothing of it.
+
+    Args:
+        tokenizer: the base model's tokenizer.
+        config: the base model's transformers config.
+        family: who answers.
 
     Returns:
         None if tokenizer or template cannot be used at all. The format's `pad_id` is -1 if it is the pad token that is
@@ -64,36 +68,16 @@ def format_as_written(tokenizer: Any, config: Any, family: Family, rows: PairDat
     """
     try:
         tokenizer = family.setup_tokenizer(tokenizer, config)
-        template = family.template_answer(tokenizer).value
+        template = family.template_answer(tokenizer)
         tokenizer = self_contained(tokenizer)
-        encoder = Encoder(fast_backend(tokenizer), {})
+        pad = PadToken("")
+        with contextlib.suppress(FamilyError):
+            answer = family.pad_answer(tokenizer)
+            install_pad(tokenizer, answer.value, answer.given_by)
+            pad = PadToken(str(tokenizer.pad_token))
+        return settle(tokenizer, template.value, pad, 0, {"chat_template": template.given_by}, check=False)
     except FamilyError:
         return None
-    try:
-        pad = family.pad_answer(tokenizer)
-        install_pad(tokenizer, pad.value, pad.given_by)
-        pad_id = int(tokenizer.pad_token_id)
-    except FamilyError:
-        pad_id = -1
-    chat = ChatFormat(
-        tokenizer=tokenizer,
-        template=template,
-        template_sha256=text_sha256(template),
-        pad=PadToken(tokenizer.pad_token or ""),
-        pad_id=pad_id,
-        bos_id=tokenizer.bos_token_id,
-        terminal_id=-1,
-        control_ids=frozenset(tokenizer.added_tokens_decoder),
-        num_new_tokens=0,
-        answers={},
-        encoder=encoder,
-    )
-    ends = Counter(int(sequence[-1]) for _, group in pairs_as_written(rows, chat) for sequence in group.sequences)
-    if not ends:
-        return None
-    chat.terminal_id = ends.most_common(1)[0][0]
-    chat.bos_id = None if opens_turns(chat) else chat.bos_id
-    return chat
 
 
 def pairs_as_written(rows: PairData, chat: ChatFormat) -> Iterator[tuple[str, Tree]]:

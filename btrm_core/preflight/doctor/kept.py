@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btrm_core.preflight.doctor.check import Check
+from btrm_core.preflight import Check
 
 ALTERED_FAIL = 0.5
 """Share of pairs from which on a template is taken to be the wrong one."""

@@ -20,10 +20,11 @@ import torch
 from btrm_core.chat import ChatFormat, Conversation
 from btrm_core.data import TokenStore
 from btrm_core.errors import TrainingError
-from btrm_core.families import Family, head_std
+from btrm_core.families import Family
 from btrm_core.model import RewardModel, check_first_loss, expected_first_loss, self_check, write_model
 from btrm_core.packing import PADDED, Tree, collate, grow, row_form, row_multiple
-from btrm_core.preflight.doctor.check import Check, refused
+from btrm_core.preflight import Check
+from btrm_core.preflight.doctor.check import refused
 from btrm_core.training import some_rewards
 from btrm_core.training.processes import Runtime
 
@@ -31,6 +32,7 @@ FIRST_LOSS_PAIRS = 32
 
 
 LONGEST_PAIRS = 3
+DRAWS = 64
 
 
 HEAD_SCALE = 3.0
@@ -103,7 +105,7 @@ def head(patient: Patient) -> Check:
         return Check("head", "fail", what, "every reward is the same or none", advice, figures)
     if patient.family is None or not patient.head_is_new:
         return Check("head", "ok", f"as trained: {size} finite values of standard deviation {std:.3g}", figures=figures)
-    drawn, usual = head_std(patient.family, size), 1 / math.sqrt(size + 1)
+    drawn, usual = float(patient.family.drawn_head(size, DRAWS, seed=1).square().mean().sqrt()), 1 / math.sqrt(size + 1)
     given_by = patient.family.ask("init_head", hidden_size=size).given_by
     figures |= {"expected_std": drawn, "usual_std": usual, "given_by": given_by}
     what = f"{size} finite values of standard deviation {std:.3g}, by {given_by}"

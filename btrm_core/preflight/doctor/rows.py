@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from btrm_core.data import IssueReport, is_content
-from btrm_core.preflight.doctor.check import Check
+from btrm_core.preflight import Check
 
 
 def rows_read(issues: Mapping[str, IssueReport]) -> Check:

@@ -26,7 +26,7 @@ from btrm_core.data import (
 )
 from btrm_core.evaluation import standard_error
 from btrm_core.packing import Tree, pack_row
-from btrm_core.preflight.doctor.check import Check
+from btrm_core.preflight import Check
 
 TRUNCATED_WARN = 0.05
 """Share of pairs that lose a part of their prompt."""

@@ -19,8 +19,8 @@ import click
 from btrm_core.chat import ChatFormat
 from btrm_core.console import finite
 from btrm_core.packing import Tree
+from btrm_core.preflight import Check
 from btrm_core.preflight.doctor.case import Case
-from btrm_core.preflight.doctor.check import Check
 from btrm_core.preflight.doctor.examples import Example
 
 TEXT_HEAD, TEXT_TAIL = 100, 60
