@@ -129,8 +129,9 @@ def write_scores(rewards: PairRewards, path: str | Path) -> None:
         if target.suffix == ".parquet":
             _write_parquet(rewards, partial)
         else:
-            packed = target.suffix == ".gz"
-            with gzip.open(partial, "wt", encoding="utf-8") if packed else partial.open("w", encoding="utf-8") as file:
+            opener = gzip.open if target.suffix == ".gz" else open
+            # Half a surrogate pair, which only an escape can write, stays an escape.
+            with opener(partial, "wt", encoding="utf-8", errors="backslashreplace") as file:
                 for row in _rows(rewards):
                     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         partial.replace(target)
@@ -179,11 +180,18 @@ def _write_parquet(rewards: PairRewards, path: Path) -> None:
     with pq.ParquetWriter(path, schema) as writer:
         held: list[dict[str, Any]] = []
         for row in _rows(rewards):
-            held.append(row)
+            held.append({name: _sound(value) for name, value in row.items()})
             if len(held) == _ROWS_TOGETHER:
                 writer.write_table(pa.Table.from_pylist(held, schema=schema))
                 held = []
         writer.write_table(pa.Table.from_pylist(held, schema=schema))
+
+
+def _sound(value: Any) -> Any:
+    """A value as Parquet can hold it: without half surrogate pairs."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return [{k: _sound(v) for k, v in message.items()} for message in value] if isinstance(value, list) else value
 
 
 def read_scores(path: str | Path) -> PairRewards:

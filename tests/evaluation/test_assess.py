@@ -13,7 +13,7 @@ from reward_samples import made
 
 from btrm_core.errors import DataError
 from btrm_core.evaluation.assess import assess
-from btrm_core.evaluation.scores import UNKNOWN, PairRewards, read_scores, write_scores
+from btrm_core.evaluation.scores import UNKNOWN, PairRewards, PairText, read_scores, write_scores
 
 
 def changed(rewards, **columns):
@@ -171,3 +171,10 @@ def test_texts_follow_their_pairs():
     picked = joined.select(np.array([4, 0]))
     assert (picked.text(0).chosen, picked.text(1).chosen) == ("good 1", "good 0")
     assert PairRewards.joined([made(3), made(2, text=False)]).text is None
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.jsonl.gz", "s.parquet"])
+def test_half_a_surrogate_pair_breaks_no_file(tmp_path, name):
+    rewards = changed(made(2), text=lambda i: PairText((("user", "\ud800"),), "ok \udfff", "bad"))
+    write_scores(rewards, tmp_path / name)
+    assert read_scores(tmp_path / name).text(0).chosen.startswith("ok")
