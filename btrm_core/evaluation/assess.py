@@ -109,7 +109,7 @@ class Evaluation:
 
     Attributes:
         model: what gave the rewards.
-        name: the set of pairs.
+        data: where the pairs are from.
         given: all pairs of the set.
         undecided: left out, because the data calls both answers equally good.
         unscored: left out, because a reward is missing or not finite.
@@ -128,7 +128,7 @@ class Evaluation:
     """
 
     model: str
-    name: str
+    data: str
     given: int
     undecided: int
     unscored: int
@@ -149,17 +149,16 @@ class Evaluation:
         return asdict(self)
 
 
-def assess(rewards: PairRewards, name: str = "") -> Evaluation:
+def assess(rewards: PairRewards) -> Evaluation:
     """Evaluate the rewards of pairs.
 
     Args:
         rewards: the pairs; those without two finite rewards and those the data calls ties are left out and counted.
-        name: of the set, for the reader.
 
     Raises:
         DataError: no pair is left.
     """
-    places, undecided, unscored = judged_places(rewards, name)
+    places, undecided, unscored = judged_places(rewards)
     kept = rewards.select(places)
     margin_P, prompt_P = kept.margin_P, clusters(kept.prompt_P, len(kept))
     soft_P = kept.probability_P if (kept.probability_P < 1).any() else None
@@ -167,7 +166,7 @@ def assess(rewards: PairRewards, name: str = "") -> Evaluation:
     worst, suspects = _worst(kept, places, margin_P, prompt_P, soft_P)
     return Evaluation(
         model=rewards.model,
-        name=name,
+        data=rewards.data,
         given=len(rewards),
         undecided=undecided,
         unscored=unscored,
@@ -185,7 +184,7 @@ def assess(rewards: PairRewards, name: str = "") -> Evaluation:
     )
 
 
-def judged_places(rewards: PairRewards, name: str = "") -> tuple[IntArray, int, int]:
+def judged_places(rewards: PairRewards) -> tuple[IntArray, int, int]:
     """Where the pairs are that can be judged, and how many are undecided and how many unscored.
 
     Raises:
@@ -197,7 +196,7 @@ def judged_places(rewards: PairRewards, name: str = "") -> tuple[IntArray, int, 
     undecided = int((~is_decided_P).sum())
     unscored = int((is_decided_P & ~is_scored_P).sum())
     if not len(places):
-        where = f" of {name}" if name else ""
+        where = f" of {rewards.data}"
         if not len(rewards):
             raise DataError(f"there are no pairs to evaluate{where}; expected at least one")
         if not unscored:

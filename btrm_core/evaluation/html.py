@@ -130,8 +130,8 @@ def render(report: Report, directory: Path) -> str:
 def _label(evaluation: Evaluation, report: Report) -> str:
     """The least that tells an evaluation from the others."""
     several_models = len({e.model for e, _ in report.evaluations}) > 1
-    several_sets = len({e.name for e, _ in report.evaluations}) > 1
-    model, name = short(evaluation.model), short(evaluation.name) or "Evaluation"
+    several_sets = len({e.data for e, _ in report.evaluations}) > 1
+    model, name = short(evaluation.model), short(evaluation.data) or "Evaluation"
     return f"{model}, {name}" if several_models and several_sets else name if not several_models else model
 
 

@@ -48,6 +48,7 @@ class PairRewards:
 
     Attributes:
         model: what gave the rewards.
+        data: where the pairs are from.
         id_P: the pair's id.
         subset_P: its subset, empty for none.
         prompt_P: a number that only pairs of equal prompts share, uint64.
@@ -60,6 +61,7 @@ class PairRewards:
     """
 
     model: str
+    data: str
     id_P: list[str]
     subset_P: list[str]
     prompt_P: NDArray[np.uint64]
@@ -104,6 +106,7 @@ class PairRewards:
 
         return PairRewards(
             model=parts[0].model,
+            data="all",
             id_P=[name for part in parts for name in part.id_P],
             subset_P=[name for part in parts for name in part.subset_P],
             text=text if all(part.text is not None for part in parts) else None,
@@ -114,10 +117,10 @@ class PairRewards:
 _ARRAYS = ("prompt_P", "reward_P2", "tokens_P2", "characters_P2", "probability_P", "data_margin_P")
 
 
-def write_scores(rewards: PairRewards, path: str | Path) -> None:
+def write_scores(rewards: Sequence[PairRewards], path: str | Path) -> None:
     """Write one line or row per pair: JSON Lines, gzipped if the name ends in .gz, or Parquet by its ending.
 
-    The file appears when it is complete.
+    Several models and sources go into one file, which appears when it is complete.
 
     Raises:
         DataError: it cannot be written.
@@ -132,11 +135,16 @@ def write_scores(rewards: PairRewards, path: str | Path) -> None:
             opener = gzip.open if target.suffix == ".gz" else open
             # Half a surrogate pair, which only an escape can write, stays an escape.
             with opener(partial, "wt", encoding="utf-8", errors="backslashreplace") as file:
-                for row in _rows(rewards):
+                for row in _all_rows(rewards):
                     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         partial.replace(target)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}; name another file") from error
+
+
+def _all_rows(rewards: Sequence[PairRewards]) -> Iterator[dict[str, Any]]:
+    for part in rewards:
+        yield from _rows(part)
 
 
 def _rows(rewards: PairRewards) -> Iterator[dict[str, Any]]:
@@ -144,6 +152,7 @@ def _rows(rewards: PairRewards) -> Iterator[dict[str, Any]]:
     for place, name in enumerate(rewards.id_P):
         chosen, rejected = rewards.reward_P2[place].tolist()
         row: dict[str, Any] = {"id": name, "subset": rewards.subset_P[place], "model": rewards.model}
+        row["data"] = rewards.data
         row["prompt_id"] = f"{int(rewards.prompt_P[place]):016x}"
         if rewards.text is not None:
             text = rewards.text(place)
@@ -164,22 +173,22 @@ def _rows(rewards: PairRewards) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _write_parquet(rewards: PairRewards, path: Path) -> None:
+def _write_parquet(rewards: Sequence[PairRewards], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    strings = ("id", "subset", "model", "prompt_id", "text_chosen", "text_rejected")
+    strings = ("id", "subset", "model", "data", "prompt_id", "text_chosen", "text_rejected")
     numbers = ("scores_chosen", "scores_rejected", "results", "probability", "margin")
     lengths = ("tokens_chosen", "tokens_rejected", "characters_chosen", "characters_rejected")
     types = dict.fromkeys(strings, pa.string()) | {"prompt": message}
     types |= dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(lengths, pa.int64())
-    if rewards.text is None:
+    if all(part.text is None for part in rewards):
         types = {name: kind for name, kind in types.items() if name not in ("prompt", "text_chosen", "text_rejected")}
     schema = pa.schema(list(types.items()))
     with pq.ParquetWriter(path, schema) as writer:
         held: list[dict[str, Any]] = []
-        for row in _rows(rewards):
+        for row in _all_rows(rewards):
             held.append({name: _sound(value) for name, value in row.items()})
             if len(held) == _ROWS_TOGETHER:
                 writer.write_table(pa.Table.from_pylist(held, schema=schema))
@@ -194,8 +203,11 @@ def _sound(value: Any) -> Any:
     return [{k: _sound(v) for k, v in message.items()} for message in value] if isinstance(value, list) else value
 
 
-def read_scores(path: str | Path) -> PairRewards:
+def read_scores(path: str | Path) -> list[PairRewards]:
     """Read a file of `write_scores`, or RewardBench's per-example file (JSON Lines, also gzipped, or Parquet).
+
+    Returns:
+        One per model and source of pairs that the file names, in the order of their first rows.
 
     Raises:
         DataError: there is no such file, a line is not understood, or it holds no pair.
@@ -206,12 +218,20 @@ def read_scores(path: str | Path) -> PairRewards:
             f"there is no file {source}; expected rewards of pairs, as `btrm eval --output FILE` writes them"
         )
     rows = _parquet_rows(source) if source.suffix == ".parquet" else _json_rows(source)
-    kept = [_kept(row, source, number) for number, row in rows]
-    if not kept:
+    parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for number, row in rows:
+        kept = _kept(row, source, number)
+        parts.setdefault((kept["model"], kept["data"]), []).append(kept)
+    if not parts:
         raise DataError(f"{source} holds no pair")
+    return [_of_rows(model, data, kept) for (model, data), kept in parts.items()]
+
+
+def _of_rows(model: str, data: str, kept: Sequence[Mapping[str, Any]]) -> PairRewards:
     texts = [one["text"] for one in kept]
     return PairRewards(
-        model=next((str(one["model"]) for one in kept if one["model"]), source.name),
+        model=model,
+        data=data,
         id_P=[one["id"] for one in kept],
         subset_P=[one["subset"] for one in kept],
         prompt_P=np.array([one["prompt"] for one in kept], dtype=np.uint64),
@@ -266,7 +286,8 @@ def _kept(row: Any, source: Path, number: int) -> dict[str, Any]:
     return {
         "id": name,
         "subset": str(row.get("subset") or ""),
-        "model": row.get("model") or "",
+        "model": str(row.get("model") or source.name),
+        "data": str(row.get("data") or source.name),
         "prompt": _prompt_number(row, text, f"{source.name}:{name}"),
         "rewards": (chosen, rejected),
         **lengths,

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import pytest
-from reward_samples import made
+from support.reward_samples import made
 
 from btrm_core.errors import DataError
 from btrm_core.evaluation.assess import assess
@@ -27,15 +27,17 @@ def test_every_figure_comes_back_from_the_file(tmp_path, name, text):
     rewards.reward_P2[4, 1] = math.nan
     rewards.tokens_P2[:, 0] = UNKNOWN
     rewards.data_margin_P[2] = math.nan
-    write_scores(rewards, tmp_path / name)
-    again = read_scores(tmp_path / name)
-    assert assess(again, "x").to_dict() == assess(rewards, "x").to_dict()
+    other = made(5, seed=4, text=text, model="other")
+    write_scores([rewards, other], tmp_path / name)
+    again, second = read_scores(tmp_path / name)
+    assert assess(again).to_dict() == assess(rewards).to_dict()
+    assert assess(second).to_dict() == assess(other).to_dict()
     assert (again.text(7) if again.text else None) == (rewards.text(7) if text else None)
     assert [path.name for path in (tmp_path / name).parent.iterdir()] == [name.rpartition("/")[2]]
 
 
 def test_the_names_are_those_of_rewardbench(tmp_path):
-    write_scores(made(3), tmp_path / "s.jsonl")
+    write_scores([made(3)], tmp_path / "s.jsonl")
     row = json.loads((tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert {"id", "subset", "prompt", "text_chosen", "text_rejected", "scores_chosen", "scores_rejected"} <= set(row)
     assert row["results"] == float(row["scores_chosen"] > row["scores_rejected"])
@@ -50,7 +52,7 @@ def test_a_file_of_rewardbench_is_read(tmp_path):
     ]  # fmt: skip
     with gzip.open(tmp_path / "rb.jsonl.gz", "wt") as file:
         file.write("\n".join(json.dumps(row) for row in rows))
-    found = read_scores(tmp_path / "rb.jsonl.gz")
+    (found,) = read_scores(tmp_path / "rb.jsonl.gz")
     assert (found.model, found.id_P) == ("rb.jsonl.gz", ["31", "32"])
     assert found.prompt_P[0] != found.prompt_P[1]
     evaluation = assess(found)
@@ -81,14 +83,14 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path):
     with pytest.raises(DataError, match="no Parquet file"):
         read_scores(tmp_path / "s.parquet")
     with pytest.raises(DataError, match="cannot write"):
-        write_scores(made(2), tmp_path / "s.parquet" / "inside.jsonl")
+        write_scores([made(2)], tmp_path / "s.parquet" / "inside.jsonl")
 
 
 def test_an_evaluation_by_hand():
     rewards = made(4, text=False)
     rewards.reward_P2[:] = [[1, 0], [0, 2], [3, 3], [5, 1]]
-    found = assess(changed(rewards, subset_P=["a", "a", "b", "b"], data_margin_P=np.array([1.0, 1.0, 2.0, 2.0])), "set")
-    assert (found.name, found.given, found.undecided, found.unscored) == ("set", 4, 0, 0)
+    found = assess(changed(rewards, subset_P=["a", "a", "b", "b"], data_margin_P=np.array([1.0, 1.0, 2.0, 2.0])))
+    assert (found.data, found.given, found.undecided, found.unscored) == ("held/out.jsonl", 4, 0, 0)
     assert found.accuracy.half == 0.625
     assert found.calibration.before.loss == pytest.approx(
         np.mean([math.log1p(math.exp(-m)) for m in (1.0, -2.0, 0.0, 4.0)])
@@ -129,8 +131,8 @@ def test_ties_of_the_data_and_missing_rewards_are_left_out_and_counted():
 
 
 def test_nothing_to_judge_is_said():
-    with pytest.raises(DataError, match="no pairs to evaluate of here"):
-        assess(made(4).select(np.array([], dtype=np.int64)), "here")
+    with pytest.raises(DataError, match=r"no pairs to evaluate of held/out\.jsonl"):
+        assess(made(4).select(np.array([], dtype=np.int64)))
     with pytest.raises(DataError, match="is a tie"):
         assess(changed(made(4), probability_P=np.full(4, 0.5)))
     with pytest.raises(DataError, match="two finite rewards"):
@@ -176,5 +178,5 @@ def test_texts_follow_their_pairs():
 @pytest.mark.parametrize("name", ["s.jsonl", "s.jsonl.gz", "s.parquet"])
 def test_half_a_surrogate_pair_breaks_no_file(tmp_path, name):
     rewards = changed(made(2), text=lambda i: PairText((("user", "\ud800"),), "ok \udfff", "bad"))
-    write_scores(rewards, tmp_path / name)
-    assert read_scores(tmp_path / name).text(0).chosen.startswith("ok")
+    write_scores([rewards], tmp_path / name)
+    assert read_scores(tmp_path / name)[0].text(0).chosen.startswith("ok")

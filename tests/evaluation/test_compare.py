@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from reward_samples import made
+from support.reward_samples import made
 
 from btrm_core.errors import DataError
 from btrm_core.evaluation.best_of_n import best_of_n, expected_best

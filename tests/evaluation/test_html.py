@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
-from reward_samples import made
+from support.reward_samples import made
 
 from btrm_core.errors import ConfigError, DataError
 from btrm_core.evaluation import PairText, assess, compare
@@ -33,7 +33,7 @@ def whole_report():
     lines += [{"split": "eval", "step": i, "loss": 0.69 - 0.001 * i} for i in (50, 100)]
     return Report(
         title=f"Evaluation {NASTY}",
-        evaluations=[(assess(first, "held/out.jsonl"), first), (assess(second, "held/out.jsonl"), second)],
+        evaluations=[(assess(first), first), (assess(second), second)],
         comparisons=[(compare(first, second), first)],
         training=lines,
         facts={"btrm": "0.1.0", "path": "/a/very/long/path/" + "x" * 200},
