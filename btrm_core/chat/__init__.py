@@ -4,7 +4,7 @@ Template, tokenizer and maximum length together decide them; nothing else in btr
 """
 
 from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, opens_turns, prepare_chat, settle, spare
-from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
+from btrm_core.chat.tokenizers import Encoder, fast_backend, free_pad, install_pad, self_contained
 
 __all__ = [
     "ChatFormat",
@@ -12,6 +12,7 @@ __all__ = [
     "EncodedResponses",
     "Encoder",
     "fast_backend",
+    "free_pad",
     "install_pad",
     "opens_turns",
     "prepare_chat",

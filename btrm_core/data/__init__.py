@@ -7,7 +7,7 @@ from btrm_core.data.cache import cache_root
 from btrm_core.data.convert import ROLES, Message, Pair, convert_row
 from btrm_core.data.formats import RowError, Ties, WhichPairs, shown
 from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport
-from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, split_held_out
+from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, raw_rows, split_held_out
 from btrm_core.data.quality import (
     Finding,
     contradictory_pairs,
@@ -43,6 +43,7 @@ __all__ = [
     "inspect_pairs",
     "load_pairs",
     "longer_wins_characters",
+    "raw_rows",
     "sample_path",
     "shown",
     "split_held_out",

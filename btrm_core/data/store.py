@@ -133,6 +133,11 @@ class TokenStore:
         longer_by_P = self.chosen_P.astype(np.int64) - self.rejected_P.astype(np.int64)
         return Judged(longer_by_P, self.probability_P, self.subsets())
 
+    @property
+    def tails_P2(self) -> NDArray[np.int64]:
+        """Tokens of chosen and rejected after what both begin with."""
+        return np.stack([self.chosen_P, self.rejected_P], axis=1).astype(np.int64)
+
     @functools.cached_property
     def groups(self) -> PairGroups:
         """The pairs by the prompts they are trained with."""

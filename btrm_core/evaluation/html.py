@@ -24,6 +24,16 @@ from btrm_core.evaluation.plots import (
     require_matplotlib,
 )
 from btrm_core.evaluation.scores import PairRewards, PairText
+from btrm_core.evaluation.text import (
+    aligned,
+    comparison_text,
+    evaluation_details,
+    figure,
+    overview,
+    percent,
+    short,
+    signed,
+)
 
 LONGEST_TEXT = 6000
 """Characters of a message that the page shows; the file of rewards holds the whole."""
@@ -180,32 +190,21 @@ def shortened(text: str) -> str:
     return text if rest <= 0 else f"{text[:LONGEST_TEXT]} … ({rest:,} more characters)"
 
 
-def short(name: str) -> str:
-    """The last part of a path or hub id that tells something.
-
-    >>> short("runs/llama3/model"), short("data/held_out.jsonl"), short("org/name")
-    ('llama3', 'held_out.jsonl', 'name')
-    """
-    parts = [part for part in name.split("/") if part]
-    if len(parts) > 1 and parts[-1] == "model":  # the name of the model's directory in every run
-        parts.pop()
-    return parts[-1] if parts else name
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share for the reader.
-
-    >>> percent(0.8647), percent(None)
-    ('86.5 %', '–')
-    """
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+def report_text(report: Report) -> str:
+    """A report for the terminal."""
+    parts = []
+    if report.evaluations:
+        evaluations = [evaluation for evaluation, _ in report.evaluations]
+        parts.append(overview(evaluations))
+        parts += [evaluation_details(evaluation) for evaluation in evaluations]
+    parts += [comparison_text(comparison) for comparison, _ in report.comparisons]
+    for table in report.tables:
+        rows = [tuple(_cell(cell) for cell in row) for row in table.rows]
+        parts.append("\n".join([table.title, *([table.note] if table.note else []), aligned(table.columns, rows)]))
+    return "\n\n".join(parts)
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    """A number for the reader."""
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def signed(value: float | None, digits: int = 2) -> str:
-    """A number with its sign."""
-    return "–" if value is None else f"{value:+,.{digits}f}"
+def _cell(value: str | float | None) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else figure(value)

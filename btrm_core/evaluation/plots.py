@@ -206,14 +206,13 @@ def _margins(axes: Axes, margin_P: np.ndarray) -> None:
     axes.legend()
 
 
-def _edges(values: np.ndarray) -> np.ndarray:
+def _edges(values: np.ndarray) -> list[float]:
     """At most 40 bins with an edge at 0; what lies further out than 2 in 1,000 is counted in the outermost."""
     low, high = (float(q) for q in np.quantile(values, [0.002, 0.998]))
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     width = (high - low) / min(40, max(8, int(np.sqrt(values.size))))
-    edges: np.ndarray = np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width
-    return edges
+    return [float(edge) for edge in np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width]
 
 
 def _reliability(axes: Axes, before: Reliability, after: Reliability | None) -> None:

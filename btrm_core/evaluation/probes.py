@@ -36,10 +36,10 @@ def _tail(words: str) -> Edit:
 
 
 def markdown(prompt: str, answer: str) -> str:
-    """A heading, and every sentence (or line) as a bullet with its first word in bold.
+    r"""A heading, and every sentence (or line) as a bullet with its first word in bold.
 
     >>> markdown("", "Yes, it is. It was.")
-    '## Answer\\n\\n- **Yes,** it is.\\n- **It** was.'
+    '## Answer\n\n- **Yes,** it is.\n- **It** was.'
     """
     lines = answer.split("\n") if "\n" in answer.strip() else re.split(r"(?<=[.!?])\s+", answer)
     bullets = [re.sub(r"^(\S+)", r"**\1**", line.strip()) for line in lines if line.strip()]

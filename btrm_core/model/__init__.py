@@ -12,7 +12,7 @@ from btrm_core.model.base import (
     weights_digest,
 )
 from btrm_core.model.card import model_card, run_manifest
-from btrm_core.model.directory import is_finished, read_manifest, refuse_overwrite, write_model
+from btrm_core.model.directory import is_finished, read_manifest, refuse_overwrite, template_difference, write_model
 from btrm_core.model.load import (
     chat_from_checkpoint,
     check_head,
@@ -22,7 +22,6 @@ from btrm_core.model.load import (
     load_chat,
     load_weights,
     saved_config,
-    template_difference,
     tolerance,
 )
 from btrm_core.model.quantized import OPTIMIZERS, optimizer, require

@@ -6,6 +6,7 @@ beside its place, flushed to disk and renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -13,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from btrm_core import families
 from btrm_core.chat import ChatFormat
-from btrm_core.errors import CheckpointError
+from btrm_core.errors import CheckpointError, FamilyError
 from btrm_core.files import explained, publish
 from btrm_core.model.adapters import save_adapters
 
@@ -121,3 +123,24 @@ def model_directory(path: str) -> Path:
     if base.is_dir():
         raise CheckpointError(f"{path} holds no model: neither {path}/config.json nor {path}/model/config.json exists")
     raise CheckpointError(f"there is no model directory {path}")
+
+
+def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | None:
+    """Say so if the family that trained a model is installed and now writes its conversations differently.
+
+    None as well if the family is not installed or broken, or if the run brought its own template.
+    """
+    name = manifest.get("family")
+    if name is None or manifest.get("answers", {}).get("chat_template") == "run settings":
+        return None
+    try:
+        family = families.load(str(name))
+        template = family.chat_template(chat.tokenizer)
+    except FamilyError:
+        return None
+    if hashlib.sha256(template.encode("utf-8")).hexdigest() == chat.template_sha256:
+        return None
+    return (
+        f"the installed family '{name}' ({family.origin}) has another chat template than the one this model was "
+        f"trained with ({manifest.get('origin', 'unknown origin')}); the model's own is used"
+    )

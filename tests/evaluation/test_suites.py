@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from btrm_core.errors import ConfigError, DataError
-from btrm_core.evaluation.suites import load_suite, registry, run, suite_names
+from btrm_core.evaluation.suites import load_suite, registry, run_suite, suite_names
 from btrm_core.evaluation.suites import rewardbench as rb1
 
 
@@ -26,7 +26,7 @@ def rb1_rows(right):
 def scored(name, rows, rewards, where="file"):
     suite = load_suite(name)
     items = [item for row in rows for item in suite.items(row, where)]
-    return run(suite, items, rewards, "m", draws=20), items
+    return run_suite(suite, items, rewards, "m", draws=20), items
 
 
 def whole_rb1(**changes):
@@ -206,7 +206,7 @@ def test_ppe_votes_and_answers():
     assert suite.items({**answers, "scores": [True, True, True]}, "math") == []
     rows = [*votes, answers]
     items = [item for row in rows for item in suite.items(row, "math")]
-    found = run(suite, items, [[1.0, 0.0], [1.0, 1.0], [2.0, 2.0, 1.0]], "m", draws=20)
+    found = run_suite(suite, items, [[1.0, 0.0], [1.0, 1.0], [2.0, 2.0, 1.0]], "m", draws=20)
     assert found.scores.subsets == {"human preference": 0.5, "math": 0.75}
     assert found.scores.sections["math, best of K"] == 0.5
     assert found.scores.total == 0.625
@@ -227,11 +227,11 @@ def test_what_could_not_be_scored_is_wrong_and_counted(name):
     suite = load_suite(name)
     items = [item for row in rows for item in suite.items(row, "Natural")]
     nothing = [[math.nan] * len(item.responses) for item in items]
-    found = run(suite, items, nothing, "m", draws=5)
+    found = run_suite(suite, items, nothing, "m", draws=5)
     assert (found.items, found.unscored) == (2, 2)
     assert all(value == 0 for value in found.scores.subsets.values())
     with pytest.raises(DataError, match="hold no item"):
-        run(suite, [], [], "m")
+        run_suite(suite, [], [], "m")
 
 
 def test_intervals_are_resampled_within_subsets():
@@ -241,7 +241,7 @@ def test_intervals_are_resampled_within_subsets():
         item.__class__(**{**vars(item), "unit": f"{item.unit}:{n}"})
         for n, item in enumerate(i for row in rows for i in suite.items(row, "f"))
     ]
-    found = run(suite, items, rewards, "m")
+    found = run_suite(suite, items, rewards, "m")
     chat = found.intervals["Chat"]
     share = 100 / 358
     assert chat.half_width == pytest.approx(1.96 * share * 0.05, rel=0.15)

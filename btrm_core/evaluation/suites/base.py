@@ -106,7 +106,7 @@ class Suite(Protocol):
         """The results as JSON in the suite's own form."""
 
 
-def run(suite: Suite, items: Sequence[Item], rewards: Rewards, model: str, *, draws: int = DRAWS) -> SuiteResult:
+def run_suite(suite: Suite, items: Sequence[Item], rewards: Rewards, model: str, *, draws: int = DRAWS) -> SuiteResult:
     """Score a suite, with intervals of its total and sections.
 
     Raises:
