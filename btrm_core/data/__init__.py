@@ -3,6 +3,7 @@
 Loads no torch.
 """
 
+from btrm_core.data import curate
 from btrm_core.data.cache import cache_root
 from btrm_core.data.convert import ROLES, Message, Pair, convert_row
 from btrm_core.data.formats import RowError, Ties, WhichPairs, shown
@@ -35,6 +36,7 @@ __all__ = [
     "cache_root",
     "contradictory_pairs",
     "convert_row",
+    "curate",
     "drop_overlap",
     "duplicate_pairs",
     "duplicate_prompts",

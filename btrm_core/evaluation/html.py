@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from btrm_core.errors import DataError
 from btrm_core.evaluation.assess import Evaluation
@@ -21,6 +21,7 @@ from btrm_core.evaluation.plots import (
     plot_of_models,
     plot_of_training,
     plots_of,
+    plots_of_lengths,
     require_matplotlib,
 )
 from btrm_core.evaluation.scores import PairRewards, PairText
@@ -34,6 +35,10 @@ from btrm_core.evaluation.text import (
     short,
     signed,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LONGEST_TEXT = 6000
 """Characters of a message that the page shows; the file of rewards holds the whole."""
@@ -51,6 +56,8 @@ class Report:
         training: lines of a run's `metrics.jsonl`.
         facts: what else the reader should know, by name: versions, dates, settings.
         tables: further tables: a title, the names of the columns, the rows.
+        lengths: characters of both answers of every pair (P, 2) of a data set, to be drawn.
+        sample: pairs of a data set to be read: id, subset, text.
         extra: further JSON values for `report.json`.
     """
 
@@ -60,6 +67,8 @@ class Report:
     training: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     tables: Sequence[Table] = ()
+    lengths: NDArray[np.int64] | None = None
+    sample: Sequence[tuple[str, str, PairText]] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -126,12 +135,15 @@ def render(report: Report, directory: Path) -> str:
     ]
     models = [(_label(e, report), e.accuracy) for e, _ in report.evaluations]
     training = plot_of_training(report.training, directory) if report.training else None
+    sample = [{"id": name, "subset": subset, "text": _shown(text)} for name, subset, text in report.sample]
     return environment.get_template("report.html").render(
         report=report,
         sections=sections,
         models=plot_of_models(models, directory) if len(models) > 1 else None,
         comparisons=[_compared(c, rewards, n, directory) for n, (c, rewards) in enumerate(report.comparisons, start=1)],
         training=training,
+        lengths=[] if report.lengths is None else plots_of_lengths(report.lengths, directory),
+        sample=sample,
         style=(folder / "report.css").read_text(encoding="utf-8"),
         script=(folder / "report.js").read_text(encoding="utf-8"),
     )
@@ -179,7 +191,10 @@ def _compared(comparison: Comparison, rewards: PairRewards, number: int, directo
 def _text(rewards: PairRewards, place: int) -> dict[str, Any] | None:
     if rewards.text is None:
         return None
-    text: PairText = rewards.text(place)
+    return _shown(rewards.text(place))
+
+
+def _shown(text: PairText) -> dict[str, Any]:
     prompt = [(role, shortened(content)) for role, content in text.prompt]
     return {"prompt": prompt, "chosen": shortened(text.chosen), "rejected": shortened(text.rejected)}
 

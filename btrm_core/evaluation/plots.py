@@ -184,6 +184,36 @@ def plot_of_training(lines: Sequence[Mapping[str, Any]], directory: Path) -> Plo
     return draw("training", "Loss over the steps of training; dotted: ln 2, what no idea gets", paint, directory)
 
 
+def plots_of_lengths(length_P2: np.ndarray, directory: Path) -> list[Plot]:
+    """How long the answers of a data set are, and by how much the chosen ones are longer."""
+
+    def both(axes: Axes) -> None:
+        edges = np.geomspace(1, max(2, int(length_P2.max())), 40).tolist()
+        for column, colour, label in ((1, REJECTED, "rejected"), (0, CHOSEN, "chosen")):
+            axes.hist(np.maximum(length_P2[:, column], 1), edges, color=colour, alpha=0.28)
+            axes.hist(np.maximum(length_P2[:, column], 1), edges, color=colour, histtype="step", label=label)
+        axes.set_xscale("log")
+        axes.set_xlabel("characters of an answer")
+        axes.set_ylabel("answers")
+        axes.legend()
+
+    def difference(axes: Axes) -> None:
+        longer_P = length_P2[:, 0] - length_P2[:, 1]
+        edges = _edges(longer_P)
+        longer_P = np.clip(longer_P, edges[0], edges[-1])
+        axes.hist(longer_P[longer_P >= 0], edges, color=CHOSEN, alpha=0.75, label="chosen longer (or equal)")
+        axes.hist(longer_P[longer_P < 0], edges, color=REJECTED, alpha=0.75, label="rejected longer")
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_xlabel("characters that the chosen answer has more")
+        axes.set_ylabel("pairs")
+        axes.legend()
+
+    return [
+        draw("lengths", "How long the answers are, in characters", both, directory),
+        draw("length-differences", "By how many characters the chosen answer is longer", difference, directory),
+    ]
+
+
 def _histogram(axes: Axes, reward_P2: np.ndarray) -> None:
     edges = _edges(reward_P2)
     reward_P2 = np.clip(reward_P2, edges[0], edges[-1])
