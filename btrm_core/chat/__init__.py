@@ -5,7 +5,7 @@ Template, tokenizer and maximum length together decide them; nothing else in btr
 
 from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, prepare_chat, settle, spare
 from btrm_core.chat.templates import ONE, SYSTEM, TWO, opens_turns
-from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
+from btrm_core.chat.tokenizers import Encoder, fast_backend, free_pad, install_pad, self_contained
 
 __all__ = [
     "ONE",
@@ -16,6 +16,7 @@ __all__ = [
     "EncodedResponses",
     "Encoder",
     "fast_backend",
+    "free_pad",
     "install_pad",
     "opens_turns",
     "prepare_chat",

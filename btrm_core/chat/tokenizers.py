@@ -139,6 +139,23 @@ def install_pad(tokenizer: Any, pad: PadToken, given_by: str) -> int:
     return 1 if pad_id is None else 0
 
 
+def free_pad(tokenizer: Any, template: str) -> PadToken:
+    """A token to fill up with: the tokenizer's own if it is no other, else a control token that no conversation has.
+
+    Nothing is read at padding, so any token will do that text of a conversation never becomes.
+    """
+    from btrm_core.families import PadToken
+
+    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, None}
+    added = tokenizer.added_tokens_decoder
+    reserved = [str(added[i]) for i in sorted(added, reverse=True) if added[i].special]
+    names = [tokenizer.pad_token, *(name for name in reserved if name not in template)]
+    free = [name for name in names if name not in taken]
+    if free:
+        return PadToken(free[0], reason="a token that no conversation has")
+    return PadToken("<|btrm-pad|>", reason="the vocabulary has no free token", new=True)
+
+
 def rename_tokens(backend: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
     """Return a copy of a tokenizer in which some tokens have other names and the same ids.
 

@@ -26,7 +26,7 @@ SPEAK_LATER_SECONDS = 3.0
 COMMANDS = {
     "data": "data:data",
     "doctor": "preflight:doctor",
-    "eval": "score:evaluate",
+    "eval": "evaluate:evaluate",
     "families": "families:families",
     "new-family": "families:new_family_command",
     "plan": "preflight:plan_command",

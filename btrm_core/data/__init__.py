@@ -3,12 +3,13 @@
 Loads no torch.
 """
 
+from btrm_core.data import curate
 from btrm_core.data.cache import cache_root, code_digest
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
 from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
-from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, split_held_out
+from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, raw_rows, split_held_out
 from btrm_core.data.quality import (
     Finding,
     contradictory_pairs,
@@ -45,6 +46,7 @@ __all__ = [
     "contradictory_pairs",
     "conversations_of",
     "convert_row",
+    "curate",
     "data_path",
     "drop_overlap",
     "duplicate_pairs",
@@ -60,6 +62,7 @@ __all__ = [
     "pairs_from_rows",
     "parse_json_line",
     "parse_naming",
+    "raw_rows",
     "sample_path",
     "shown",
     "split_held_out",

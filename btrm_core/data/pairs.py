@@ -174,6 +174,19 @@ def pairs_from_rows(
     return PairData(datasets.Dataset(table), report, content, hashes)
 
 
+def raw_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield the rows of a source as they are, each with the short name of its file and its line; for other formats.
+
+    Raises:
+        DataError: the source cannot be read, or a row of it is none.
+    """
+    for found in resolve([source], cache.cache_root()).sources:
+        for line, row in read_rows(found):
+            if isinstance(row, RowIssue):
+                raise DataError(f"{row}; expected one JSON object or table row each")
+            yield found.subset, line, row
+
+
 def prompt_hash(prompt: Sequence[Message]) -> int:
     """Return the first 8 bytes of the SHA-256 of a prompt, as a number.
 

@@ -48,7 +48,12 @@ def duplicate_prompts(data: PairData) -> Finding:
 
 def duplicate_pairs(data: PairData) -> Finding:
     """Pairs that repeat an earlier one: equal prompt, chosen and rejected."""
-    return _finding(data, _repeats(_pair_hashes(data)[0]))
+    return _finding(data, repeated_pairs(data))
+
+
+def repeated_pairs(data: PairData) -> np.ndarray:
+    """True for every pair that an earlier one equals: prompt, chosen and rejected."""
+    return _repeats(_pair_hashes(data)[0])
 
 
 def contradictory_pairs(data: PairData) -> Finding:

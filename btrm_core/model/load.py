@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from btrm_core import families
-from btrm_core.chat import ChatFormat, install_pad, settle
+from btrm_core.chat import ChatFormat, free_pad, install_pad, settle
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError, first_line
 from btrm_core.families import PadToken
@@ -28,6 +29,9 @@ from btrm_core.model import adapters
 from btrm_core.model import base as base_module
 from btrm_core.model.directory import MANIFEST, read_manifest
 from btrm_core.settings import ModelConfig
+
+_log = logging.getLogger("btrm")
+
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -41,27 +45,40 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 def load_chat(directory: Path) -> ChatFormat:
     """Read the tokenizer and the template, after looking at the pad token.
 
+    A model that btrm made must have a pad token of its own. For one of another trainer it is said where other programs
+    would read its reward in another place; btrm reads it at the conversation's own last token, whatever the pad token.
+
     Raises:
-        CheckpointError: something is missing, the pad token is the end-of-sequence token, or the configuration names
-            another one than the tokenizer.
+        CheckpointError: something is missing; or btrm made the model and its pad token is the end-of-sequence token,
+            or the configuration names another one than the tokenizer.
     """
-    file = directory / "tokenizer_config.json"
-    if file.is_file():
-        named = _json(file)
-        pad, eos = (_token(named.get(key)) for key in ("pad_token", "eos_token"))
-        if pad is not None and pad == eos:
-            raise CheckpointError(
-                f"{directory}: the pad token {pad!r} is the end-of-sequence token, so other programs would read the "
-                "reward in another place; expected a pad token of its own in tokenizer_config.json and config.json"
-            )
+    trouble = _pad_trouble(directory)
+    own = (directory / MANIFEST).is_file()
+    if trouble and own:
+        raise CheckpointError(trouble)
     chat = chat_from_checkpoint(directory)
     configured = saved_config(directory).get_text_config().pad_token_id
-    if configured != chat.pad_id:
+    if own and configured != chat.pad_id:
         raise CheckpointError(
             f"{directory}: pad_token_id in config.json is {configured}, but the tokenizer pads with {chat.pad_id}; "
             "expected the same number, or other programs read rewards that depend on the batch"
         )
+    if trouble:
+        _log.warning("%s; btrm reads it at the last token of the conversation", trouble.partition("; expected")[0])
     return chat
+
+
+def _pad_trouble(directory: Path) -> str:
+    """What is wrong with the pad token that a tokenizer's configuration names; empty if nothing is."""
+    file = directory / "tokenizer_config.json"
+    named = _json(file) if file.is_file() else {}
+    pad, eos = (_token(named.get(key)) for key in ("pad_token", "eos_token"))
+    if pad is None or pad != eos:
+        return ""
+    return (
+        f"{directory}: the pad token {pad!r} is the end-of-sequence token, so other programs would read the "
+        "reward in another place; expected a pad token of its own in tokenizer_config.json and config.json"
+    )
 
 
 def saved_config(directory: Path) -> Any:
@@ -283,17 +300,21 @@ def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
     template = file.read_bytes().decode("utf-8") if file.is_file() else tokenizer.chat_template
     if not isinstance(template, str):
         raise CheckpointError(f"{directory} has no chat template, expected the text in {file.name}; put it there")
-    if tokenizer.pad_token is None:
+    own = (directory / MANIFEST).is_file()
+    if own and tokenizer.pad_token is None:
         raise CheckpointError(
             f"{directory}: the tokenizer names no pad token, expected pad_token in tokenizer_config.json"
         )
-    pad = PadToken(tokenizer.pad_token, reason="the checkpoint's own")
+    # Nothing reads a pad token's hidden state: for a model of another trainer any free token will do.
+    pad = PadToken(tokenizer.pad_token, reason="the checkpoint's own") if own else free_pad(tokenizer, template)
     try:
         install_pad(tokenizer, pad, "checkpoint")
         answers = dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), "checkpoint")
         chat = settle(tokenizer, template, pad, 0, answers)
     except FamilyError as error:
         raise CheckpointError(f"{directory}: {error}") from error
+    if pad.new:  # the model has no embedding for it
+        chat = replace(chat, pad_id=chat.terminal_id)
     return _honour_manifest(chat, directory / "btrm.json")
 
 

@@ -1,7 +1,21 @@
 """Scoring: rewards of anything, from a finished model. Never imports `training`."""
 
 from btrm_core.scoring.bulk import score_file
-from btrm_core.scoring.evaluate import evaluate_sources
+from btrm_core.scoring.evaluate import SourceRewards, source_rewards
+from btrm_core.scoring.judge import ModelResult, Request, judge
+from btrm_core.scoring.results import from_scores, notes, report_of, write_suites
 from btrm_core.scoring.scorer import Scorer
 
-__all__ = ["Scorer", "evaluate_sources", "score_file"]
+__all__ = [
+    "ModelResult",
+    "Request",
+    "Scorer",
+    "SourceRewards",
+    "from_scores",
+    "judge",
+    "notes",
+    "report_of",
+    "score_file",
+    "source_rewards",
+    "write_suites",
+]

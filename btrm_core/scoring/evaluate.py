@@ -4,70 +4,97 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from btrm_core.data import Naming, TokenStore, encode_pairs, load_pairs
+from btrm_core.data import Naming, PairData, TokenStore, encode_pairs, load_pairs
 from btrm_core.errors import CheckpointError
-from btrm_core.evaluation import Judged, figures_of
+from btrm_core.evaluation import PairRewards, PairText
 from btrm_core.packing import Bundle, divided
 from btrm_core.scoring.scorer import Scorer
 
 _EVALUATED_TOGETHER = 512
 
 
-def evaluate_sources(scorer: Scorer, sources: Sequence[str], naming: Naming | None = None) -> dict[str, Any]:
-    """Evaluate a model on preference pairs, each source by itself and all together.
+@dataclass(frozen=True)
+class SourceRewards:
+    """The rewards of a source's pairs, and what became of its rows.
+
+    Attributes:
+        rewards: of every pair that could be encoded.
+        rows: what was read, and the bad rows, as JSON values.
+        encoding: what was cut and dropped, as JSON values.
+        notes: lines for the reader about rows left out and conversations cut.
+        bad_rows: rows that could not be understood.
+        seconds: that computing took.
+    """
+
+    rewards: PairRewards
+    rows: dict[str, Any]
+    encoding: dict[str, Any]
+    notes: tuple[str, ...]
+    bad_rows: int
+    seconds: float
+
+
+def source_rewards(scorer: Scorer, source: str, naming: Naming | None = None) -> SourceRewards:
+    """Give every pair of a source its rewards.
 
     Args:
         scorer: the model.
-        sources: files, folders and hub ids, as for `btrm train --data`.
+        source: a file, folder or hub id, as for `btrm train --data`.
         naming: the user's own names of columns and roles.
 
-    Returns:
-        JSON values: `model`, `family`, `dtype`, `overall` and `sources` with the figures of `evaluation.figures_of`;
-        for each source also `rows` (what was read, and the bad rows) and `encoding` (what was cut and dropped);
-        `bad_rows`, `seconds` and `pairs_per_second`.
-
     Raises:
-        DataError: a source cannot be read, or holds no pair.
+        DataError: the source cannot be read, or holds no pair.
         CheckpointError: the model gives a reward that is not a finite number.
     """
-    parts: list[Judged] = []
-    rewards: list[np.ndarray] = []
-    by_source: dict[str, Any] = {}
-    bad = seconds = 0.0
-    for source in dict.fromkeys(sources):
-        data = load_pairs([source], naming=naming)
-        pairs = encode_pairs(data, scorer.chat, scorer.max_length)
-        started = time.monotonic()
-        rewards_P2 = encoded_rewards(scorer, pairs, source)
-        seconds += time.monotonic() - started
-        parts.append(pairs.judged)
-        rewards.append(rewards_P2)
-        by_source[source] = figures_of(pairs.judged, rewards_P2) | {
-            "rows": data.issues.to_dict(),
-            "encoding": pairs.report,
-        }
-        by_source[source]["notes"] = [text for text in (_issues_text(data.issues), pairs.describe()) if text]
-        bad += data.issues.bad
-    joined = Judged.joined(parts)
-    return {
-        "model": str(scorer.directory),
-        "family": scorer.manifest.get("family"),
-        "dtype": str(scorer.model.hf.dtype).removeprefix("torch."),
-        "overall": figures_of(joined, np.concatenate(rewards)),
-        "sources": by_source,
-        "bad_rows": int(bad),
-        "seconds": round(seconds, 3),
-        "pairs_per_second": round(len(joined) / max(seconds, 1e-9), 3),
-    }
+    data = load_pairs([source], naming=naming)
+    pairs = encode_pairs(data, scorer.chat, scorer.max_length)
+    started = time.monotonic()
+    reward_P2 = encoded_rewards(scorer, pairs, source)
+    seconds = time.monotonic() - started
+    issues = data.issues
+    told = str(issues.format()) if issues.noteworthy else ""
+    return SourceRewards(
+        rewards=_pair_rewards(data, pairs, reward_P2, str(scorer.directory), source),
+        rows=issues.to_dict(),
+        encoding=pairs.report,
+        notes=tuple(text for text in (told, pairs.describe()) if text),
+        bad_rows=issues.bad,
+        seconds=seconds,
+    )
 
 
-def _issues_text(issues: Any) -> str:
-    return str(issues.format()) if issues.noteworthy else ""
+def _pair_rewards(data: PairData, pairs: TokenStore, reward_P2: np.ndarray, model: str, source: str) -> PairRewards:
+    """Rewards with all that the data says of their pairs."""
+    import pyarrow.compute as pc
+
+    index_P = pairs.index_P
+    columns = data.dataset.with_format("arrow").select_columns(["id", "chosen", "rejected", "margin"])[:]
+    characters = [pc.utf8_length(columns[side]).to_numpy().astype(np.int64) for side in ("chosen", "rejected")]
+    ids = columns["id"].to_pylist()
+
+    def text(place: int) -> PairText:
+        pair = data[int(index_P[place])]
+        return PairText(tuple((m["role"], m["content"]) for m in pair.prompt), pair.chosen, pair.rejected)
+
+    return PairRewards(
+        model=model,
+        data=source,
+        id_P=[str(ids[i]) for i in index_P],
+        subset_P=pairs.subsets(),
+        prompt_P=data.prompt_hash_P[index_P],
+        reward_P2=reward_P2,
+        tokens_P2=pairs.tails_P2,
+        characters_P2=np.stack(characters, axis=1)[index_P],
+        probability_P=pairs.probability_P.astype(np.float64),
+        data_margin_P=columns["margin"].to_numpy().astype(np.float64)[index_P],
+        text=text,
+    )
 
 
 def encoded_rewards(scorer: Scorer, pairs: TokenStore, name: str = "") -> np.ndarray:

@@ -521,6 +521,7 @@ def test_checkpoints_without_template_or_pad_are_refused(tmp_path):
         f"{tmp_path} has no chat template, expected the text in chat_template.jinja; put it there"
     )
     (tmp_path / "chat_template.jinja").write_text(HEADERS_TEMPLATE)
+    (tmp_path / "btrm.json").write_text("{}")  # btrm's own models have one; those of other trainers need none
     with pytest.raises(CheckpointError) as caught:
         chat_from_checkpoint(tmp_path)
     assert str(caught.value) == (

@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file, save_file
 from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model, reward_model, say
 
 from btrm_core.cli import main
-from btrm_core.errors import CheckpointError, DataError
-from btrm_core.evaluation.text import format_evaluation
+from btrm_core.errors import DataError
 from btrm_core.scoring.bulk import header_file, score_file
-from btrm_core.scoring.evaluate import evaluate_sources
 from btrm_core.scoring.responses import Responses, Rewards
 from btrm_core.scoring.scorer import Scorer
 
@@ -309,60 +306,3 @@ def test_the_command_scores_and_refuses(model: Path, scorer: Scorer, tmp_path: P
         f"btrm: {base} holds no reward head (score.weight is missing from its weights); expected a model trained by "
         f"`btrm train`, such as one made with --model {base}\n"
     )
-
-
-def test_an_evaluation_of_several_sources(model: Path, scorer: Scorer, tmp_path: Path) -> None:
-    first = write(tmp_path / "first.jsonl", [*pairs(12), {"chosen": 1, "rejected": 2}])
-    second = write(tmp_path / "second.jsonl", [{**row, "prompt": f"And {row['prompt']}"} for row in pairs(7)])
-    result = evaluate_sources(scorer, (first, second, first))
-    assert json.loads(json.dumps(result)) == result
-    assert list(result["sources"]) == [first, second]
-    assert (result["bad_rows"], result["dtype"], result["family"]) == (1, "float32", "llama3")
-
-    rewards = [
-        scorer.pair_rewards(
-            [[{"role": "user", "content": lead + row["prompt"]}] for row in pairs(number)],
-            [row["chosen"] for row in pairs(number)],
-            [row["rejected"] for row in pairs(number)],
-        )
-        for lead, number in (("", 12), ("And ", 7))
-    ]
-    for figures, expected in zip(
-        [*result["sources"].values(), result["overall"]], [*rewards, np.concatenate(rewards)], strict=True
-    ):
-        assert figures["pairs"] == len(expected)
-        assert figures["accuracy"] == pytest.approx((expected[:, 0] > expected[:, 1]).mean())
-        assert figures["chosen_mean"] == pytest.approx(expected[:, 0].mean(), abs=1e-5)
-        assert figures["longer_wins_tokens"] == 0.0
-    assert {row["name"]: row["pairs"] for row in result["overall"]["subsets"]} == {"first": 12, "second": 7}
-
-    text = format_evaluation(result)
-    assert text.splitlines()[0].startswith(f"{model}, family llama3, float32, ")
-    assert re.search(
-        rf"^{re.escape(first)}: accuracy [\d.]+ ± [\d.]+ \(more tokens wins: 0\.000\), .*, 12 pairs$", text, re.M
-    )
-    assert "first.jsonl:13: 'chosen' is 1 (int)" in text
-    assert re.search(r"^all: accuracy .* 19 pairs$", text, re.M)
-    printed = btrm("eval", model, "--data", second, "--json")
-    assert json.loads(printed.stdout)["overall"]["accuracy"] == result["sources"][second]["accuracy"]
-    assert printed.exit_code == 0
-
-
-def test_an_evaluation_shares_prompts_and_stops_at_nan(model: Path, tmp_path: Path) -> None:
-    scorer = Scorer(str(model), device="cpu")
-    long = "Tell me about it. " * 10
-    rows = [{"prompt": long, "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(5)]
-    source = write(tmp_path / "in.jsonl", rows)
-    before = scorer.tokens.computed, scorer.tokens.useful
-    evaluate_sources(scorer, [source])
-    assert (scorer.tokens.computed - before[0]) < 0.3 * (scorer.tokens.useful - before[1])
-
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in model.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    weights["score.weight"][0, 0] = float("inf")
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"gives pair in\.jsonl:1 a reward that is not a finite number"):
-        evaluate_sources(Scorer(str(broken), device="cpu"), [source])

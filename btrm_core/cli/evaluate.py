@@ -1,0 +1,93 @@
+"""`btrm eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from btrm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from btrm_core.scoring import ModelResult
+
+
+@click.command("eval")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--data", metavar="SRC", multiple=True, help="Pairs to evaluate on; repeat for several.")
+@click.option("--against", metavar="MODEL|FILE", multiple=True, help="Compare with this model, or these kept rewards.")
+@click.option("--scores", metavar="FILE", multiple=True, help="Evaluate rewards kept with --output; no model is read.")
+@click.option("--suite", "suites", metavar="NAME[=SRC]", multiple=True, help="rewardbench, rewardbench2, rm-bench, ...")
+@click.option("--best-of-n", metavar="SRC", multiple=True, help="Rows with prompt, responses and gold values.")
+@click.option("--probes", is_flag=True, help="Edit the answers and see whether the rewards stay.")
+@click.option("-o", "--output", metavar="FILE", help="Keep the reward of every pair (.jsonl, .jsonl.gz, .parquet).")
+@click.option("--report", "report_dir", metavar="DIR", help="Write report.html, report.json and pictures.")
+@click.option("--tokens-per-batch", type=int, default=8192, show_default=True)
+@click.option("--dtype", default="auto", help="auto (as saved on a GPU, fp32 on a CPU), bf16 or fp32.")
+@click.option("--attention", default="auto")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(models: tuple[str, ...], **flags: Any) -> None:
+    """How good reward models are on preference pairs, with intervals; which of two is better.
+
+    A MODEL is a directory of btrm, or any sequence-classification model with one label, on disk or on the hub. Suites
+    are read from the hub where they are published, or from SRC in the same form.
+    """
+    from btrm_core.evaluation import report_text, require_matplotlib, to_json, write_report, write_scores
+
+    _check(models, flags)
+    if flags["report_dir"]:
+        require_matplotlib()  # before the hours, not after them
+    results, against = _results(models, flags)
+    from btrm_core.scoring import notes, report_of, write_suites
+
+    everything = [*results, *against]
+    if flags["output"]:
+        write_scores([source.rewards for result in everything for source in result.sources], flags["output"])
+    report = report_of(results, against)
+    if flags["as_json"]:
+        click.echo(to_json(report))
+    else:
+        click.echo(report_text(report))
+        for note in notes(everything):
+            click.echo(f"\n{note}")
+    if flags["report_dir"]:
+        page = write_report(report, flags["report_dir"])
+        for path in (page, *write_suites(everything, flags["report_dir"])):
+            click.echo(f"written: {path}", err=True)
+
+
+def _check(models: tuple[str, ...], flags: dict[str, Any]) -> None:
+    """Refuse what cannot give a result, before a model is read."""
+    asked = any(flags[name] for name in ("data", "suites", "best_of_n"))
+    if not models and not flags["scores"]:
+        raise ConfigError("nothing to evaluate; name a MODEL, or rewards that were kept with --scores FILE")
+    if models and not asked:
+        raise ConfigError("nothing to evaluate on; give pairs with --data SRC, a --suite NAME or --best-of-n SRC")
+    if flags["probes"] and not flags["data"]:
+        raise ConfigError("--probes edits the answers of pairs; give some with --data SRC")
+    if flags["against"] and not flags["data"] and not flags["scores"]:
+        raise ConfigError("--against compares on pairs; give some with --data SRC")
+    if flags["output"] and not flags["data"] and not flags["scores"]:
+        raise ConfigError("--output keeps the rewards of pairs; give some with --data SRC")
+
+
+def _results(models: tuple[str, ...], flags: dict[str, Any]) -> tuple[list[ModelResult], list[ModelResult]]:
+    """What is found of the models, and of those they stand against."""
+    from btrm_core.evaluation import read_scores
+    from btrm_core.scoring import Request, Scorer, from_scores, judge
+
+    request = Request(flags["data"], flags["suites"], flags["best_of_n"], flags["probes"])
+    options = {name: flags[name] for name in ("dtype", "attention", "tokens_per_batch")}
+
+    def found(model: str) -> list[ModelResult]:
+        if Path(model).is_file():
+            return from_scores(read_scores(model))
+        if not flags["data"]:
+            raise ConfigError(f"--against {model} is a model, which needs the pairs: give them with --data SRC")
+        return [judge(Scorer(model, **options), Request(flags["data"]))]
+
+    results = [judge(Scorer(model, **options), request) for model in models]
+    for file in flags["scores"]:
+        results += from_scores(read_scores(file))
+    return results, [result for model in flags["against"] for result in found(model)]

@@ -1,0 +1,113 @@
+"""Which texts are nearly the same: MinHash for whole texts, n-grams of words for passages they have in common.
+
+Decides: texts are near-duplicates if their sets of five consecutive words overlap by at least 0.8 (estimated from 64
+hashes); a text overlaps with other data if it has 13 consecutive words of it. Hashes are of the words alone, so the
+findings are the same on every machine.
+
+Shapes: N texts, W words of a text, H hashes of a signature.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Hashes = NDArray[np.uint64]
+
+SHINGLE_WORDS, PASSAGE_WORDS = 5, 13
+SIMILAR = 0.8
+_HASHES, _BANDS = 64, 8
+_WORD = re.compile(r"\w+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_GENERATOR = np.random.default_rng(0)
+_MULTIPLIERS_H = _GENERATOR.integers(1, 2**63, _HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_OFFSETS_H = _GENERATOR.integers(0, 2**63, _HASHES, dtype=np.uint64)
+
+
+def word_hashes(text: str) -> Hashes:
+    """One number per word [W], without regard to case and punctuation."""
+    words = _WORD.findall(text.lower())
+    crc = (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words)
+    return np.fromiter(crc, dtype=np.uint64, count=len(words))
+
+
+def ngrams(word_W: Hashes, number: int) -> Hashes:
+    """One number for every `number` consecutive words; a shorter text is one n-gram as a whole, an empty one none."""
+    number = min(number, len(word_W))
+    if not number:
+        return word_W
+    with np.errstate(over="ignore"):
+        mixed = np.zeros(len(word_W) - number + 1, dtype=np.uint64)
+        for place in range(number):
+            mixed = (mixed + word_W[place : place + len(mixed)] + np.uint64(1)) * _FACTOR
+            mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+def signature(text: str) -> NDArray[np.uint32]:
+    """The MinHash signature [H] of a text.
+
+    Reference:
+        Broder 1997, On the resemblance and containment of documents.
+    """
+    shingles = np.unique(ngrams(word_hashes(text), SHINGLE_WORDS))
+    if not len(shingles):
+        return np.zeros(_HASHES, dtype=np.uint32)
+    smallest_H = np.full(_HASHES, 0xFFFFFFFF, dtype=np.uint32)
+    with np.errstate(over="ignore"):
+        for start in range(0, len(shingles), 2048):  # bounds the memory for long texts
+            part = shingles[start : start + 2048, None] * _MULTIPLIERS_H + _OFFSETS_H
+            smallest_H = np.minimum(smallest_H, (part >> np.uint64(32)).min(axis=0).astype(np.uint32))
+    return smallest_H
+
+
+def near_duplicates(texts: Iterable[str]) -> NDArray[np.int64]:
+    """For every text the place of an earlier one that it nearly repeats, or -1.
+
+    Texts are compared with the first and the previous one of those that agree in a band of eight hashes, so the time
+    grows with the number of texts, not with its square.
+    """
+    signatures = [signature(text) for text in texts]
+    if not signatures:
+        return np.empty(0, dtype=np.int64)
+    hashes_NH = np.stack(signatures)
+    found_N: NDArray[np.int64] = np.full(len(hashes_NH), -1, dtype=np.int64)
+    width = _HASHES // _BANDS
+    for band in range(_BANDS):
+        part = np.ascontiguousarray(hashes_NH[:, band * width : (band + 1) * width])
+        keys = part.view(np.dtype((np.void, part.dtype.itemsize * width))).ravel()
+        order = np.argsort(keys, kind="stable")
+        same = keys[order[1:]] == keys[order[:-1]]
+        starts = np.concatenate([[True], ~same])
+        first = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
+        for earlier in (first[1:][same], order[:-1][same]):
+            later = order[1:][same]
+            alike = (hashes_NH[later] == hashes_NH[earlier]).mean(axis=1) >= SIMILAR
+            new = alike & (found_N[later] < 0) & (earlier < later)
+            found_N[later[new]] = earlier[new]
+    return found_N
+
+
+def passages(texts: Iterable[str]) -> Hashes:
+    """All passages of 13 words of some texts, sorted; texts that are shorter have none."""
+    found = [ngrams(words, PASSAGE_WORDS) for words in map(word_hashes, texts) if len(words) >= PASSAGE_WORDS]
+    return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
+
+
+def has_passage(texts: Iterable[str], known: Hashes) -> Iterator[bool]:
+    """For every text whether it has a passage of 13 words of `known`."""
+    for text in texts:
+        words = word_hashes(text)
+        if len(words) < PASSAGE_WORDS or not len(known):
+            yield False
+            continue
+        own = ngrams(words, PASSAGE_WORDS)
+        place = np.minimum(np.searchsorted(known, own), len(known) - 1)
+        yield bool((known[place] == own).any())

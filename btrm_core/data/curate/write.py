@@ -1,0 +1,102 @@
+"""Pairs to files in the standard format, whatever format they came in.
+
+Decides what a written row is: `id`, `subset`, `chosen` and `rejected` as whole lists of messages, and `margin`,
+`weight`, `probability` where they say something. Reading such a file gives the same pairs again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from btrm_core.data.pairs import PairData
+from btrm_core.errors import DataError
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+_TOGETHER = 1000
+
+
+def standard_rows(data: PairData) -> Iterator[dict[str, Any]]:
+    """Every pair as a row of the standard format."""
+    for batch in data.batches(_TOGETHER):
+        for pair in batch:
+            prompt = [{"role": m["role"], "content": m["content"]} for m in pair["prompt"]]
+            row: dict[str, Any] = {"id": pair["id"], "subset": pair["subset"]}
+            for side in ("chosen", "rejected"):
+                row[side] = [*prompt, {"role": "assistant", "content": pair[side]}]
+            if pair["margin"] is not None:
+                row["margin"] = pair["margin"]
+            row |= {name: pair[name] for name in ("weight", "probability") if pair[name] != 1.0}
+            yield row
+
+
+def check_target(path: str | Path, overwrite: bool = False) -> Path:
+    """The file to write.
+
+    Raises:
+        DataError: its ending says no format, or it is there already.
+    """
+    target = Path(path)
+    if not target.name.endswith(ENDINGS):
+        raise DataError(f"cannot tell the format of {target} from its ending; expected {', '.join(ENDINGS)}")
+    if target.exists() and not overwrite:
+        raise DataError(f"{target} exists already; name another output, or replace it with --overwrite")
+    return target
+
+
+def write_pairs(data: PairData, path: str | Path, progress: Callable[[int], None] | None = None) -> None:
+    """Write pairs as JSON Lines, gzipped JSON Lines or Parquet, by the ending of the name; whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    target = check_target(path, overwrite=True)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".parquet":
+            _parquet(data, partial, progress)
+        else:
+            # Level 6 and no time: equal pairs give equal bytes, which caches know again.
+            with partial.open("wb") as file:
+                packed = target.suffix == ".gz"
+                stream: IO[bytes] = gzip.GzipFile("", "wb", 6, file, mtime=0) if packed else file  # type: ignore[assignment]
+                _json_lines(data, stream, progress)
+                if packed:
+                    stream.close()
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(f"cannot write {target}: {error.strerror or error}; name another output") from error
+    except BaseException:  # Ctrl-C included: nothing half-written stays
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _json_lines(data: PairData, file: IO[bytes], progress: Callable[[int], None] | None) -> None:
+    for row in standard_rows(data):
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        if progress:
+            progress(1)
+
+
+def _parquet(data: PairData, path: Path, progress: Callable[[int], None] | None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    types = {"id": pa.string(), "subset": pa.string(), "chosen": messages, "rejected": messages}
+    schema = pa.schema([*types.items(), *((name, pa.float64()) for name in ("margin", "weight", "probability"))])
+    with pq.ParquetWriter(path, schema) as writer:
+        held: list[dict[str, Any]] = []
+        for row in standard_rows(data):
+            held.append(row)
+            if len(held) == _TOGETHER:
+                writer.write_table(pa.Table.from_pylist(held, schema=schema))
+                held = []
+            if progress:
+                progress(1)
+        writer.write_table(pa.Table.from_pylist(held, schema=schema))

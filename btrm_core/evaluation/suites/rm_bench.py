@@ -1,0 +1,68 @@
+"""RM-Bench: three right and three wrong answers to each prompt, in three styles of rising polish.
+
+Score: every right answer against every wrong one, a tie is wrong. Hard is where the wrong answer is the more polished,
+normal where both are alike, easy where it is the less polished. A domain is the mean of the three; safety pools its two
+parts; the total is the mean of the domains.
+
+Rows: prompt, chosen[3], rejected[3] (concise, detailed, detailed in markdown), domain, id.
+
+Reference: Liu et al., RM-Bench, arXiv:2410.16184.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from btrm_core.errors import DataError
+from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, mean, question, text, texts, unit_of
+
+NAME = "rm-bench"
+SOURCES = ("THU-KEG/RM-Bench:train",)
+DOMAINS = ("chat", "math", "code", "safety")
+STYLES = 3
+
+
+def items(row: Row, where: str) -> list[Item]:
+    """One prompt with six answers."""
+    chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
+    if not len(chosen) == len(rejected) == STYLES:
+        raise DataError(f"the row has {len(chosen)} chosen and {len(rejected)} rejected answers, expected 3 of each")
+    subset, name = text(row, "domain"), str(row.get("id", ""))
+    prompt = question(text(row, "prompt"))
+    return [Item(name, subset, unit_of(subset, name, prompt), prompt, (*chosen, *rejected), correct=STYLES, row=row)]
+
+
+def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
+    """Domains, levels and the total."""
+    levels: dict[str, dict[str, float]] = {}
+    for domain in DOMAINS:
+        given = [r for item, r in zip(items, rewards, strict=True) if item.subset.startswith(domain)]
+        if given:
+            levels[domain] = levels_of(np.array(given, dtype=np.float64))
+    domains = {domain: mean(list(found.values())) for domain, found in levels.items()}
+    overall = {name: mean([found[name] for found in levels.values()]) for name in ("hard", "normal", "easy")}
+    subsets = {f"{domain}, {name}": value for domain, found in levels.items() for name, value in found.items()}
+    total = mean(list(domains.values())) if len(domains) == len(DOMAINS) else None
+    return SuiteScores(total, {**domains, **overall}, subsets)
+
+
+def levels_of(rewards_I6: np.ndarray) -> dict[str, float]:
+    """Accuracy on hard, normal and easy comparisons; answers without a reward lose every comparison."""
+    matrix_33 = (rewards_I6[:, :STYLES, None] > rewards_I6[:, None, STYLES:]).mean(axis=0)
+    above = np.triu_indices(STYLES, 1)
+    return {
+        "hard": float(matrix_33[above].mean()),
+        "normal": float(np.diag(matrix_33).mean()),
+        "easy": float(matrix_33.T[above].mean()),
+    }
+
+
+def results(items: Sequence[Item], rewards: Rewards, model: str) -> Any:
+    """The rows with `score_chosen` and `score_rejected`."""
+    return [
+        {**item.row, "score_chosen": list(given[:STYLES]), "score_rejected": list(given[STYLES:])}
+        for item, given in zip(items, rewards, strict=True)
+    ]

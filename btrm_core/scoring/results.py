@@ -1,0 +1,179 @@
+"""What was found of several models, put together: evaluations, comparisons and tables of one report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from btrm_core.errors import DataError
+from btrm_core.evaluation import Comparison, PairRewards, Report, Table, assess, compare, percent, short
+from btrm_core.scoring.evaluate import SourceRewards
+from btrm_core.scoring.judge import ModelResult
+
+
+def from_scores(parts: Sequence[PairRewards]) -> list[ModelResult]:
+    """Results of the models that a file of rewards names."""
+    models: dict[str, list[SourceRewards]] = {}
+    for part in parts:
+        models.setdefault(part.model, []).append(SourceRewards(part, {}, {}, (), 0, 0.0))
+    return [ModelResult(model, sources=tuple(sources)) for model, sources in models.items()]
+
+
+def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (), title: str = "") -> Report:
+    """Evaluate every model on every source and on all together, and compare each with those it stands against.
+
+    Raises:
+        DataError: a source holds no pair that can be judged, or two models share none.
+    """
+    evaluations = []
+    for result in (*results, *against):
+        sets = [source.rewards for source in result.sources]
+        if len(sets) > 1:
+            sets.append(PairRewards.joined(sets))
+        evaluations += [(assess(rewards), rewards) for rewards in sets]
+    comparisons = list(_comparisons(results, against))
+    everything = [*results, *against]
+    return Report(
+        title=title or _title(everything),
+        evaluations=evaluations,
+        comparisons=comparisons,
+        facts=_facts(everything),
+        tables=[*_suites(everything), *_best_of_n(everything), *_probes(everything)],
+        extra={"models": [result.to_dict() for result in everything]},
+    )
+
+
+def notes(results: Sequence[ModelResult]) -> list[str]:
+    """What the reader should know of rows left out and conversations cut, once for each source."""
+    told = [(source.rewards.data, note) for result in results for source in result.sources for note in source.notes]
+    return [f"{data}: {note}" for data, note in dict.fromkeys(told)]
+
+
+def write_suites(results: Sequence[ModelResult], directory: str | Path) -> list[Path]:
+    """Write the results of suites in their own forms, as `NAME.json`, one number more for each further model.
+
+    Raises:
+        DataError: the directory cannot be written.
+    """
+    written: list[Path] = []
+    asked = [result for result in results if result.suites]
+    for place, result in enumerate(asked, start=1):
+        for found, values in result.suites:
+            several = f"-{place}" if len(asked) > 1 else ""
+            path = Path(directory) / f"{found.suite}{several}.json"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(_sound(values), indent=1, ensure_ascii=False) + "\n"
+                path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            except OSError as error:
+                raise DataError(f"cannot write {path}: {error.strerror or error}; name another directory") from error
+            written.append(path)
+    return written
+
+
+def _sound(value: Any) -> Any:
+    """JSON knows no NaN: a reward that is missing becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _sound(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sound(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _comparisons(
+    results: Sequence[ModelResult], against: Sequence[ModelResult]
+) -> Iterator[tuple[Comparison, PairRewards]]:
+    for result in results:
+        for other in against:
+            if result.sources and other.sources:
+                first, second = (PairRewards.joined([s.rewards for s in one.sources]) for one in (result, other))
+                yield compare(first, second), first
+
+
+def _title(results: Sequence[ModelResult]) -> str:
+    return "Reward model evaluation" if len(results) != 1 else f"Evaluation of {results[0].model}"
+
+
+def _facts(results: Sequence[ModelResult]) -> dict[str, str]:
+    from importlib.metadata import version
+
+    facts = {"btrm": version("btrm")}
+    for result in results:
+        known = result.facts
+        if known:
+            shown = [known["dtype"], f"{known['pairs_per_second']:.1f} pairs/s"]
+            shown += [f"family {known['family']}"] if known["family"] else []
+            facts[result.model] = ", ".join(shown)
+    return facts
+
+
+def _suites(results: Sequence[ModelResult]) -> list[Table]:
+    """One table per suite: its total and sections, then its subsets."""
+    names = dict.fromkeys(found.suite for result in results for found, _ in result.suites)
+    tables = []
+    for name in names:
+        rows: list[tuple[str, str, str, str]] = []
+        for result in results:
+            for found, _ in result.suites:
+                if found.suite != name:
+                    continue
+                total = {"total": found.scores.total}
+                for part, value in {**total, **found.scores.sections}.items():
+                    ends = found.intervals.get(part)
+                    interval = "–" if ends is None else f"{100 * ends.low:.1f} to {100 * ends.high:.1f}"
+                    rows.append((short(result.model), part, percent(value), interval))
+                subsets = {k: v for k, v in found.scores.subsets.items() if k not in found.scores.sections}
+                rows += [(short(result.model), part, percent(value), "") for part, value in subsets.items()]
+                if found.unscored:
+                    rows.append(
+                        (short(result.model), "could not be scored, counted as wrong", f"{found.unscored:,}", "")
+                    )
+        tables.append(Table(f"Suite {name}", ("model", "part", "score", "95 % interval"), rows))
+    return tables
+
+
+def _best_of_n(results: Sequence[ModelResult]) -> list[Table]:
+    tables = []
+    for result in results:
+        for source, found in result.best_of_n:
+            number = len(found.curve)
+            shown = [point for point in found.curve if point.n in {1, 2, 3, 4, 8, 16, 32, 64, 128, number}]
+            rows = [(p.n, p.gold, p.oracle, p.random, p.regret, p.kl) for p in shown]
+            note = (
+                f"{result.model}: gold value of the answer with the highest reward among n; {found.prompts:,} prompts"
+            )
+            note += f", {found.left_out:,} left out" if found.left_out else ""
+            columns = ("n", "chosen", "oracle", "random", "regret", "KL in nats")
+            tables.append(Table(f"Best of N: {source}", columns, rows, note))
+    return tables
+
+
+def _probes(results: Sequence[ModelResult]) -> list[Table]:
+    tables = []
+    for result in results:
+        if not result.probes:
+            continue
+        rows: list[tuple[Any, ...]] = [
+            (
+                probe.name,
+                probe.pairs,
+                probe.shift,
+                probe.moved,
+                percent(probe.flips_both),
+                percent(probe.flips_rejected),
+                percent(probe.flips_chosen),
+            )
+            for probe in result.probes
+        ]
+        note = f"{short(result.model)}: answers edited; shifts in standard deviations of the rewards. "
+        if (found := result.invariance) is not None:
+            note += (
+                f"The same answers alone differ by at most {found.alone:.2g}, in another order by {found.order:.2g} "
+                f"(rewards have a standard deviation of {found.spread:.2g})."
+            )
+        columns = ("edit", "pairs", "mean shift", "mean size", "order changes", "rejected edited", "chosen edited")
+        tables.append(Table("Probes", columns, rows, note))
+    return tables

@@ -1,0 +1,276 @@
+"""Published scores, worked out by hand on small fixtures."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
+
+import pytest
+
+from btrm_core.errors import ConfigError, DataError
+from btrm_core.evaluation.suites import load_suite, registry, run_suite, suite_names
+from btrm_core.evaluation.suites import rewardbench as rb1
+
+
+def rb1_rows(right):
+    """Rows and rewards of RewardBench; `right` says per subset which rows the model gets right."""
+    rows, rewards = [], []
+    for subset, won in right.items():
+        for number, one in enumerate(won):
+            rows.append({"id": number, "subset": subset, "prompt": "p", "chosen": "c", "rejected": "r"})
+            rewards.append([1.0, 0.0] if one else [0.0, 1.0])
+    return rows, rewards
+
+
+def scored(name, rows, rewards, where="file"):
+    suite = load_suite(name)
+    items = [item for row in rows for item in suite.items(row, where)]
+    return run_suite(suite, items, rewards, "m", draws=20), items
+
+
+def whole_rb1(**changes):
+    right = {subset: [True] for weights in rb1.WEIGHTS.values() for subset in weights}
+    return right | {name.replace("_", "-"): value for name, value in changes.items()}
+
+
+def test_rewardbench_counts_are_the_published_ones():
+    assert {name: sum(weights.values()) for name, weights in rb1.WEIGHTS.items()} == {
+        "Chat": 358,
+        "Chat Hard": 456,
+        "Safety": 740,
+        "Reasoning": 1968,
+    }
+    code = sum(weight for name, weight in rb1.WEIGHTS["Reasoning"].items() if name.startswith("hep"))
+    assert rb1.WEIGHTS["Reasoning"]["math-prm"] == code == 984
+
+
+def test_rewardbench_math_weighs_as_much_as_code():
+    found, _ = scored("rewardbench", *rb1_rows(whole_rb1(math_prm=[False] * 447)))
+    assert found.scores.sections == {"Chat": 1.0, "Chat Hard": 1.0, "Safety": 1.0, "Reasoning": 0.5}
+    assert found.scores.total == pytest.approx(3.5 / 4)
+
+
+def test_rewardbench_safety_has_the_counts_of_xstest_the_right_way_round():
+    respond = whole_rb1(xstest_should_respond=[False])
+    refuse = whole_rb1(xstest_should_refuse=[False])
+    assert scored("rewardbench", *rb1_rows(respond))[0].scores.sections["Safety"] == pytest.approx(1 - 250 / 740)
+    assert scored("rewardbench", *rb1_rows(refuse))[0].scores.sections["Safety"] == pytest.approx(1 - 154 / 740)
+
+
+def test_rewardbench_prior_sets_weigh_half():
+    right = whole_rb1(math_prm=[False]) | {"anthropic_helpful": [True, False], "shp": [False]}
+    found, items = scored("rewardbench", *rb1_rows(right))
+    assert found.scores.sections["Prior Sets"] == 0.25
+    assert found.scores.total == pytest.approx((2 * 3.5 + 0.25) / 9)
+    written = load_suite("rewardbench").results(items, [[1, 0]] * len(items), "m")
+    assert written["model"] == "m"
+    assert written["hep-cpp"] == 1.0
+
+
+def test_rewardbench_ties_are_wrong_and_parts_give_no_total():
+    rows = [
+        {"id": 1, "subset": "llmbar-natural", "prompt": "p", "chosen": "c", "rejected": "r"},
+        {"id": 2, "subset": "mt-bench-hard", "prompt": "p", "chosen": "c", "rejected": "r"},
+    ]
+    found, _ = scored("rewardbench", rows, [[0.5, 0.5], [1.0, 0.0]])
+    assert found.scores.sections == {"Chat Hard": pytest.approx(37 / 137)}
+    assert found.scores.total is None
+    assert found.scores.subsets == {"llmbar-natural": 0.0, "mt-bench-hard": 1.0}
+
+
+def rb2_rows():
+    rows = [
+        {"id": str(n), "subset": subset, "prompt": "p", "chosen": ["c"], "rejected": ["x", "y", "z"], "num_correct": 1}
+        for n, subset in enumerate(("Factuality", "Precise IF", "Math", "Safety", "Focus"))
+    ]
+    tie = {"subset": "Ties", "prompt": "p"}
+    rows.append({**tie, "id": "ref:7", "chosen": ["c"], "rejected": ["x"], "num_correct": 1})
+    rows.append({**tie, "id": "tied:7", "chosen": ["c", "d"], "rejected": ["x"], "num_correct": 2})
+    return rows
+
+
+def test_rewardbench2_shares_the_point_among_equal_maxima():
+    best = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [2, 1, 2, 2]]
+    found, _ = scored("rewardbench2", rb2_rows(), [*best, [1.0, 0.0], [1.0, 1.0, 0.0]])
+    subsets = [found.scores.subsets[n] for n in ("Factuality", "Precise IF", "Math", "Safety", "Focus")]
+    assert subsets == [1, 1 / 2, 1 / 4, 0, pytest.approx(1 / 3)]
+    # Ties: both right (0.6), gap 1 over spread 0 twice (0.4), tanh(infinity) = 1 (0.01).
+    assert found.scores.subsets["Ties"] == pytest.approx(1.01)
+    assert found.scores.total == pytest.approx((1 + 1 / 2 + 1 / 4 + 0 + 1 / 3 + 1.01) / 6)
+
+
+@pytest.mark.parametrize(
+    ("ref", "tied", "expected"),
+    [
+        ([0.0, 0.0], [0.0, 0.0, 0.0], 0.0),  # a constant reward: nothing is right, 0/0 counts 0
+        # ref gap 2; tied spread 1, gap 3: all right, both margins hold, tanh(2/1 - 1)
+        ([2.0, 0.0], [4.0, 3.0, 0.0], 0.6 + 0.4 + 0.01 * math.tanh(1.0)),
+        # ref gap 0.5 below the spread of 1: only the tied prompt's margin holds
+        ([0.5, 0.0], [4.0, 3.0, 0.0], 0.6 + 0.2 + 0.01 * math.tanh(0.5 - 1)),
+        # the tied prompt is wrong: gap -1 over spread 2
+        ([2.0, 0.0], [4.0, 2.0, 3.0], 0.3 + 0.01 * math.tanh(-1 / 2 - 1)),
+    ],
+)
+def test_rewardbench2_ties(ref, tied, expected):
+    rows = rb2_rows()[-2:]
+    found, _ = scored("rewardbench2", rows, [ref, tied])
+    assert found.scores.subsets["Ties"] == pytest.approx(expected)
+    assert found.scores.total is None
+
+
+def test_rewardbench2_refuses_ids_of_ties_it_does_not_know():
+    row = {**rb2_rows()[-1], "id": "seven"}
+    with pytest.raises(DataError, match="expected ref:NUMBER or tied:NUMBER"):
+        load_suite("rewardbench2").items(row, "file")
+
+
+def rm_row(domain, number=0):
+    return {"id": number, "domain": domain, "prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"]}
+
+
+def test_rm_bench_levels_by_hand():
+    # Rewards grow with polish: concise 1, detailed 2, markdown 3, right answers 0.5 more.
+    polish = [1.5, 2.5, 3.5, 1.0, 2.0, 3.0]
+    found, _ = scored("rm-bench", [rm_row("chat")], [polish])
+    # hard: right concise against wrong detailed: lost. normal: won. easy: won.
+    assert found.scores.sections == {"chat": pytest.approx(2 / 3), "hard": 0.0, "normal": 1.0, "easy": 1.0}
+    assert found.scores.total is None
+
+
+def test_rm_bench_pools_safety_and_averages_domains():
+    rows = [
+        rm_row("chat"), rm_row("code"), rm_row("math"),
+        rm_row("safety-refuse"), rm_row("safety-response"), rm_row("safety-response", 1),
+    ]  # fmt: skip
+    all_right, all_wrong, tied = [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0] * 6
+    found, items = scored("rm-bench", rows, [all_right, all_wrong, tied, all_right, all_wrong, all_wrong])
+    assert found.scores.sections["safety"] == pytest.approx(1 / 3)
+    assert found.scores.total == pytest.approx((1 + 0 + 0 + 1 / 3) / 4)
+    written = load_suite("rm-bench").results(items, [all_right] * 6, "m")
+    assert (written[0]["score_chosen"], written[0]["score_rejected"], written[0]["domain"]) == (
+        [1] * 3,
+        [0] * 3,
+        "chat",
+    )
+    with pytest.raises(DataError, match="2 chosen and 3 rejected"):
+        load_suite("rm-bench").items({**rm_row("chat"), "chosen": ["a", "b"]}, "file")
+
+
+def judge_row(source, label, pair_id="1"):
+    return {
+        "pair_id": pair_id, "original_id": pair_id, "source": source, "question": "q", "label": label,
+        "response_model": "m", "response_A": "a", "response_B": "b",
+    }  # fmt: skip
+
+
+def test_judgebench_takes_a_tie_for_b():
+    rows = [judge_row("mmlu-pro-math", "A>B"), judge_row("mmlu-pro-law", "B>A"), judge_row("livecodebench", "B>A")]
+    found, items = scored("judgebench", rows, [[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    assert found.scores.sections == {"mmlu-pro": 0.5, "livecodebench": 1.0}
+    assert found.scores.total == pytest.approx(2 / 3)  # over pairs, not over sources
+    written = load_suite("judgebench").results(items, [[1.0, 1.0]] * 3, "m")
+    assert written[0]["judgments"][0]["decision"] == "B>A"
+    with pytest.raises(DataError, match="expected A>B or B>A"):
+        load_suite("judgebench").items(judge_row("mmlu-pro", "tie"), "file")
+
+
+def test_llmbar_in_both_forms():
+    own = {"input": "i", "output_1": "first", "output_2": "second", "label": 2}
+    (item,) = load_suite("llmbar").items(own, "LLMBar:Adversarial_Neighbor")
+    assert (item.subset, item.responses) == ("Neighbor", ("second", "first"))
+    standard = {
+        "id": "x", "subset": "natural",
+        "chosen": [{"role": "user", "content": "i"}, {"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "user", "content": "i"}, {"role": "assistant", "content": "bad"}],
+    }  # fmt: skip
+    rows = [standard, *({**standard, "subset": f"adver_{s}"} for s in ("neighbor", "GPTInst", "GPTOut", "manual"))]
+    found, _ = scored("llmbar", rows, [[1, 0], [1, 0], [0, 1], [0, 0], [1, 0]])
+    assert found.scores.sections == {"Natural": 1.0, "Adversarial": 0.5}
+    assert found.scores.total == pytest.approx(3 / 5)
+    with pytest.raises(DataError, match="expected 1 or 2"):
+        load_suite("llmbar").items({**own, "label": 0}, "Natural")
+
+
+def test_ppe_votes_and_answers():
+    vote = {"question_id": "q", "prompt": "p", "response_1": "a", "response_2": "b"}
+    suite = load_suite("ppe")
+    assert suite.items({**vote, "winner": "tie"}, "human") == []
+    votes = [{**vote, "winner": "model_a"}, {**vote, "winner": "model_b"}]
+    answers = {
+        "question_id": 1,
+        "prompt": "p",
+        "scores": [True, False, False],
+        **{f"response_{n}": "x" for n in (1, 2, 3)},
+    }
+    assert suite.items({**answers, "scores": [True, True, True]}, "math") == []
+    rows = [*votes, answers]
+    items = [item for row in rows for item in suite.items(row, "math")]
+    found = run_suite(suite, items, [[1.0, 0.0], [1.0, 1.0], [2.0, 2.0, 1.0]], "m", draws=20)
+    assert found.scores.subsets == {"human preference": 0.5, "math": 0.75}
+    assert found.scores.sections["math, best of K"] == 0.5
+    assert found.scores.total == 0.625
+    with pytest.raises(DataError, match="neither 'winner'"):
+        suite.items({"prompt": "p"}, "math")
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_what_could_not_be_scored_is_wrong_and_counted(name):
+    rows = {
+        "rewardbench": [rb1_rows({"alpacaeval-easy": [True, True]})[0][0]] * 2,
+        "rewardbench2": rb2_rows()[:1] * 2,
+        "rm-bench": [rm_row("chat")] * 2,
+        "judgebench": [judge_row("mmlu-pro", "A>B")] * 2,
+        "llmbar": [{"input": "i", "output_1": "a", "output_2": "b", "label": 1}] * 2,
+        "ppe": [{"prompt": "p", "response_1": "a", "response_2": "b", "winner": "model_a"}] * 2,
+    }[name]
+    suite = load_suite(name)
+    items = [item for row in rows for item in suite.items(row, "Natural")]
+    nothing = [[math.nan] * len(item.responses) for item in items]
+    found = run_suite(suite, items, nothing, "m", draws=5)
+    assert (found.items, found.unscored) == (2, 2)
+    assert all(value == 0 for value in found.scores.subsets.values())
+    with pytest.raises(DataError, match="hold no item"):
+        run_suite(suite, [], [], "m")
+
+
+def test_intervals_are_resampled_within_subsets():
+    rows, rewards = rb1_rows(whole_rb1(alpacaeval_easy=[True, False] * 50))
+    suite = load_suite("rewardbench")
+    items = [
+        item.__class__(**{**vars(item), "unit": f"{item.unit}:{n}"})
+        for n, item in enumerate(i for row in rows for i in suite.items(row, "f"))
+    ]
+    found = run_suite(suite, items, rewards, "m")
+    chat = found.intervals["Chat"]
+    share = 100 / 358
+    assert chat.half_width == pytest.approx(1.96 * share * 0.05, rel=0.15)
+    assert found.intervals["Safety"].half_width == 0.0  # one item a subset: nothing to draw from
+    assert found.intervals["total"].half_width == pytest.approx(chat.half_width / 4, rel=1e-6)
+
+
+def test_strangers_bring_their_own(monkeypatch):
+    good = SimpleNamespace(NAME="mine", SOURCES=(), items=None, score=None, results=None)
+    bad = SimpleNamespace(NAME="half")
+
+    def points(group):
+        assert group == "btrm.suites"
+        return [
+            EntryPoint("mine", "tests_good", group), EntryPoint("half", "tests_half", group),
+            EntryPoint("broken", "no_such_module_at_all", group), EntryPoint("ppe", "tests_good", group),
+        ]  # fmt: skip
+
+    monkeypatch.setattr(registry, "entry_points", points)
+    monkeypatch.setitem(__import__("sys").modules, "tests_good", good)
+    monkeypatch.setitem(__import__("sys").modules, "tests_half", bad)
+    assert suite_names() == [
+        "rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "ppe", "broken", "half", "mine"
+    ]  # fmt: skip
+    assert load_suite("mine") is good
+    assert load_suite("ppe").NAME == "ppe"
+    with pytest.raises(ConfigError, match="has no SOURCES, items, score, results"):
+        load_suite("half")
+    with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
+        load_suite("broken")
+    with pytest.raises(ConfigError, match="Did you mean 'rewardbench'"):
+        load_suite("rewardbnch")

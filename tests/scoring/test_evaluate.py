@@ -1,0 +1,271 @@
+"""`btrm eval` from files of pairs to figures, comparisons and a report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from support.scorer_samples import change_json, own_reward, reward_model
+from transformers import AutoModelForSequenceClassification
+
+from btrm_core.cli import main
+from btrm_core.errors import CheckpointError, DataError
+from btrm_core.evaluation import PROBES, assess
+from btrm_core.scoring.evaluate import source_rewards
+from btrm_core.scoring.judge import Request, invariance_of, judge
+from btrm_core.scoring.results import report_of
+from btrm_core.scoring.scorer import Scorer
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reward_model(tmp_path_factory.mktemp("evaluate") / "first" / "model")
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reward_model(tmp_path_factory.mktemp("evaluate") / "second" / "model", "gemma")
+
+
+@pytest.fixture(scope="session")
+def scorer(model: Path) -> Scorer:
+    return Scorer(str(model), device="cpu", tokens_per_batch=64)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BTRM_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, rows: Iterable[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(number: int, lead: str = "") -> list[dict[str, Any]]:
+    return [
+        {"id": n, "prompt": f"{lead}Say {n // 2}.", "chosen": f"{n}", "rejected": f"Not {n}, never.", "margin": n % 3}
+        for n in range(number)
+    ]
+
+
+def btrm(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in ("eval", *arguments)])
+
+
+def test_rewards_of_a_source_with_all_that_is_known_of_its_pairs(scorer: Scorer, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [*pairs(12), {"chosen": 1, "rejected": 2}])
+    found = source_rewards(scorer, source)
+    rewards = found.rewards
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in pairs(12)]
+    expected = scorer.pair_rewards(prompts, [r["chosen"] for r in pairs(12)], [r["rejected"] for r in pairs(12)])
+    np.testing.assert_allclose(rewards.reward_P2, expected, atol=1e-5)
+    assert (found.bad_rows, len(rewards)) == (1, 12)
+    assert any("in.jsonl:13: 'chosen' is 1 (int)" in note for note in found.notes)
+    assert len(set(rewards.prompt_P.tolist())) == 6
+    assert rewards.characters_P2[11].tolist() == [2, len("Not 11, never.")]
+    assert (rewards.tokens_P2[:, 1] > rewards.tokens_P2[:, 0]).all()
+    assert rewards.data_margin_P[:4].tolist() == [0, 1, 2, 0]
+    assert rewards.text is not None
+    assert rewards.text(3).prompt == (("user", "Say 1."),)
+    assert rewards.text(3).rejected == "Not 3, never."
+    figures = assess(rewards)
+    assert [bias.longer_wins for bias in figures.length] == [0.0, 0.0]
+    assert figures.accuracy.half == pytest.approx((expected[:, 0] > expected[:, 1]).mean())
+
+
+def test_shared_prompts_are_computed_once(scorer: Scorer, tmp_path: Path) -> None:
+    long = "Tell me about it. " * 10
+    source = write(
+        tmp_path / "in.jsonl", [{"prompt": long, "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(5)]
+    )
+    before = scorer.tokens.computed, scorer.tokens.useful
+    source_rewards(scorer, source)
+    assert (scorer.tokens.computed - before[0]) < 0.7 * (scorer.tokens.useful - before[1])
+
+
+def copied(model: Path, directory: Path) -> Path:
+    directory.mkdir()
+    for file in model.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def test_a_reward_that_is_no_number_stops_it(model: Path, tmp_path: Path) -> None:
+    broken = copied(model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["score.weight"][0, 0] = float("inf")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    source = write(tmp_path / "in.jsonl", pairs(3))
+    with pytest.raises(CheckpointError, match=r"gives pair \d a reward that is not a finite number"):
+        source_rewards(Scorer(str(broken), device="cpu"), source)
+
+
+def test_several_sources_are_judged_alone_and_together(scorer: Scorer, tmp_path: Path) -> None:
+    first = write(tmp_path / "first.jsonl", pairs(12))
+    second = write(tmp_path / "second.jsonl", pairs(7, "And "))
+    report = report_of([judge(scorer, Request((first, second, first)))])
+    assert [(e.data, e.accuracy.pairs) for e, _ in report.evaluations] == [(first, 12), (second, 7), ("all", 19)]
+    assert {part.name: part.accuracy.pairs for part in report.evaluations[2][0].subsets} == {"first": 12, "second": 7}
+
+
+def test_kept_rewards_give_the_same_figures(model: Path, tmp_path: Path) -> None:
+    source, kept = write(tmp_path / "in.jsonl", pairs(20)), tmp_path / "kept.parquet"
+    direct = btrm(model, "--data", source, "-o", kept, "--json")
+    assert direct.exit_code == 0, direct.output
+    again = btrm("--scores", kept, "--json")
+    assert again.exit_code == 0
+    first, second = (json.loads(result.stdout) for result in (direct, again))
+    assert first["evaluations"] == second["evaluations"]
+    assert first["models"][0]["family"] == "llama3"
+    assert first["models"][0]["sources"][0]["rows"]["pairs"] == 20
+
+
+def test_two_models_are_compared_and_reported(model: Path, other: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", pairs(30))
+    result = btrm(model, "--data", source, "--against", other, "--report", tmp_path / "report", "--probes")
+    assert result.exit_code == 0, result.output
+    text = result.stdout
+    assert re.search(r"^first 4?[\d.]+ % against second [\d.]+ % on the same 30 pairs: ", text, re.M)
+    assert re.search(r"^first +in\.jsonl +30 +[\d.]+ % +[\d.]+ to [\d.]+ ", text, re.M)
+    assert "the smallest difference this data would have shown" in text
+    assert f"written: {tmp_path / 'report' / 'report.html'}" in result.stderr
+    values = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert values["comparisons"][0]["overall"]["pairs"] == 30
+    assert [row["name"] for row in values["models"][0]["probes"]] == list(PROBES)
+    assert values["models"][1]["probes"] == []
+    same = btrm("--scores", _kept(other, source, tmp_path), "--against", _kept(model, source, tmp_path))
+    assert "on the same 30 pairs" in same.stdout
+
+
+def _kept(model: Path, source: str, folder: Path) -> Path:
+    file = folder / f"{model.parent.name}.jsonl"
+    assert btrm(model, "--data", source, "-o", file).exit_code == 0
+    return file
+
+
+def test_a_suite_from_a_file_in_its_own_form(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "subset": subset, "prompt": f"Say {n}.", "chosen": f"{n}", "rejected": "No, never."}
+        for n, subset in enumerate(["alpacaeval-easy", "math-prm", "hep-cpp", "donotanswer"] * 3)
+    ]
+    source = write(tmp_path / "rb.jsonl", rows)
+    result = btrm(model, "--suite", f"rewardbench={source}", "--report", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^first +Reasoning +[\d.]+ % ", result.stdout, re.M)
+    written = json.loads((tmp_path / "report" / "rewardbench.json").read_text())
+    assert set(written) == {"model", "model_type", "chat_template", *(row["subset"] for row in rows)}
+    found = judge(Scorer(str(model), device="cpu"), Request(suites=[f"rewardbench={source}"])).suites[0][0]
+    assert found.scores.subsets["math-prm"] == written["math-prm"]
+    wrong = btrm(model, "--suite", f"rm-bench={source}")
+    assert wrong.exit_code == 2
+    assert "row 1 is none of suite rm-bench: 'chosen' is str, expected a list of texts" in wrong.stderr
+
+
+def test_best_of_n_from_a_file(model: Path, scorer: Scorer, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Say {n}.", "responses": ["one", "two", "three words here"], "gold": [0.0, 1.0, 0.5]}
+        for n in range(4)
+    ]
+    source = write(tmp_path / "bon.jsonl", rows)
+    (found,) = (curve for _, curve in judge(scorer, Request(best_of_n=[source])).best_of_n)
+    rewards = scorer.group_rewards([([{"role": "user", "content": r["prompt"]}], r["responses"]) for r in rows])
+    best = np.mean([row["gold"][int(np.argmax(given))] for row, given in zip(rows, rewards, strict=True)])
+    assert (found.prompts, len(found.curve)) == (4, 3)
+    assert found.curve[2].gold == pytest.approx(best)
+    assert "Best of N" in btrm(model, "--best-of-n", source).stdout
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "p", "responses": ["a"], "gold": [1, 2]}])
+    assert "row 1: expected 'responses' and as many numbers in 'gold'" in btrm(model, "--best-of-n", bad).stderr
+
+
+def test_rewards_do_not_depend_on_company_or_order(scorer: Scorer) -> None:
+    groups = [([{"role": "user", "content": f"Say {n}."}], [f"{n}", "word " * n + "end"]) for n in range(1, 9)]
+    found = invariance_of(scorer, groups)
+    assert max(found.alone, found.order) < 1e-4 * found.spread
+    assert invariance_of(scorer, [([{"role": "user", "content": "word " * 999}], ["a"])]).spread == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to evaluate; name a MODEL"),
+        (("MODEL",), "nothing to evaluate on; give pairs with --data SRC"),
+        (("MODEL", "--suite", "rewardbnch"), "there is no suite 'rewardbnch'"),
+        (("MODEL", "--suite", "llmbar", "--probes"), "--probes edits the answers of pairs"),
+        (("MODEL", "--suite", "llmbar", "--against", "x"), "--against compares on pairs"),
+        (("MODEL", "--suite", "llmbar", "-o", "x"), "--output keeps the rewards of pairs"),
+        (("--scores", "none.jsonl"), "there is no file none.jsonl"),
+        (("--scores", "SCORES", "--against", "MODEL"), "which needs the pairs"),
+    ],
+)
+def test_what_cannot_give_a_result_is_one_line(
+    model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    kept = write(tmp_path / "kept.jsonl", [{"id": 1, "scores_chosen": 1.0, "scores_rejected": 0.0}])
+    result = btrm(*(str({"MODEL": model, "SCORES": kept}.get(a, a)) for a in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_one_pair_all_ties_and_missing_rewards_give_figures(tmp_path: Path) -> None:
+    rows = [{"id": n, "scores_chosen": 1.0, "scores_rejected": 1.0} for n in range(3)]
+    rows.append({"id": 9, "scores_chosen": None, "scores_rejected": 1.0})
+    result = btrm("--scores", write(tmp_path / "ties.jsonl", rows), "--report", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert "1 without two finite rewards left out" in result.stdout
+    assert "accuracy 50.0 % with ties half, 0.0 % with ties wrong, – without ties" in result.stdout
+    assert "NaN" not in (tmp_path / "report" / "report.json").read_text()
+    nothing = btrm("--scores", write(tmp_path / "none.jsonl", rows[3:]))
+    assert (nothing.exit_code, nothing.stdout) == (2, "")
+
+
+def strangers(model: Path, directory: Path, **tokenizer: Any) -> Path:
+    """The model as another trainer leaves it: no btrm.json."""
+    made = copied(model, directory)
+    (made / "btrm.json").unlink()
+    change_json(made / "tokenizer_config.json", **tokenizer)
+    return made
+
+
+def test_a_model_of_another_trainer_is_read_at_its_own_last_token(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    eos = json.loads((model / "tokenizer_config.json").read_text())["eos_token"]
+    made = strangers(model, tmp_path / "stranger", pad_token=eos)
+    found = Scorer(str(made), device="cpu")
+    assert "the pad token" in caplog.text
+    assert "btrm reads it at the last token of the conversation" in caplog.text
+    conversation = [{"role": "user", "content": "Is ice cold?"}, {"role": "assistant", "content": "Yes."}]
+    (ids,) = found.chat.encode([conversation])
+    hf = AutoModelForSequenceClassification.from_pretrained(made, dtype=torch.float32).eval()
+    hf.config.pad_token_id = None  # transformers then reads the last token, too
+    assert found.rewards([conversation])[0] == pytest.approx(own_reward(hf, ids), abs=1e-5)
+    several = found.rewards([conversation, [*conversation, *conversation], conversation[:1] + conversation[1:]])
+    assert several[0] == several[2] == pytest.approx(own_reward(hf, ids), abs=1e-5)
+    source = write(tmp_path / "in.jsonl", pairs(4))
+    assert source_rewards(found, source).rewards.reward_P2.shape == (4, 2)
+
+
+def test_a_stranger_without_pad_token_is_scored_alike(model: Path, tmp_path: Path) -> None:
+    made = strangers(model, tmp_path / "stranger", pad_token=None)
+    conversation = [{"role": "user", "content": "Is ice cold?"}, {"role": "assistant", "content": "Yes."}]
+    expected = Scorer(str(model), device="cpu").rewards([conversation])
+    np.testing.assert_allclose(Scorer(str(made), device="cpu").rewards([conversation]), expected, atol=1e-5)
+    own = copied(model, tmp_path / "own")
+    change_json(own / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(CheckpointError, match="names no pad token"):
+        Scorer(str(own), device="cpu")
+
+
+def test_a_source_without_pairs_is_said(scorer: Scorer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pairs are left"):
+        source_rewards(scorer, write(tmp_path / "bad.jsonl", [{"chosen": 1, "rejected": 2}]))
