@@ -16,8 +16,9 @@ from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model,
 from btrm_core.cli import main
 from btrm_core.errors import CheckpointError, DataError
 from btrm_core.evaluation.text import format_evaluation
-from btrm_core.scoring.bulk import header_file, score_file
+from btrm_core.scoring.bulk import score_file
 from btrm_core.scoring.evaluate import evaluate_sources
+from btrm_core.scoring.partial import header_file
 from btrm_core.scoring.responses import Responses, Rewards
 from btrm_core.scoring.scorer import Scorer
 
