@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from btrm_core.errors import first_line
+
 
 def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | None:
     """Say in one line why the hub does not give `name`, or None if the error is not about that.
@@ -33,7 +35,7 @@ def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | N
                 "one log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
             )
         if isinstance(found, errors.EntryNotFoundError) and not isinstance(found, errors.LocalEntryNotFoundError):
-            return f"the {kind} {name} on the Hugging Face Hub lacks a file that is needed: {_first(found)}"
+            return f"the {kind} {name} on the Hugging Face Hub lacks a file that is needed: {first_line(found)}"
     for found in _chain(error):
         if isinstance(found, errors.OfflineModeIsEnabled):
             return (
@@ -56,7 +58,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(found))
         yield found
         found = found.__cause__ or found.__context__
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

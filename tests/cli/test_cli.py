@@ -71,6 +71,7 @@ def test_every_flag_is_made_from_its_setting_once():
     assert {parameter.name for parameter in doctor.params} - {"subject", "pairs", "no_model", "full", "as_json"} == {
         *(
             "family",
+            "force_family",
             "model",
             "revision",
             "trust_remote_code",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from btrm_core.console import quiet_libraries
 from btrm_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def load(spec: Spec) -> datasets.Dataset:
     reached = _reach(spec)
     options = {key: value for key in ("data_dir", "data_files", "revision") if (value := spec.option(key))}
     try:
-        with _quiet(offline=not reached):
+        with quiet_libraries(), contextlib.nullcontext() if reached else _only_the_cache():
             return datasets.load_dataset(spec.place, spec.config, split=spec.split or "train", **options)
     except Exception as error:  # the Hub client, the data set's builder and Arrow raise what they like
         hint = "Check the id, the split and the connection, or pass a local file."
@@ -73,18 +73,14 @@ def _reach(spec: Spec) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet(*, offline: bool) -> Iterator[None]:
-    """Silence the Hub client's retry messages; with `offline` let only its cache answer."""
+def _only_the_cache() -> Iterator[None]:
+    """Let the Hub client answer from its cache alone."""
     import datasets
     import huggingface_hub.constants as hub
 
-    logger = logging.getLogger("huggingface_hub")
-    before = (datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE, logger.level)
-    if offline:
-        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    logger.setLevel(logging.ERROR)
+    before = (datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE)
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before[:2]
-        logger.setLevel(before[2])
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before

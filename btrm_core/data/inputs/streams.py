@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from btrm_core.errors import DataError
+from btrm_core.errors import DataError, first_line
 
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -64,7 +64,7 @@ class Unpacked(io.RawIOBase):
         except OSError as error:
             if error.errno:  # the disk, not the data
                 raise
-            self.broken = str(error).splitlines()[0]
+            self.broken = first_line(error)
             return 0
         buffer[: len(data)] = data
         return len(data)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btrm_core.data.issues import RowIssue
+from btrm_core.errors import first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -85,8 +86,7 @@ def _rows(source: Source, batches: Iterator[pyarrow.RecordBatch], name: str) -> 
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk, not the data
             raise
-        text = str(error).strip().splitlines()[0]
-        reason = f"unreadable {name} data from here on ({text}); the file may be truncated"
+        reason = f"unreadable {name} data from here on ({first_line(error)}); the file may be truncated"
         yield line + 1, RowIssue(source.where, line + 1, reason, f"unreadable {name}")
 
 
@@ -101,7 +101,7 @@ def _plain_rows(batch: pyarrow.RecordBatch) -> Iterator[Row | str]:
             try:
                 yield _row({name: (column[index].as_py(), decode) for name, (column, decode) in columns.items()})
             except (ValueError, ArithmeticError) as error:
-                yield str(error).splitlines()[0]
+                yield first_line(error)
         return
     for index in range(batch.num_rows):
         try:

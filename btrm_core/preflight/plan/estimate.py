@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from btrm_core.config import apply, check
+from btrm_core.console import table
 from btrm_core.errors import ConfigError
 from btrm_core.families import RECIPE
 from btrm_core.model import Parameters, Shape, flops_per_token, read_shape
@@ -279,10 +280,7 @@ def format_estimate(estimates: Sequence[Estimate]) -> str:
         row: tuple[str, ...] = (e.preset, *(f"{size / GIB:.1f}" for size in sizes), "yes" if e.fits else "no")
         row += ("yes" if e.checkpointing else "no", f"{m.host * gpus / GIB:.1f}", f"{e.communication / GIB:.1f}")
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
+    lines += table(rows, right=range(1, len(columns)))
     lines += [
         f"fits: total, {FRAGMENTATION:.0%} of activations and buffers, and {CONTEXT} GiB for CUDA and NCCL (assumed) "
         f"are at most {first.hardware.memory / GIB:.1f} GiB",
