@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,14 @@ def own_process_group() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def drawn() -> random.Random:
+    """Random draws whose seed is printed with a failure; BTRM_SEED draws the same again."""
+    seed = int(os.environ.get("BTRM_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"draws of this test: BTRM_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture

@@ -233,7 +233,7 @@ def _borders(hash_P: NDArray[np.uint64], ranking_P: IntArray) -> list[tuple[int,
 
     >>> hashes = np.repeat(np.arange(3, dtype=np.uint64), [CHUNK_PAIRS - 1, 3, 3 * CHUNK_PAIRS])
     >>> _borders(hashes, np.zeros(len(hashes), dtype=np.int64))
-    [(0, 1026), (1026, 2050), (2050, 3074), (3074, 4098)]
+    [(0, 1026), (1026, 2050), (2050, 4098)]
     """
     number = len(hash_P)
     ends = np.append(np.flatnonzero(np.diff(hash_P)) + 1, number)

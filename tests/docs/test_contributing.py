@@ -10,15 +10,20 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer
 
-from btrm_core.families import hookspecs
+from btrm_core.families import PROJECT, hookspecs, list_families, load
 from btrm_core.families.hookspecs import HOOKS
 from btrm_core.families.new_family import package_files
+from btrm_core.model import build_toy
 from btrm_core.preflight.conformance import runner
+from btrm_core.preflight.conformance.probe import answers
 from btrm_core.preflight.conformance.runner import FamilyConformance
 
 ROOT = Path(__file__).parents[2]
 NAME = "parrot"
+OPTIONAL = {"init_head"}
+"""Answered by btrm's default for every family that comes with it; tests/preflight and tests/families give their own."""
 LANGUAGES = {".toml": "toml", ".py": "python", ".jinja": "jinja", ".md": "markdown"}
 
 TUTORIAL = """\
@@ -127,11 +132,24 @@ def test_every_signature_is_recorded_in_the_changelog():
     assert not gone, "these hooks are gone: say so under *Hooks* in CHANGELOG.md"
 
 
-def test_every_hook_has_tests():
-    """Each hook is asked in the tests of families: by its name, for its answer and for its faults."""
-    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
-    for name in HOOKS:
-        using = [
-            file for file, text in tests.items() if re.search(rf"\b{name}\b", text) and file != Path(__file__).name
-        ]
-        assert len(using) >= 2, f"hook {name} is tested in {using}"
+def test_every_hook_is_implemented_by_a_family_and_by_the_package_that_conformance_breaks():
+    """A hook ships only with a real family that needs it, and the kit is tried on a package that answers it."""
+    written = re.findall(r"^@hookimpl\ndef (\w+)", package_files(NAME)[f"btrm_{NAME}/__init__.py"], re.MULTILINE)
+    real = {hook for entry in list_families() if entry.distribution == PROJECT for hook in load(entry.name).hooks}
+    third = {
+        hook
+        for path in (ROOT / "tests" / "third_party").glob("*/btrm_*/__init__.py")
+        for hook in re.findall(r"^@hookimpl\ndef (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert set(HOOKS) - OPTIONAL <= real
+    assert set(HOOKS) <= real | third | OPTIONAL
+    assert set(written) <= set(HOOKS)
+
+
+def test_conformance_asks_every_hook(tmp_path):
+    """The probe that compares two processes asks each hook, so none can answer unsteadily unseen."""
+    family = load("llama3")
+    directory = tmp_path / "toy"
+    build_toy(family.recipe().tiny, directory)
+    config, tokenizer = AutoConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    assert set(answers(family, config, tokenizer)) == set(HOOKS)

@@ -1,8 +1,11 @@
 """What the documents say a user can type can be typed."""
 
+import dataclasses
+import itertools
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import click
@@ -10,11 +13,26 @@ import pytest
 import yaml
 
 from btrm_core.cli import main
+from btrm_core.config import read_settings
+from btrm_core.settings import RunConfig
 from btrm_core.training.processes.launch import SHUTDOWN_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [path for path in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md") if (ROOT / path).exists()]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
+
+
+def settings_by_name():
+    """The names that `--set` takes."""
+    run = RunConfig()
+    sections = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    return set(sections) | {
+        f"{name}.{field.name}"
+        for name, section in sections.items()
+        if dataclasses.is_dataclass(section)
+        for field in dataclasses.fields(section)
+    }
 
 
 def blocks(name, language):
@@ -135,7 +153,8 @@ def test_the_slurm_script_passes_the_signal_on_and_queues_the_job_again(tmp_path
     assert shell.stdout.readline() == "up\n"
     if stopped:
         shell.terminate()
-    code = shell.wait(30)
+    code = shell.wait(120)
+    shell.stdout.close()
     calls = (tmp_path / "calls").read_text().splitlines()
     requeued = ["told", "saved", "scontrol requeue 7"] if stopped else []
     assert calls == ["scontrol show hostnames host[1-2]", *requeued]
@@ -178,9 +197,41 @@ def test_the_kubernetes_manifest():
     assert variables == {"RANK", "MASTER_ADDR", "MASTER_PORT"}, "all are set by the operator"
 
 
-def test_the_examples_of_toml_and_links_exist():
+def test_links_exist():
     for name in DOCUMENTS:
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if not target.startswith("http") and "OWNER" not in target:
                 assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_examples_of_toml_can_be_read(name, tmp_path):
+    """A file of settings is read as `--config` reads it; a package's description is TOML."""
+    for block in re.findall(r"```toml\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL):
+        if "project" not in tomllib.loads(block):
+            (tmp_path / "run.toml").write_text(block)
+            read_settings(str(tmp_path / "run.toml"))
+
+
+def shorthands():
+    """Commands and settings inside a sentence; what is in capitals stands for something."""
+    for name in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+        for code in dict.fromkeys(re.findall(r"`((?:btrm |--set )[^`]+)`", text)):
+            yield pytest.param(code, id=f"{name}: {code[:60]}")
+
+
+@pytest.mark.parametrize("code", list(shorthands()))
+def test_commands_and_settings_inside_a_sentence_exist(code):
+    words = shlex.split(code)
+    if words[0] == "btrm" and not words[1].startswith("-"):
+        command, context = main, click.Context(main)
+        while isinstance(command, click.Group) and len(words) > 1:
+            command, words = command.get_command(context, words[1]), words[1:]
+            assert command is not None, f"no command {words[0]}"
+        known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
+    for word, value in itertools.pairwise(words):
+        if word == "--set" and not value.startswith("section."):
+            assert value.split("=")[0] in settings_by_name(), f"no setting {value}"

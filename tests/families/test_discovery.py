@@ -40,6 +40,9 @@ GOOD = """
 """
 
 
+LISTING_MODULES = 400
+
+
 def entry(name):
     found = [e for e in list_families() if e.name == name]
     assert len(found) == 1
@@ -94,20 +97,21 @@ def test_an_uninstalled_family_vanishes(install, tmp_path, monkeypatch):
         load("foo")
 
 
-def test_listing_takes_a_fraction_of_a_second(install):
+def test_listing_loads_little(install):
+    """What makes `btrm families` quick is what it does not load; seconds would measure the machine."""
     install(GOOD)
-    code = "from btrm_core import families as f; print(f.format_families(f.list_families()))"
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "from btrm_core import families as f; print(f.format_families(f.list_families()))\n"
+        "print(len(set(sys.modules) - before), file=sys.stderr)\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'numpy', 'datasets', 'jinja2'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or None)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
-        after = os.times()
-        # Processor time, not the clock: other tests may share the machine.
-        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
-        assert done.returncode == 0, done.stderr
-        assert "Foo: a family for tests." in done.stdout
-    assert min(seconds) < 0.3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Foo: a family for tests." in done.stdout
+    assert int(done.stderr.splitlines()[-1]) < LISTING_MODULES
 
 
 def test_what_a_plugin_prints_while_it_is_imported_stays_off_stdout(install, capsys):

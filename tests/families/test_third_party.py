@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from support.environments import Environment, build_wheel
 
+pytestmark = pytest.mark.timeout(1200)
+
 PACKAGES = Path(__file__).parents[1] / "third_party"
 NAMES = {"smollm2": "btrm-smollm2 0.2.0", "phi3": "btrm-phi3 1.0.0"}
 TOKENS = {"smollm2": ("<|im_end|>", "<|endoftext|>"), "phi3": ("<|end|>", "<|placeholder1|>")}
@@ -124,7 +126,7 @@ def test_smollm2_with_its_real_weights(environment, real_model, tmp_path):
     source.write_text("".join(SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:40]), encoding="utf-8")
     output = tmp_path / "run"
     train = ["train", "--model", str(real_model), "--data", str(source), "--output", str(output), *settings]
-    done_well(environment.btrm(*train, timeout=280))
+    done_well(environment.btrm(*train))
     manifest = json.loads((output / "model" / "btrm.json").read_text(encoding="utf-8"))
     assert (manifest["family"], manifest["origin"], manifest["pad_token_id"]) == ("smollm2", NAMES["smollm2"], 0)
     lines = scored(environment, output, source)
@@ -134,5 +136,5 @@ def test_smollm2_with_its_real_weights(environment, real_model, tmp_path):
 
 @pytest.mark.hub("model")
 def test_smollm2_passes_the_checks_on_the_real_checkpoint(environment, real_model):
-    report = done_well(environment.btrm("families", "smollm2", "--check", "--model", str(real_model), timeout=280))
+    report = done_well(environment.btrm("families", "smollm2", "--check", "--model", str(real_model)))
     assert re.search(r"^\d\d passed, 0 failed, 0 skipped$", report, re.MULTILINE), report

@@ -19,6 +19,8 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+HANGS = 900
+"""Seconds after which a program is taken to hang; no measure of speed, a busy machine stays far below."""
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 
 
@@ -39,7 +41,7 @@ class Environment:
     def uninstall(self, *distributions: str) -> None:
         self._pip("uninstall", "--yes", *distributions)
 
-    def run(self, *arguments: str, timeout: float = 120, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: float = HANGS, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run the environment's Python, away from the repository, as a user would."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BTRM_CACHE": str(self.cache)}
         environment.pop("PYTHONPATH", None)
@@ -53,7 +55,7 @@ class Environment:
             timeout=timeout,
         )
 
-    def btrm(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def btrm(self, *arguments: str, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "btrm_core", *arguments, timeout=timeout)
 
     @property
@@ -62,7 +64,7 @@ class Environment:
 
     def _pip(self, *arguments: str) -> None:
         done = subprocess.run(
-            [*_PIP, "--python", str(self.python), *arguments], capture_output=True, text=True, timeout=120
+            [*_PIP, "--python", str(self.python), *arguments], capture_output=True, text=True, timeout=HANGS
         )
         assert done.returncode == 0, done.stderr
 
@@ -106,7 +108,7 @@ def build_wheel(source: Path, directory: Path) -> Path:
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
     target = directory / "wheels" / source.name
     command = [*_PIP, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(target), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     (wheel,) = target.glob("*.whl")
     return wheel

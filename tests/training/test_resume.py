@@ -92,9 +92,9 @@ def killed_after(step: int, root: str, output: str, values: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_killed_and_resumed(root: Path, tmp_path: Path, mode: str) -> None:
+def test_killed_and_resumed(root: Path, tmp_path: Path, mode: str, drawn: random.Random) -> None:
     values = {**MODES[mode], **SAVING}
-    step = random.randint(4, 9)
+    step = drawn.randint(4, 9)
     output = tmp_path / f"killed after step {step}"
     child = processes.start(killed_after, step, str(root), str(output), values, log=tmp_path / "log")
     whole = trajectory(root, tmp_path / "whole", **values)
@@ -110,7 +110,7 @@ def test_killed_and_resumed(root: Path, tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("lives", [LIVES, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, lives: int) -> None:
+def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, lives: int, drawn: random.Random) -> None:
     """A run that saves after every step is killed again and again, most times while it saves, and always goes on."""
     steps = 12 * lives
     values = {"train__max_steps": steps, "train__epochs": 100.0, "output__resume": "auto"}
@@ -120,7 +120,7 @@ def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, lives: int) 
         before = _newest(output)
         child = processes.start(trajectories.trajectory, root, output, log=log, **{**values, "output__save_every": 1})
         processes.until(lambda before=before: _newest(output) > before, child)
-        time.sleep(random.uniform(0, 0.4))
+        time.sleep(drawn.uniform(0, 0.4))
         child[0].kill()
         assert processes.wait(child) == [-signal.SIGKILL]
         during += bool(list((output / "resume").glob(".step-*")))
