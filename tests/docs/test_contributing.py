@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+from test_layering import LAYERS
 from transformers import AutoConfig, AutoTokenizer
 
 from btrm_core.families import PROJECT, hookspecs, list_families, load
@@ -21,6 +23,7 @@ from btrm_core.preflight.conformance.probe import answers
 from btrm_core.preflight.conformance.runner import FamilyConformance
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "btrm_core"
 NAME = "parrot"
 OPTIONAL = {"init_head"}
 """Answered by btrm's default for every family that comes with it; tests/preflight and tests/families give their own."""
@@ -85,7 +88,38 @@ def hooks() -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize(("section", "generate"), [("family tutorial", tutorial), ("hooks", hooks)])
+def charter(name: str) -> str:
+    """What a package or module says it is, in the first paragraph of its docstring."""
+    path = PACKAGE / name / "__init__.py" if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
+    return re.sub(rf"^{name.capitalize()}: (.)", lambda found: found.group(1).upper(), text)
+
+
+def tour() -> str:
+    """Packages and modules in import order with their charters."""
+    rows = [f"| `{name}` | {charter(name)} |" for line in LAYERS.split("\n") for name in line.split()]
+    return "\n".join(["| | what it decides |", "|---|---|", *rows])
+
+
+def test_the_files_to_change_and_the_ways_through_the_house_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A tour")[2].partition("## Habits")[0]
+    hand_written = text.partition("### What you change")[2]
+    named = {code for code in re.findall(r"`([\w/.]+(?:\.py|\.md|/))`", hand_written) if "NAME" not in code}
+    assert len(named) > 40
+    missing = {code for code in named if not (PACKAGE / code).exists() and not (ROOT / code).exists()}
+    assert not missing
+    ways = re.findall(r"^  (\w[\w/, ]+?)   ", text, re.MULTILINE)
+    assert len(ways) > 15
+    for way in ways:
+        folder = ""
+        for place in way.split(", "):
+            folder = place.rpartition("/")[0] or folder
+            name = place.rpartition("/")[2]
+            found = [PACKAGE / folder / name, PACKAGE / folder / f"{name}.py"]
+            assert any(path.exists() for path in found), f"{way} is no place in btrm_core"
+
+
+@pytest.mark.parametrize(("section", "generate"), [("tour", tour), ("family tutorial", tutorial), ("hooks", hooks)])
 def test_generated_part_of_contributing_is_current(section, generate, update_golden):
     file = ROOT / "CONTRIBUTING.md"
     begin, end = f"<!-- {section}: begin -->\n", f"<!-- {section}: end -->"
