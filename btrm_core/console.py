@@ -27,7 +27,12 @@ class Member(Protocol):
 
 
 def say(runtime: Member, text: str) -> None:
-    """Print one remark to standard error, once over all processes, without breaking the bar."""
+    """Print one remark to standard error, once over all processes, without breaking the bar.
+
+    Args:
+        runtime: the process that speaks; only the main one is heard.
+        text: one or more lines.
+    """
     if runtime.is_main:
         from tqdm import tqdm
 
@@ -60,7 +65,11 @@ def quiet_libraries(stdout: TextIO | None = None, stderr: TextIO | None = None) 
 
 
 def finite(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinity, which it does not know, become None, at any depth."""
+    """The value as JSON can hold it: NaN and infinity, which it does not know, become None, at any depth.
+
+    Args:
+        value: numbers, texts, lists and dictionaries.
+    """
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -69,7 +78,11 @@ def finite(value: Any) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """JSON as btrm prints it on standard output."""
+    """JSON as btrm prints it on standard output.
+
+    Args:
+        value: what JSON can hold; anything else as its text.
+    """
     return json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)
 
 

@@ -38,6 +38,10 @@ class TrainingError(BtrmError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name nearest to `name`, or an empty string.
 
+    Args:
+        name: what was written.
+        known: what could have been meant.
+
     >>> did_you_mean("lama3", ["llama3", "gemma"])
     " Did you mean 'llama3'?"
     >>> did_you_mean("zzz", ["llama3", "gemma"])
@@ -50,6 +54,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     r"""Return a stranger's text with everything that a terminal would obey or not show written as its escape.
 
+    Args:
+        text: what others wrote.
+
     >>> print(printable("a\x1b[31m\nb"))
     a\x1b[31m\nb
     """
@@ -57,7 +64,11 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The type and the first line of an exception; of btrm's own the line alone, since it is written to be read."""
+    """The type and the first line of an exception; of btrm's own the line alone, since it is written to be read.
+
+    Args:
+        error: what was raised.
+    """
     try:
         line = printable(first_line(error))
     except Exception:  # an exception of a stranger's may fail even at this
@@ -67,6 +78,9 @@ def one_line(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     r"""The first line of an exception's message, or the name of its type if it has none.
+
+    Args:
+        error: what was raised.
 
     >>> first_line(ValueError("no such file\nTraceback ..."))
     'no such file'

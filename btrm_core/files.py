@@ -39,6 +39,10 @@ def file_sha256(path: Path, root: Path) -> str:
     The content is read again only when size, inode, modification or change time differ from the last time;
     the change time cannot be set back by a program, so a changed file is always noticed.
 
+    Args:
+        path: the file.
+        root: of the cache, where digests are kept.
+
     Raises:
         DataError: the file cannot be read.
     """
@@ -81,7 +85,11 @@ FULL_TEXTS = (*(f"(os error {number})" for number in FULL), "No space left", "en
 
 
 def text_sha256(text: str) -> str:
-    """Return the SHA-256 of a text in UTF-8, as hex."""
+    """Return the SHA-256 of a text in UTF-8, as hex.
+
+    Args:
+        text: also with halves of surrogate pairs.
+    """
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -148,6 +156,10 @@ def exchange(left: Path, right: Path) -> bool:
     """Let two directories change places in one step, so that neither is ever missing; False where that cannot be done.
 
     Python has no function for it, Linux has `renameat2`; some file systems (NFS) do not.
+
+    Args:
+        left: one directory.
+        right: the other, on the same file system.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -159,7 +171,11 @@ def exchange(left: Path, right: Path) -> bool:
 
 
 def hold(stream: IO[Any]) -> bool:
-    """Lock an open file for this process alone, until it is closed or the process ends; False if another holds it."""
+    """Lock an open file for this process alone, until it is closed or the process ends; False if another holds it.
+
+    Args:
+        stream: the open file.
+    """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -168,7 +184,12 @@ def hold(stream: IO[Any]) -> bool:
 
 
 def explained(error: Exception, directory: Path) -> Exception:
-    """Disk errors as one line; anything else as it is."""
+    """Disk errors as one line; anything else as it is.
+
+    Args:
+        error: what was raised.
+        directory: where it is written.
+    """
     if disk_is_full(error):
         return CheckpointError(f"the disk is full while saving {directory}; nothing was left behind. Free some space")
     if isinstance(error, OSError) or "os error" in str(error):
@@ -178,7 +199,11 @@ def explained(error: Exception, directory: Path) -> Exception:
 
 
 def disk_is_full(error: Exception) -> bool:
-    """True if there is no more room, or no more is allowed; safetensors and torch say so in words of their own."""
+    """True if there is no more room, or no more is allowed; safetensors and torch say so in words of their own.
+
+    Args:
+        error: what was raised.
+    """
     return getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXTS)
 
 
@@ -193,6 +218,10 @@ def _fsync(path: Path) -> None:
 @contextlib.contextmanager
 def output_lock(directory: Path, is_main: bool) -> Iterator[None]:
     """Hold a run's output directory for this run alone; the lock goes with the process, however it ends.
+
+    Args:
+        directory: of the run.
+        is_main: whether this process holds it for all.
 
     Raises:
         CheckpointError: another run holds it, or the directory cannot be written.
@@ -248,7 +277,11 @@ def output_file(output: str) -> Path | None:
 
 @contextlib.contextmanager
 def output_stream(output: str) -> Iterator[IO[bytes]]:
-    """Open standard output, a pipe or a device for writing; it is never replaced."""
+    """Open standard output, a pipe or a device for writing; it is never replaced.
+
+    Args:
+        output: a file; None or - is standard output.
+    """
     if output in STANDARD_OUTPUT:
         yield sys.stdout.buffer
         sys.stdout.flush()

@@ -14,7 +14,11 @@ class AtLeast:
     below: float | None = None
 
     def allows(self, value: float) -> bool:
-        """True for a value in the range."""
+        """True for a value in the range.
+
+        Args:
+            value: what is looked at.
+        """
         return value >= self.limit and (self.below is None or value < self.below)
 
     def __str__(self) -> str:
@@ -28,7 +32,11 @@ class Above:
     limit: float
 
     def allows(self, value: float) -> bool:
-        """True for a value in the range."""
+        """True for a value in the range.
+
+        Args:
+            value: what is looked at.
+        """
         return value > self.limit
 
     def __str__(self) -> str:
@@ -43,7 +51,11 @@ class AtMost:
     included: bool = True
 
     def allows(self, value: float) -> bool:
-        """True for a value in the range."""
+        """True for a value in the range.
+
+        Args:
+            value: what is looked at.
+        """
         return value <= self.limit if self.included else value < self.limit
 
     def __str__(self) -> str:
@@ -57,7 +69,11 @@ class OneOf:
         self.choices = choices
 
     def allows(self, value: str) -> bool:
-        """True for one of the choices."""
+        """True for one of the choices.
+
+        Args:
+            value: what is looked at.
+        """
         return value in self.choices
 
     def __str__(self) -> str:

@@ -88,6 +88,10 @@ class ChatFormat:
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """Return a conversation as the template writes it.
 
+        Args:
+            conversation: messages with `role` and `content`.
+            add_generation_prompt: end where the assistant's next message would begin.
+
         Raises:
             DataError: the template refuses the conversation.
         """
@@ -102,6 +106,9 @@ class ChatFormat:
         Equal to `tokenizer.apply_chat_template` with this template, id for id, unless a message spells a control token:
         those letters stay text.
 
+        Args:
+            conversations: each a list of messages, the last one the assistant's.
+
         Raises:
             DataError: the template refuses a conversation, or does not end it in the terminal token.
         """
@@ -114,7 +121,13 @@ class ChatFormat:
     def encode_group(
         self, prompt: Conversation, responses: Sequence[str], max_length: int | None = None
     ) -> EncodedResponses:
-        """Return the ids of K responses to one prompt; see `encode_groups`."""
+        """Return the ids of K responses to one prompt; see `encode_groups`.
+
+        Args:
+            prompt: the messages before the response; may be empty.
+            responses: texts of the assistant.
+            max_length: longest conversation in tokens; None is the checkpoint's own maximum.
+        """
         return self.encode_groups([(prompt, responses)], max_length)[0]
 
     def encode_groups(
@@ -325,6 +338,12 @@ def spare(
     chat: ChatFormat, prompt: Conversation, responses: Sequence[str], max_length: int | None
 ) -> tuple[EncodedResponses, tuple[str | None, ...]]:
     """Encode the responses of a failed group that do not fail: a bad one must not cost the others.
+
+    Args:
+        chat: how conversations become ids.
+        prompt: the messages before the response; may be empty.
+        responses: texts of the assistant.
+        max_length: longest conversation in tokens; None is the checkpoint's own maximum.
 
     Returns:
         The ids of the good ones, in their order, and an error or None for every response.

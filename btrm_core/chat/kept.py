@@ -15,6 +15,10 @@ def lost_message(conversation: Sequence[Mapping[str, str]], text: str) -> str | 
     The contents must stand in the text verbatim and in their order; space around them may go. A system message may
     stand anywhere: formats without such a role fold it into another message.
 
+    Args:
+        conversation: messages with `role` and `content`.
+        text: their rendering.
+
     >>> turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
     >>> lost_message(turns, "<user>one two<assistant>three<end>")
     >>> lost_message(turns, "<user>one<assistant>three<end>")

@@ -23,6 +23,9 @@ def ways_to_shorten(prompt: Prompt) -> list[tuple[int, Shorten]]:
 
     An exchange begins with a user message. A system message at the beginning is not part of one and is kept.
 
+    Args:
+        prompt: the messages before the response; may be empty.
+
     Returns:
         Pairs (most, shorten): `shorten(n)` for n in 1..most returns the shorter prompt, the messages dropped from it
         and the characters cut from what is left.
@@ -46,6 +49,10 @@ def smallest(most: int, attempt: Callable[[int], _Found | None]) -> _Found | Non
     """Return what `attempt` gives for the smallest n in 1..most that succeeds, or None if `most` fails.
 
     Success is taken to be monotone in n, so that few attempts are needed; what is returned did succeed in any case.
+
+    Args:
+        most: the largest n to try.
+        attempt: what is tried; None is a failure.
 
     >>> smallest(100, lambda n: f"{n} will do" if n >= 37 else None)
     '37 will do'

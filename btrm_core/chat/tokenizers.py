@@ -46,6 +46,9 @@ _RARE = "\x01 \x7f \u0378 \u1c80 \ua8e5 \U00010348 \U0001f9ff \U000e0041 \U0010f
 def fast_backend(tokenizer: Any) -> Tokenizer:
     """Return the Rust tokenizer inside a transformers tokenizer.
 
+    Args:
+        tokenizer: a tokenizer of transformers.
+
     Raises:
         FamilyError: the tokenizer has none (a pure Python or SentencePiece one).
     """
@@ -162,6 +165,10 @@ def rename_tokens(backend: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
     The old names mean nothing to the copy: text that spells one is tokenised like any other text. Every id, the
     splitting and the normalisation stay as they are. The post-processor (which would add BOS) is dropped.
 
+    Args:
+        backend: the tokenizer to copy.
+        names: old name -> new name.
+
     Raises:
         FamilyError: the copy does not behave so.
     """
@@ -227,7 +234,11 @@ class Encoder:
         return {**self.__dict__, "_copies": {}}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts whose control tokens are all meant as such; no BOS is added."""
+        """Return the ids of texts whose control tokens are all meant as such; no BOS is added.
+
+        Args:
+            texts: rendered conversations, or parts of them.
+        """
         backend = self.backend
         # transformers leaves the settings of its last call behind in the backend
         if backend.truncation is not None:
@@ -238,11 +249,18 @@ class Encoder:
         return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def spells_control(self, text: str) -> bool:
-        """Say whether the text contains the letters of a control token."""
+        """Say whether the text contains the letters of a control token.
+
+        Args:
+            text: what is looked at.
+        """
         return self._pattern.search(text) is not None
 
     def hide(self, conversation: Sequence[Mapping[str, str]]) -> tuple[list[dict[str, str]], dict[str, str]]:
         """Replace every spelled control token in a conversation by a private character that occurs nowhere in it.
+
+        Args:
+            conversation: messages with `role` and `content`.
 
         Returns:
             The conversation to render, and character -> control token for `encode_hidden`.
@@ -260,7 +278,12 @@ class Encoder:
         return hidden, {character: text for text, character in marks.items()}
 
     def encode_hidden(self, rendered: str, marks: Mapping[str, str]) -> list[int]:
-        """Return the ids of the rendering of a conversation that went through `hide`."""
+        """Return the ids of the rendering of a conversation that went through `hide`.
+
+        Args:
+            rendered: the hidden conversation as the template writes it.
+            marks: character -> control token, from `hide`.
+        """
         introducer = next(chr(n) for n in range(_LAST_PRIVATE, _FIRST_PRIVATE, -1) if chr(n) not in rendered)
         aliases = {text: introducer + chr(_ALIAS_BASE + n) for n, text in enumerate(self.controls)}
         text = self._pattern.sub(lambda match: aliases[match[0]], rendered)

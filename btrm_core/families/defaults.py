@@ -83,7 +83,11 @@ def init_head(hidden_size: int) -> Callable[[torch.Tensor], None]:
 
 
 def normal_head(std: float) -> Callable[[torch.Tensor], None]:
-    """An initialiser that draws the head from a normal distribution with mean 0 and this standard deviation."""
+    """An initialiser that draws the head from a normal distribution with mean 0 and this standard deviation.
+
+    Args:
+        std: the standard deviation.
+    """
 
     def fill(weight_1H: torch.Tensor) -> None:
         import torch

@@ -90,6 +90,10 @@ def detect(config: Any, settings: object | None = None) -> Family:
 
     Families that are broken, or whose `claims` fails, are left out.
 
+    Args:
+        config: the checkpoint's transformers config.
+        settings: the run's own answers to hooks; None for none.
+
     Raises:
         FamilyError: none claims it, or several do.
     """

@@ -77,6 +77,10 @@ class Family:
         pluggy's own call would give the answer without saying whose it is, so its list of implementations is walked
         here, most recently registered first as pluggy does.
 
+        Args:
+            hook: the hook's name.
+            **arguments: what the hook takes, by name.
+
         Raises:
             FamilyError: the implementation raises, or answers with the wrong type; family, origin and hook are named.
         """
@@ -98,19 +102,35 @@ class Family:
         return Answer(None, DEFAULT)
 
     def claims(self, config: Any) -> bool:
-        """Whether the family says that a checkpoint with this config is its own."""
+        """Whether the family says that a checkpoint with this config is its own.
+
+        Args:
+            config: the checkpoint's transformers config.
+        """
         return self.ask("claims", config=config).value is True
 
     def setup_tokenizer(self, tokenizer: Any, config: Any) -> Any:
-        """The tokenizer to encode with."""
+        """The tokenizer to encode with.
+
+        Args:
+            tokenizer: of the checkpoint.
+            config: the checkpoint's transformers config.
+        """
         return self.ask("setup_tokenizer", tokenizer=tokenizer, config=config).value
 
     def pad_token(self, tokenizer: Any) -> PadToken:
-        """The pad policy, checked against the tokenizer; see `pad_answer`."""
+        """The pad policy, checked against the tokenizer; see `pad_answer`.
+
+        Args:
+            tokenizer: of the checkpoint.
+        """
         return self.pad_answer(tokenizer).value  # type: ignore[no-any-return]
 
     def pad_answer(self, tokenizer: Any) -> Answer:
         """The pad policy and who gave it.
+
+        Args:
+            tokenizer: of the checkpoint.
 
         Raises:
             FamilyError: a family's token is EOS or BOS, or `new` contradicts the vocabulary.
@@ -137,11 +157,18 @@ class Family:
         return answer
 
     def chat_template(self, tokenizer: Any) -> str:
-        """The Jinja source of the chat template; see `template_answer`."""
+        """The Jinja source of the chat template; see `template_answer`.
+
+        Args:
+            tokenizer: of the checkpoint.
+        """
         return self.template_answer(tokenizer).value  # type: ignore[no-any-return]
 
     def template_answer(self, tokenizer: Any) -> Answer:
         """The Jinja source of the chat template and who gave it.
+
+        Args:
+            tokenizer: of the checkpoint.
 
         Raises:
             FamilyError: neither the family nor the checkpoint has one.
@@ -155,7 +182,11 @@ class Family:
         return answer
 
     def init_head(self, hidden_size: int) -> Callable[[torch.Tensor], None]:
-        """The function that fills the (1, hidden_size) head in place; what it raises names the family too."""
+        """The function that fills the (1, hidden_size) head in place; what it raises names the family too.
+
+        Args:
+            hidden_size: H, the width of the model's last hidden state.
+        """
         answer = self.ask("init_head", hidden_size=hidden_size)
 
         def fill(weight_1H: torch.Tensor) -> None:
@@ -207,7 +238,16 @@ class Family:
 
 
 def assemble(plugin: object, name: str, settings: object | None = None) -> pluggy.PluginManager:
-    """A fresh manager with defaults, family and run settings in this order (the last one is asked first)."""
+    """A fresh manager with defaults, family and run settings in this order (the last one is asked first).
+
+    Args:
+        plugin: the family.
+        name: the family's name.
+        settings: the run's own answers to hooks; None for none.
+
+    Raises:
+        FamilyError: the plugin has hooks that btrm does not know, or takes arguments that it does not give.
+    """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(defaults, DEFAULT)

@@ -210,7 +210,11 @@ def recipe() -> Recipe | None:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a transformers config that describes the language model: `text_config` if there is one, else all."""
+    """The part of a transformers config that describes the language model: `text_config` if there is one, else all.
+
+    Args:
+        config: the checkpoint's transformers config.
+    """
     nested = getattr(config, "text_config", None)
     return config if nested is None else nested
 
@@ -220,6 +224,9 @@ def rope_theta(config: Any) -> float | None:
 
     transformers 5 keeps it in `rope_parameters` (one set, or one per kind of layer, of which full attention's is
     meant here); earlier versions keep it beside the other values. Both may stand in a nested `text_config`.
+
+    Args:
+        config: the checkpoint's transformers config.
     """
     config = text_config(config)
     parameters = getattr(config, "rope_parameters", None) or {}

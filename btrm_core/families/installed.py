@@ -70,7 +70,11 @@ def family_points() -> tuple[list[EntryPoint], list[FamilyEntry]]:
 
 
 def entry_of(point: EntryPoint) -> FamilyEntry:
-    """What an entry point's metadata says, fit to be printed."""
+    """What an entry point's metadata says, fit to be printed.
+
+    Args:
+        point: the entry point.
+    """
     distribution, version = _described(point.dist)
     return FamilyEntry(printable(point.name), printable(point.value), distribution, version)
 

@@ -64,6 +64,9 @@ def write_family(name: str, directory: str | Path | None = None) -> Path:
 def package_files(name: str) -> dict[str, str]:
     """The files of a family package, path -> text, without writing them.
 
+    Args:
+        name: of the new family.
+
     Raises:
         ConfigError: the name cannot be one of a family, a distribution and a module at once.
     """

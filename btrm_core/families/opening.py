@@ -41,6 +41,9 @@ def open_family(name: str, points: Sequence[EntryPoint], settings: object | None
 def import_plugin(point: EntryPoint) -> object:
     """Import what an entry point names, whatever it is.
 
+    Args:
+        point: the entry point.
+
     Raises:
         FamilyError: says the cause in a few words; the exception that the plugin raised is the `__cause__`.
     """
@@ -53,7 +56,15 @@ def import_plugin(point: EntryPoint) -> object:
 
 
 def check_metadata(point: EntryPoint, points: Sequence[EntryPoint]) -> None:
-    """Refuse, before anything is imported, a name that two offer, and a plugin that needs another btrm."""
+    """Refuse, before anything is imported, a name that two offer, and a plugin that needs another btrm.
+
+    Args:
+        point: the entry point.
+        points: all entry points of families.
+
+    Raises:
+        FamilyError: says which of the two it is.
+    """
     same = [entry_of(other).origin for other in points if other.name == point.name]
     if len(same) > 1:
         raise FamilyError(f"its name is offered by {' and by '.join(same)}")
@@ -79,5 +90,9 @@ def _check_requirement(point: EntryPoint) -> None:
 
 
 def summary(plugin: object) -> str:
-    """The first line of a plugin's docstring."""
+    """The first line of a plugin's docstring.
+
+    Args:
+        plugin: what its entry point names.
+    """
     return printable((inspect.getdoc(plugin) or "").strip().partition("\n")[0])

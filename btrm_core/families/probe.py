@@ -155,7 +155,11 @@ def _answer(name: str, out: Any) -> Finding:
 
 
 def main(name: str) -> None:
-    """Answer on the true standard output, which the plugin does not get to see."""
+    """Answer on the true standard output, which the plugin does not get to see.
+
+    Args:
+        name: the family's name.
+    """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         found = _answer(name, out)

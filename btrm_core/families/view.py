@@ -111,7 +111,11 @@ def _terminal_token(tokenizer: Any, template: str) -> str:
 
 
 def format_families(entries: Sequence[FamilyEntry]) -> str:
-    """The list of families as a table; a broken one shows its cause in place of its summary."""
+    """The list of families as a table; a broken one shows its cause in place of its summary.
+
+    Args:
+        entries: the installed families, from `list_families`.
+    """
     if not entries:
         return "no families are installed; `pip install btrm` brings some"
     rows = [("NAME", "ORIGIN", "STATUS", "SUMMARY")]
@@ -120,7 +124,11 @@ def format_families(entries: Sequence[FamilyEntry]) -> str:
 
 
 def tracebacks(entries: Sequence[FamilyEntry]) -> list[str]:
-    """Why each broken family is broken, with the traceback of its own error."""
+    """Why each broken family is broken, with the traceback of its own error.
+
+    Args:
+        entries: the installed families, from `list_families`.
+    """
     out = []
     for entry in entries:
         if entry.status != "ok":
@@ -132,7 +140,11 @@ def tracebacks(entries: Sequence[FamilyEntry]) -> list[str]:
 
 
 def format_description(description: Mapping[str, Any]) -> str:
-    """One family as `btrm families NAME [--model M]` prints it; what a line says is followed by who says it."""
+    """One family as `btrm families NAME [--model M]` prints it; what a line says is followed by who says it.
+
+    Args:
+        description: from `describe`.
+    """
     lines = [
         f"{description['name']}  ({description['origin']}, {description['plugin']})",
         description["summary"],

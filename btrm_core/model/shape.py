@@ -277,7 +277,11 @@ def mfu_per_token_rate(
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person names it."""
+    """The device as a person names it.
+
+    Args:
+        device: of torch.
+    """
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"

@@ -32,7 +32,11 @@ _CODE = (".py", ".pyc", ".so", ".pyd", ".dylib", ".zip")
 
 
 def import_effects(name: str) -> dict[str, list[str]]:
-    """Import a family's plugin under an audit hook and return the heavy modules and forbidden events it caused."""
+    """Import a family's plugin under an audit hook and return the heavy modules and forbidden events it caused.
+
+    Args:
+        name: the family's name.
+    """
     point = next(point for point in family_points()[0] if point.name == name)
     own = _package_directory(point.module)
     before, events, active = set(sys.modules), [], True
@@ -107,7 +111,11 @@ def _digest(text: str) -> str:
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Do what the command line says and return what to print."""
+    """Do what the command line says and return what to print.
+
+    Args:
+        arguments: `import NAME`, or `answers NAME CHECKPOINT TOKENIZER`.
+    """
     if arguments[0] == "import":
         return import_effects(arguments[1])
     from transformers import AutoConfig, AutoTokenizer

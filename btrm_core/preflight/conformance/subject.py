@@ -236,7 +236,11 @@ class Subject:
         return losses
 
     def rewards(self, conversations: list[list[dict[str, str]]]) -> list[float]:
-        """Rewards from the trained model in memory, computed in one row."""
+        """Rewards from the trained model in memory, computed in one row.
+
+        Args:
+            conversations: each a list of messages, the last one the assistant's.
+        """
         import torch
 
         from btrm_core.packing import collate, grow

@@ -29,7 +29,14 @@ class Missing(unittest.SkipTest):
 
 
 def require(condition: object, what: str, why: str, what_to_do: str) -> None:
-    """Raise `NotConforming` unless the condition holds."""
+    """Raise `NotConforming` unless the condition holds.
+
+    Args:
+        condition: what must be true.
+        what: what is wrong otherwise, with the offending value.
+        why: what that would do to a user's run.
+        what_to_do: what the author should change.
+    """
     __tracebackhide__ = True
     if not condition:
         raise NotConforming(what, why, what_to_do)

@@ -251,6 +251,11 @@ def _self_test(scorer: Scorer) -> Check:
 def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | None]:
     """Load the model to its device, its head drawn as training draws it.
 
+    Args:
+        case: what is looked at, from `examine`.
+        chat: how conversations become ids.
+        data: the encoded pairs.
+
     Returns:
         What the checks of a model need, and the scorer that loaded a finished model.
 

@@ -40,7 +40,14 @@ class Example:
 
 
 def encode_example(row: Pair, chat: ChatFormat | None, max_length: int, *, as_written: bool) -> Example:
-    """Encode one pair as training would or, `as_written`, as a refused template has it."""
+    """Encode one pair as training would or, `as_written`, as a refused template has it.
+
+    Args:
+        row: the pair.
+        chat: how conversations become ids; None if nothing can be rendered.
+        max_length: longest conversation in tokens.
+        as_written: demand nothing of the template.
+    """
     if chat is None:
         return Example(row.id, row.subset, None, error="the template renders nothing")
     answers = [row.chosen, row.rejected]
@@ -81,7 +88,12 @@ def format_as_written(tokenizer: Any, config: Any, family: Family) -> ChatFormat
 
 
 def pairs_as_written(rows: PairData, chat: ChatFormat) -> Iterator[tuple[str, Tree]]:
-    """Id and tokens of the first pairs, of those that a refused template renders."""
+    """Id and tokens of the first pairs, of those that a refused template renders.
+
+    Args:
+        rows: the pairs as they were read.
+        chat: how conversations become ids.
+    """
     for row in rows.rows(0, UNSOUND_PAIRS):
         if group := _group_as_written(chat, row["prompt"], [row["chosen"], row["rejected"]]):
             yield row["id"], group

@@ -13,7 +13,11 @@ ALTERED_FAIL = 0.5
 
 
 def messages_kept(reports: Sequence[Mapping[str, Any]]) -> Check:
-    """Whether every message stands in its rendered conversation, verbatim and in order."""
+    """Whether every message stands in its rendered conversation, verbatim and in order.
+
+    Args:
+        reports: what became of the pairs of each part of the data, from the token store.
+    """
     given = sum(report["given"] for report in reports)
     found: Counter[str] = Counter()
     for report in reports:

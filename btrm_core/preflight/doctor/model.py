@@ -80,12 +80,22 @@ class Patient:
 
 
 def alone(device: torch.device, dtype: torch.dtype) -> Runtime:
-    """A runtime of this process only, which belongs to no process group and cannot train."""
+    """A runtime of this process only, which belongs to no process group and cannot train.
+
+    Args:
+        device: of torch.
+        dtype: compute type.
+    """
     return Runtime(accelerator=None, rank=0, world=1, device=device, dtype=dtype, zero_stage=0)
 
 
 def model_checks(patient: Patient, full: bool) -> Iterator[Check]:
-    """Every check of a model, one at a time: each may take a while."""
+    """Every check of a model, one at a time: each may take a while.
+
+    Args:
+        patient: the model, and what it is looked at with.
+        full: also what takes long for a large model.
+    """
     patient.model.eval()
     yield head(patient)
     yield packed(patient)
@@ -94,7 +104,11 @@ def model_checks(patient: Patient, full: bool) -> Iterator[Check]:
 
 
 def head(patient: Patient) -> Check:
-    """The head is finite and has the standard deviation that a head of its size should have."""
+    """The head is finite and has the standard deviation that a head of its size should have.
+
+    Args:
+        patient: the model, and what it is looked at with.
+    """
     weight_H = patient.model.base_model.score.weight.detach().float().flatten()
     bad = int((~torch.isfinite(weight_H)).sum())
     std, size = float(weight_H.square().mean().sqrt()), len(weight_H)
@@ -120,7 +134,11 @@ def head(patient: Patient) -> Check:
 
 
 def packed(patient: Patient) -> Check:
-    """Packed rows that share prompts give the rewards of separate passes, tried on the longest pairs."""
+    """Packed rows that share prompts give the rewards of separate passes, tried on the longest pairs.
+
+    Args:
+        patient: the model, and what it is looked at with.
+    """
     model, name = patient.model, "packed = separate"
     if patient.layout == "padded":
         return Check(name, "skip", "train.layout is padded: rows are not packed")
@@ -143,7 +161,11 @@ def packed(patient: Patient) -> Check:
 
 
 def first_loss(patient: Patient) -> Check:
-    """The loss of an untrained head is near ln 2."""
+    """The loss of an untrained head is near ln 2.
+
+    Args:
+        patient: the model, and what it is looked at with.
+    """
     model, pairs = patient.model, patient.pairs
     name = "first loss"
     layout = "padded" if model.kernel == PADDED else patient.layout
@@ -177,7 +199,12 @@ def first_loss(patient: Patient) -> Check:
 
 
 def pipeline_parity(patient: Patient, full: bool) -> Check:
-    """The text-classification pipeline of transformers gives two conversations the rewards that btrm gives them."""
+    """The text-classification pipeline of transformers gives two conversations the rewards that btrm gives them.
+
+    Args:
+        patient: the model, and what it is looked at with.
+        full: also what takes long for a large model.
+    """
     name, size = "pipeline parity", patient.num_parameters
     if size > PIPELINE_PARAMETERS and not full:
         return Check(name, "skip", f"{size / 1e9:.1f} billion parameters; --full tries it all the same")

@@ -10,7 +10,11 @@ from btrm_core.preflight import Check
 
 
 def rows_read(issues: Mapping[str, IssueReport]) -> Check:
-    """How many rows gave pairs, and why the others did not."""
+    """How many rows gave pairs, and why the others did not.
+
+    Args:
+        issues: what was found in the rows of each part of the data.
+    """
     rows, pairs, bad = (sum(getattr(i, name) for i in issues.values()) for name in ("rows", "pairs", "bad"))
     left_out = sum(sum(i.skipped.values()) for i in issues.values())
     empty = sum(sum(i.files.values()) for i in issues.values())
@@ -30,7 +34,11 @@ def rows_read(issues: Mapping[str, IssueReport]) -> Check:
 
 
 def content_unused(issues: Mapping[str, IssueReport]) -> Check | None:
-    """What rows hold that is not trained on, and what was understood in an unusual way; None for nothing."""
+    """What rows hold that is not trained on, and what was understood in an unusual way; None for nothing.
+
+    Args:
+        issues: what was found in the rows of each part of the data.
+    """
     lines = [line.strip() for report in issues.values() for line in report.observations()]
     if not lines:
         return None

@@ -81,7 +81,12 @@ class TokenCounts:
 
 
 def count_tokens(pairs: Iterable[tuple[str, Tree]], chat: ChatFormat) -> TokenCounts:
-    """Look at every token of the given pairs (id, tokens), laid out in rows as in training."""
+    """Look at every token of the given pairs (id, tokens), laid out in rows as in training.
+
+    Args:
+        pairs: id and tokens of each pair.
+        chat: how conversations become ids.
+    """
     counts = TokenCounts()
     batch: list[tuple[str, Tree]] = []
     for pair in pairs:
@@ -125,7 +130,12 @@ def _count_row(batch: Sequence[tuple[str, Tree]], chat: ChatFormat, counts: Toke
 
 
 def one_bos(counts: TokenCounts, chat: ChatFormat) -> Check:
-    """Every sequence begins with BOS and has no other."""
+    """Every sequence begins with BOS and has no other.
+
+    Args:
+        counts: what was seen in the tokens of many pairs.
+        chat: how conversations become ids.
+    """
     figures = {"sequences": counts.sequences, "wrong": counts.bos_wrong}
     if chat.bos_id is None:
         return _no_bos(chat, figures)
@@ -156,7 +166,13 @@ def _no_bos(chat: ChatFormat, figures: Mapping[str, Any]) -> Check:
 
 
 def terminal_token(counts: TokenCounts, chat: ChatFormat, dropped: Mapping[str, int]) -> Check:
-    """The reward is read at the same control token in every sequence."""
+    """The reward is read at the same control token in every sequence.
+
+    Args:
+        counts: what was seen in the tokens of many pairs.
+        chat: how conversations become ids.
+        dropped: dropped pairs by reason.
+    """
     unfinished = sum(number for reason, number in dropped.items() if reason.startswith(_OTHER_END))
     token = chat.terminal_token
     figures = {"sequences": counts.sequences, "wrong": counts.end_wrong, "pairs_dropped": unfinished}
@@ -178,7 +194,12 @@ def terminal_token(counts: TokenCounts, chat: ChatFormat, dropped: Mapping[str, 
 
 
 def pad_token(counts: TokenCounts, chat: ChatFormat) -> Check:
-    """The pad token occurs nowhere in the data."""
+    """The pad token occurs nowhere in the data.
+
+    Args:
+        counts: what was seen in the tokens of many pairs.
+        chat: how conversations become ids.
+    """
     pad = chat.pad.token
     figures = {"tokens": counts.tokens, "found": counts.pads}
     if not counts.pads:
@@ -195,7 +216,11 @@ def pad_token(counts: TokenCounts, chat: ChatFormat) -> Check:
 
 
 def truncation(reports: Sequence[Mapping[str, Any]]) -> Check:
-    """How many prompts are cut to keep to the maximum length."""
+    """How many prompts are cut to keep to the maximum length.
+
+    Args:
+        reports: what became of the pairs of each part of the data, from the token store.
+    """
     given, cut = _total(reports, "given"), _total(reports, "truncated")
     limit, longest = reports[0]["max_length"], max(report["longest"] for report in reports)
     figures = {"pairs": given, "truncated": cut, "max_length": limit, "longest": longest}
@@ -211,7 +236,12 @@ def truncation(reports: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def dropped_pairs(reports: Sequence[Mapping[str, Any]], overlap: int) -> Check:
-    """How many pairs cannot be trained on, by reason."""
+    """How many pairs cannot be trained on, by reason.
+
+    Args:
+        reports: what became of the pairs of each part of the data, from the token store.
+        overlap: training pairs left out because their prompt is in the evaluation data.
+    """
     given, reasons = _total(reports, "given"), dropped_reasons(reports)
     number = sum(reasons.values())
     figures = {"pairs": given, "dropped": reasons, "prompts_in_evaluation": overlap}
@@ -233,7 +263,11 @@ def dropped_pairs(reports: Sequence[Mapping[str, Any]], overlap: int) -> Check:
 
 
 def dropped_reasons(reports: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Dropped pairs by reason, over all parts of the data."""
+    """Dropped pairs by reason, over all parts of the data.
+
+    Args:
+        reports: what became of the pairs of each part of the data, from the token store.
+    """
     total: Counter[str] = Counter()
     for report in reports:
         total.update(report["dropped"])
@@ -241,7 +275,11 @@ def dropped_reasons(reports: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def repeated_prompts(data: PairData) -> Check:
-    """How many pairs compare answers to a prompt that came before."""
+    """How many pairs compare answers to a prompt that came before.
+
+    Args:
+        data: the pairs as they were read.
+    """
     found = duplicate_prompts(data)
     figures = {"pairs": found.pairs, "repeated": found.count}
     number = f"{found.count:,} of {found.pairs:,} pairs ({found.share:.1%})" if found.count else "none of the pairs"
@@ -259,7 +297,12 @@ def repeated_prompts(data: PairData) -> Check:
 
 
 def labels(data: PairData, reasons: Mapping[str, int]) -> Check:
-    """Pairs with two equal sides, pairs that come twice, and pairs that contradict each other."""
+    """Pairs with two equal sides, pairs that come twice, and pairs that contradict each other.
+
+    Args:
+        data: the pairs as they were read.
+        reasons: dropped pairs by reason.
+    """
     repeated, opposed = duplicate_pairs(data), contradictory_pairs(data)
     kinds = data.issues.counts | data.issues.skipped
     identical = kinds.get("chosen equals rejected", 0) + sum(
@@ -287,7 +330,12 @@ def labels(data: PairData, reasons: Mapping[str, int]) -> Check:
 
 
 def length_bias(data: PairData, of: str = "") -> Check:
-    """What preferring the longer answer gets: the baseline of length alone."""
+    """What preferring the longer answer gets: the baseline of length alone.
+
+    Args:
+        data: the pairs as they were read.
+        of: which part of the data, to add to the check's name.
+    """
     accuracy = longer_wins_characters(data)
     error = standard_error(accuracy, len(data))
     name = f"length bias{of}"

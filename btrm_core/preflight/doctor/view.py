@@ -68,7 +68,12 @@ class Piece:
 
 
 def opening(case: Case, width: int) -> str:
-    """What is looked at, and its examples."""
+    """What is looked at, and its examples.
+
+    Args:
+        case: what is looked at, from `examine`.
+        width: columns of the terminal.
+    """
     data = case.config.data
     sources = ", ".join(data.train)
     lines = [
@@ -85,7 +90,12 @@ def opening(case: Case, width: int) -> str:
 
 
 def verdict_line(check: Check, width: int | None) -> str:
-    """One check: verdict, name, and what, why, what to do; folded to `width` unless that is None."""
+    """One check: verdict, name, and what, why, what to do; folded to `width` unless that is None.
+
+    Args:
+        check: how it ended.
+        width: columns to fold to; None folds nothing.
+    """
     word, style = _VERDICTS[check.verdict]
     text = check.what
     if check.why:
@@ -101,7 +111,11 @@ def verdict_line(check: Check, width: int | None) -> str:
 
 
 def closing(checks: Sequence[Check]) -> str:
-    """How many checks ended how."""
+    """How many checks ended how.
+
+    Args:
+        checks: how they ended, in their order.
+    """
     parts = []
     for verdict, word in _SUMMARY.items():
         if number := sum(check.verdict == verdict for check in checks):
@@ -110,13 +124,22 @@ def closing(checks: Sequence[Check]) -> str:
 
 
 def worst(checks: Iterable[Check]) -> str:
-    """The verdict over all: fail, else warn, else ok."""
+    """The verdict over all: fail, else warn, else ok.
+
+    Args:
+        checks: how they ended, in their order.
+    """
     found = {check.verdict for check in checks}
     return next((verdict for verdict in ("fail", "warn") if verdict in found), "ok")
 
 
 def as_json(case: Case, checks: Sequence[Check]) -> dict[str, Any]:
-    """Examples and verdicts as plain values."""
+    """Examples and verdicts as plain values.
+
+    Args:
+        case: what is looked at, from `examine`.
+        checks: how they ended, in their order.
+    """
     data = case.config.data
     return {
         "verdict": worst(checks),
@@ -137,6 +160,12 @@ def pieces(chat: ChatFormat, ids: Sequence[int], start: int, kind: str) -> list[
 
     Text is what decoding up to its end adds to decoding up to its beginning: some decoders drop the space that a
     stretch begins with when it stands alone.
+
+    Args:
+        chat: how conversations become ids.
+        ids: a whole conversation.
+        start: the first token to show.
+        kind: of text that is no control token: shared, chosen or rejected.
     """
     tokenizer, out = chat.tokenizer, []
     decoded = len(tokenizer.decode(ids[:start])) if start else 0
@@ -157,6 +186,9 @@ def pieces(chat: ChatFormat, ids: Sequence[int], start: int, kind: str) -> list[
 
 def visible(text: str) -> str:
     r"""The text on one line, with everything that is not printable spelled out.
+
+    Args:
+        text: what is looked at.
 
     >>> visible("a\n\x1b[2J")
     'a↵\\x1b[2J'

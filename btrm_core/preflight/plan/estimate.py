@@ -96,7 +96,11 @@ class Workload:
         return 128 * math.ceil(max(self.tokens_per_batch, 2 * self.max_length) / 128)
 
     def micro_batches(self, gpus: int) -> int:
-        """Micro-batches per step on each GPU."""
+        """Micro-batches per step on each GPU.
+
+        Args:
+            gpus: number of GPUs.
+        """
         return max(1, math.ceil(self.pairs_per_step * self.pair_tokens / (gpus * self.tokens_per_batch)))
 
 
@@ -267,7 +271,11 @@ def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str
 
 
 def format_estimate(estimates: Sequence[Estimate]) -> str:
-    """The table that `btrm plan` prints, with the recommended command and what to expect from it."""
+    """The table that `btrm plan` prints, with the recommended command and what to expect from it.
+
+    Args:
+        estimates: from `estimate`, at least one.
+    """
     first = estimates[0]
     work, gpus = first.workload, first.hardware.gpus
     lines = [_header(first), ""]
@@ -329,7 +337,11 @@ def _advice(e: Estimate) -> str:
 
 
 def to_dict(estimates: Sequence[Estimate]) -> dict[str, Any]:
-    """The estimates as plain values for `--json`; bytes, not GiB."""
+    """The estimates as plain values for `--json`; bytes, not GiB.
+
+    Args:
+        estimates: from `estimate`, at least one.
+    """
     first = estimates[0]
     shared = ("parameters", "shape", "hardware", "workload")
     out: dict[str, Any] = {name: dataclasses.asdict(getattr(first, name)) for name in shared}

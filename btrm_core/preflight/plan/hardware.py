@@ -35,6 +35,11 @@ class Hardware:
 def read_hardware(gpus: int = 1, gpu: str | None = None, gpu_memory: float | None = None) -> Hardware:
     """Resolve `--gpus`, `--gpu NAME` and `--gpu-memory GB` (as sold); the memory given beats the table's.
 
+    Args:
+        gpus: number of GPUs.
+        gpu: a name such as h100; None is that one.
+        gpu_memory: memory of one GPU in GB, as it is sold.
+
     Raises:
         ConfigError: an unknown GPU name, or a number that is not positive.
     """

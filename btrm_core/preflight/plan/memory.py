@@ -51,7 +51,11 @@ class Zero:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Zero:
-        """Read a DeepSpeed configuration (zero/config.py:DeepSpeedZeroConfig has the same defaults)."""
+        """Read a DeepSpeed configuration (zero/config.py:DeepSpeedZeroConfig has the same defaults).
+
+        Args:
+            config: a DeepSpeed configuration.
+        """
         zero = config.get("zero_optimization", {})
         bf16 = bool(config.get("bf16", {}).get("enabled", False))
         stage = int(zero.get("stage", 1))
@@ -126,6 +130,11 @@ def states(parameters: Parameters, zero: Zero, gpus: int) -> States:
 
     Weights in 4 bits count `FOUR_BIT_BYTES`; moments in 8 bits leave 4 + 2 `EIGHT_BIT_MOMENT` of the 12 bytes. Both are
     for stages 1 and 2.
+
+    Args:
+        parameters: the model's counts.
+        zero: the ZeRO settings that memory and traffic depend on.
+        gpus: number of GPUs.
     """
     width = 2 if zero.bf16 else 4
     whole = parameters.trainable
@@ -203,6 +212,14 @@ def activations(
     of the intermediate width in a recomputed layer) is read off simulated steps: every tensor of whole
     1B to 11B models was tracked on the meta device at 8,192 tokens, and in bf16 the sum is within 3 % of the peak for
     llama, mistral, qwen2, qwen3, phi3, gemma 1 to 3, olmo2, smollm3 and starcoder2.
+
+    Args:
+        shape: the widths.
+        tokens: of the row.
+        checkpointing: activations are recomputed.
+        bf16: compute type bf16; False is fp32.
+        kv_copies: how often each key and value is held, 1 without shared prompts.
+        lora_rank: of adapters; None trains everything.
     """
     width = 2 if bf16 else 4
     layer = saved_per_token(shape, bf16=bf16, kv_copies=kv_copies, lora_rank=lora_rank)
@@ -229,6 +246,12 @@ def memory(parameters: Parameters, zero: Zero, gpus: int, activation_bytes: int)
       for stage 3 with its fp32 partition.
     - The update: stage 1 converts the whole fp32 gradient to the wire type (engine.py:allreduce_bucket); stage 3 copies
       the fp32 gradient of one sub-group (stage3.py:_prepare_fp32_grad_for_sub_group).
+
+    Args:
+        parameters: the model's counts.
+        zero: the ZeRO settings that memory and traffic depend on.
+        gpus: number of GPUs.
+        activation_bytes: from `activations`.
     """
     held = states(parameters, zero, gpus)
     width = 2 if zero.bf16 else 4
@@ -264,6 +287,12 @@ def communication(parameters: Parameters, zero: Zero, gpus: int, micro_batches: 
     micro-batch, by all-reduce unless `use_multi_rank_bucket_allreduce` is off (stage_1_and_2.py:average_tensor), and
     all-gathers once. Stage 3 all-gathers the weights for the forward and again for the backward pass of every
     micro-batch, frozen ones too, and reduce-scatters the gradients (stage3.py:__avg_scatter_grads).
+
+    Args:
+        parameters: the model's counts.
+        zero: the ZeRO settings that memory and traffic depend on.
+        gpus: number of GPUs.
+        micro_batches: micro-batches per step on each GPU.
     """
     ring = (gpus - 1) / gpus
     width = 2 if zero.bf16 else 4
