@@ -22,8 +22,6 @@ from btrm_core.families import Family, PadToken
 from btrm_core.files import text_sha256
 
 Message = dict[str, str]
-
-
 Conversation = list[Message]
 
 
@@ -261,8 +259,7 @@ def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
     """Ask a family how conversations become ids, put the answers in place and check that they keep their promises.
 
     Args:
-        tokenizer: the base model's tokenizer. Use the returned format's from then on: it has the sides, pad token and
-            template in place, and may be another object.
+        tokenizer: the base model's; from then on use the returned format's, which may be another object.
         config: the base model's transformers config, for the family to look at.
         family: who answers, from `families.load` or `families.detect`.
 
@@ -291,8 +288,7 @@ def settle(
         check: False demands nothing of the answers, to look at what a refused template writes.
 
     Returns:
-        The format. Without the check, texts that spell control tokens are encoded as the tokenizer has them, and
-        `pad_id` is -1 where there is no pad token.
+        The format; without the check control tokens may be spelled, and `pad_id` is -1 where there is no pad token.
 
     Raises:
         FamilyError: an answer does not keep its promises; without the check, the template renders nothing.
