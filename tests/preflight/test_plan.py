@@ -21,9 +21,10 @@ from btrm_core.errors import BtrmError, ConfigError
 from btrm_core.model import shape as shape_module
 from btrm_core.model.shape import Parameters, read_shape
 from btrm_core.preflight.plan import memory
-from btrm_core.preflight.plan.estimate import PRESETS, Estimate, Workload, estimate, format_estimate, read_zero, to_dict
+from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, read_zero, to_dict
 from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware
 from btrm_core.preflight.plan.memory import Zero
+from btrm_core.preflight.plan.workload import Workload
 
 GEMMA_7B = CONFIG_MAPPING["gemma"](
     hidden_size=3072,

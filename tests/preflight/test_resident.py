@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from btrm_core.model.shape import read_shape
 from btrm_core.preflight.plan import memory
-from btrm_core.preflight.plan.estimate import Workload, read_zero
+from btrm_core.preflight.plan.estimate import read_zero
+from btrm_core.preflight.plan.workload import Workload
 
 LARGE = {
     "vocab_size": 49152,

@@ -28,17 +28,14 @@ from btrm_core.preflight.doctor.kept import messages_kept
 from btrm_core.preflight.doctor.model import Patient, model_checks
 from btrm_core.preflight.doctor.rows import content_unused, rows_read
 from btrm_core.preflight.doctor.texts import (
-    count_tokens,
     dropped_pairs,
     dropped_reasons,
     labels,
     length_bias,
-    one_bos,
-    pad_token,
     repeated_prompts,
-    terminal_token,
     truncation,
 )
+from btrm_core.preflight.doctor.tokens import count_tokens, one_bos, pad_token, terminal_token
 from btrm_core.scoring import Scorer
 from btrm_core.settings import RunConfig
 from btrm_core.training import Data, choose_family, load_data
