@@ -97,7 +97,9 @@ def charter(name: str) -> str:
 
 def tour() -> str:
     """Packages and modules in import order with their charters."""
-    rows = [f"| `{name}` | {charter(name)} |" for line in LAYERS.split("\n") for name in line.split()]
+    names = [n for line in LAYERS.split("\n") for n in line.split()]
+    there = [n for n in names if (PACKAGE / n).is_dir() or (PACKAGE / f"{n}.py").exists()]
+    rows = [f"| `{name}` | {charter(name)} |" for name in there]
     return "\n".join(["| | what it decides |", "|---|---|", *rows])
 
 
