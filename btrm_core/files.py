@@ -81,6 +81,10 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+AGAIN_SECONDS = 10.0
+"""Between two tries to write to a full disk."""
+
+
 FULL_TEXTS = (*(f"(os error {number})" for number in FULL), "No space left", "enforce fail at inline_container.cc")
 
 
@@ -130,7 +134,8 @@ def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = N
     """
     for path in sorted(staging.rglob("*")):
         if path.is_file():
-            path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
+            with contextlib.suppress(PermissionError):  # some network file systems own all files themselves
+                path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
             _fsync(path)
     _fsync(staging)
     if keep is not None and target.exists() and keep(target):
@@ -173,13 +178,15 @@ def exchange(left: Path, right: Path) -> bool:
 def hold(stream: IO[Any]) -> bool:
     """Lock an open file for this process alone, until it is closed or the process ends; False if another holds it.
 
+    Where a file system has no locks (some network ones), nothing is held and nothing refused.
+
     Args:
         stream: the open file.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
     return True
 
 
@@ -207,12 +214,67 @@ def disk_is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXTS)
 
 
+def _too_large(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.EFBIG or f"(os error {errno.EFBIG})" in str(error)
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise  # directories cannot be flushed everywhere, and then need not be
     finally:
         os.close(handle)
+
+
+def probe(directory: Path) -> int:
+    """Find out whether a directory can be written to the end, and return the free bytes of its disk.
+
+    Raises:
+        CheckpointError: it cannot be written or flushed.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
+            file.write(b"btrm")
+            file.flush()
+            os.fsync(file.fileno())
+        found = os.statvfs(directory)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to the output directory {directory}: {error.strerror}") from error
+    return found.f_bavail * found.f_frsize
+
+
+def until_there_is_room(write: Callable[[], None], seconds: float, give_up: Callable[[], bool]) -> Iterator[str]:
+    """Write once more whenever the disk was full, so that what took days is not lost for want of a few gigabytes.
+
+    Args:
+        write: Writes something whole or not at all.
+        seconds: How long to go on.
+        give_up: Asked several times a second.
+
+    Yields:
+        What to tell the user, each time it is tried again.
+
+    Raises:
+        CheckpointError: it cannot be written, or there is still no room at the end.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return write()
+        except CheckpointError as error:
+            cause = error.__cause__
+            full = (
+                isinstance(cause, Exception) and disk_is_full(cause) and "27" not in f"{getattr(cause, 'errno', cause)}"
+            )
+            if not full or give_up() or time.monotonic() >= end:
+                raise
+            yield f"{error}: trying again for {max(1, round((end - time.monotonic()) / 60))} minutes; Ctrl-C gives up"
+        again = min(end, time.monotonic() + AGAIN_SECONDS)
+        while time.monotonic() < again and not give_up():
+            time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from btrm_core.config import keeps_best
 from btrm_core.console import say
-from btrm_core.files import disk_is_full, explained, output_lock, publish
+from btrm_core.files import disk_is_full, explained, output_lock, probe, publish
 from btrm_core.model import build_model, is_finished, read_manifest, refuse_overwrite
 from btrm_core.settings import RunConfig
 from btrm_core.training import (
@@ -24,6 +24,7 @@ from btrm_core.training import (
     Schedule,
     Session,
     check_first,
+    check_room,
     choose,
     describe_run,
     evaluate_now,
@@ -140,6 +141,8 @@ def begin(session: Session, head_is_new: bool) -> Progress:
     runtime, settings, output = session.runtime, session.config.output, session.job.output
     session.identity = identity(session)
     if runtime.is_main:
+        check_room(session, probe(output))
+    if runtime.is_main:
         resume.clean(output / "resume")
         if settings.resume == "no":
             resume.forget(output)
@@ -181,7 +184,7 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
             publish(best, directory)
         runtime.barrier()
     else:
-        save_run(session, progress, evaluation, directory)
+        save_run(session, progress, evaluation, directory, interrupt.requested)
         if runtime.is_main:
             shutil.rmtree(best, ignore_errors=True)
     if progress.stopped:

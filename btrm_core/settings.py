@@ -198,6 +198,8 @@ class OutputConfig:
     """Steps between resumable checkpoints. None: only at the end."""
     keep_last: Annotated[int, Above(0), Flag(metavar="N")] = 2
     """Resumable checkpoints to keep."""
+    wait_for_room: Annotated[float, AtLeast(0)] = 1200.0
+    """Seconds to wait for room on a full disk when the finished model is saved."""
     keep_best: Annotated[bool, Flag()] = False
     """Keep the model with the lowest evaluation loss. It becomes the final one."""
     resume: Annotated[str, Flag(bare="auto")] = "no"

@@ -1,13 +1,19 @@
 """Directories come to their place whole or not at all, and one process holds a file at a time."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from btrm_core import files
+from btrm_core.errors import CheckpointError
 
 
 def names(directory):
@@ -90,3 +96,76 @@ def test_a_file_is_held_by_one_process(tmp_path):
 def test_every_library_says_in_its_own_words_that_the_disk_is_full(error):
     assert files.disk_is_full(error)
     assert not files.disk_is_full(OSError(13, "Permission denied"))
+
+
+def _full(times: int) -> tuple[list[int], Callable[[], None]]:
+    """A write that finds the disk full so many times."""
+    tried: list[int] = []
+
+    def write() -> None:
+        tried.append(1)
+        if len(tried) <= times:
+            error = OSError(errno.ENOSPC, "No space left on device")
+            raise files.explained(error, Path("run/model")) from error
+
+    return tried, write
+
+
+def test_a_full_disk_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "AGAIN_SECONDS", 0.0)
+    tried, write = _full(2)
+    told = list(files.until_there_is_room(write, 600.0, lambda: False))
+    assert (len(tried), len(told)) == (3, 2)
+    assert told[0].startswith(
+        "the disk is full while saving run/model; nothing was left behind. Free some space: trying"
+    )
+    tried, write = _full(1)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        list(files.until_there_is_room(write, 600.0, lambda: True))
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        list(files.until_there_is_room(_full(1)[1], 0.0, lambda: False))
+
+
+def test_a_file_that_may_not_be_so_large_is_not_waited_for() -> None:
+    def write() -> None:
+        error = OSError(errno.EFBIG, "File too large")
+        raise files.explained(error, Path("run/model")) from error
+
+    with pytest.raises(CheckpointError):
+        list(files.until_there_is_room(write, 600.0, lambda: False))
+
+
+def test_what_a_file_system_cannot_do_does_not_fail_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on network file systems: directories that cannot be flushed, owners that cannot be changed, no locks."""
+    flush, change = os.fsync, Path.chmod
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    def chmod(path: Path, mode: int) -> None:
+        if path.is_file():
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        change(path, mode)
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "chmod", chmod)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.whole_directory(tmp_path / "model") as staging:
+        (staging / "file").write_text("whole")
+    assert (tmp_path / "model" / "file").read_text() == "whole"
+    with files.output_lock(tmp_path / "run", is_main=True):
+        assert files.probe(tmp_path / "run") > 0
+
+
+def test_a_file_that_cannot_be_flushed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match=r"cannot write to the output directory .*: Input/output error"):
+        files.probe(tmp_path)

@@ -9,7 +9,7 @@ from btrm_core.training.micro_batches import steps
 from btrm_core.training.prepare import check_first, choose, choose_family, expected_form, load_data, usable_form
 from btrm_core.training.report import Reporter, trackers
 from btrm_core.training.rewards import some_rewards
-from btrm_core.training.saving import save_run
+from btrm_core.training.saving import check_room, save_run
 from btrm_core.training.schedule import Progress, Schedule, plan_of_epoch
 from btrm_core.training.seams import evaluate_now, seams
 from btrm_core.training.session import Data, Job, Outcome, Session
@@ -26,6 +26,7 @@ __all__ = [
     "Session",
     "bradley_terry",
     "check_first",
+    "check_room",
     "choose",
     "choose_family",
     "closing_text",

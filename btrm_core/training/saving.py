@@ -5,11 +5,16 @@ All processes take part; the main one writes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from btrm_core.console import say
+from btrm_core.errors import CheckpointError
+from btrm_core.files import until_there_is_room
 from btrm_core.model import (
     Trained,
     as_merged,
@@ -29,10 +34,26 @@ if TYPE_CHECKING:
 SELF_TEST_PAIRS = 2
 
 
-def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | None, directory: Path) -> None:
+def save_run(
+    session: Session,
+    progress: Progress,
+    evaluation: dict[str, Any] | None,
+    directory: Path,
+    give_up: Callable[[], bool] | None = None,
+) -> None:
     """Write the live model to `directory`, atomically; with adapters, merged unless the run keeps them apart.
 
     All processes call it.
+
+    Args:
+        session: The run.
+        progress: Where it stands.
+        evaluation: The figures of this very model.
+        directory: Where it goes.
+        give_up: Where this is the last save: waits for room on a full disk until this is true; None does not wait.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
     """
     runtime, config, model = session.runtime, session.config, session.engine.module
     vectors, saved_as = _self_test(session)
@@ -60,7 +81,10 @@ def save_run(session: Session, progress: Progress, evaluation: dict[str, Any] | 
         if saved_as is not None and saved_as["merged"]:
             hf, weights = plain_model(model.hf), merged_weights(model.hf, weights)
         card = model_card(made, directory, softcap=uses_softcap(hf.config))
-        write_model(directory, hf, weights, session.job.chat, made, card)
+        write = partial(write_model, directory, hf, weights, session.job.chat, made, card)
+        seconds = config.output.wait_for_room if give_up is not None else 0.0
+        for told in until_there_is_room(write, seconds, give_up or bool):
+            say(runtime, told)
     runtime.barrier()
 
 
@@ -90,3 +114,51 @@ def self_test_vectors(session: Session) -> list[dict[str, Any]]:
             vectors.append({"input_ids": ids.tolist(), "reward": reward})
     engine.train()
     return vectors
+
+
+OPTIMIZER_BYTES = 12
+"""Of a trained parameter: master weight and two moments in fp32."""
+
+
+def room_needed(session: Session) -> tuple[int, int]:
+    """Bytes on disk of the finished model, and of the checkpoints that are kept while one more is written.
+
+    Args:
+        session: The run.
+    """
+    model = session.engine.module
+    counts = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    width = session.runtime.dtype.itemsize
+    whole = sum(count for count, _ in counts) * width
+    trained = sum(count for count, needed in counts if needed)
+    checkpoint = whole + trained * OPTIMIZER_BYTES + trained * width
+    kept = session.config.output.keep_last + 1 if session.config.output.save_every else 1
+    return whole, checkpoint * kept
+
+
+def check_room(session: Session, free: int) -> None:
+    """Refuse to begin a run whose model will find no room, and say so where its checkpoints will find none.
+
+    Args:
+        session: The run.
+        free: Free bytes of the output directory's disk.
+
+    Raises:
+        CheckpointError: the disk has less room than the finished model takes, or, with `--save-every`, than the
+            checkpoints take.
+    """
+    model, checkpoints = room_needed(session)
+    needed = model + (checkpoints if session.config.output.save_every else 0)
+    output = session.job.output
+    if free < needed:
+        raise CheckpointError(
+            f"{output} has {free / 1e9:.2f} GB free, but the run needs {needed / 1e9:.2f} GB for its model"
+            f"{' and checkpoints (--keep-last)' if session.config.output.save_every else ''}; free some space, or "
+            "choose another --output"
+        )
+    if free < model + checkpoints:
+        say(
+            session.runtime,
+            f"{output} has {free / 1e9:.2f} GB free: not enough for a checkpoint ({checkpoints / 1e9:.2f} GB), should "
+            "this run be asked to stop",
+        )

@@ -1,6 +1,7 @@
 """DeepSpeed configurations: presets, users' files, and contradictions with what btrm derives."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,77 @@ def test_unknown_presets_and_broken_files(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="is not valid JSON"):
         made(**{"distributed.deepspeed": str(tmp_path / "bad.json")})
+
+
+AXOLOTL_ZERO3: dict[str, Any] = {
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 0,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "bf16": {"enabled": True},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json5", ".conf", ""])
+def test_files_as_people_have_them(tmp_path, suffix):
+    path = tmp_path / f"zero3_bf16{suffix}"
+    zero = dict(AXOLOTL_ZERO3["zero_optimization"])
+    del zero["stage3_gather_16bit_weights_on_model_save"]
+    old = {**AXOLOTL_ZERO3, "zero_optimization": {**zero, "stage3_gather_fp16_weights_on_model_save": True}}
+    for given in (AXOLOTL_ZERO3, old, {**old, "data_types": {"grad_accum_dtype": None}}):
+        path.write_text(json.dumps(given))
+        found = made(**{"distributed.deepspeed": str(path)})
+        assert found["zero_optimization"]["stage"] == 3
+        assert found["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+        assert "stage3_gather_fp16_weights_on_model_save" not in found["zero_optimization"]
+        assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert "auto" not in found["zero_optimization"].values()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            r"DeepSpeed knows no 'zero_optimisation'\. Did you mean 'zero_optimization'",
+        ),
+        ({"zero_optimization": {"stag": 3}}, r"DeepSpeed knows no 'zero_optimization\.stag'\. Did you mean 'stage'"),
+        ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage = 4, expected 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "3"}}, r"zero_optimization\.stage = '3', expected 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage = True, expected 1, 2 or 3"),
+        ({"zero_optimization": [3]}, r"'zero_optimization' is \[3\], expected an object"),
+        ({"zero_optimization": {"mics_shard_size": 8}}, r"zero_optimization\.mics_shard_size does not go with btrm"),
+        ({"amp": {"enabled": True}}, r"'amp' does not go with btrm \(btrm computes in bf16 or fp32\); leave it out"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, r"'torch_autocast' does not go with btrm"),
+        ({"compile": {"deepcompile": True}}, r"'compile' does not go with btrm"),
+    ],
+)
+def test_what_deepspeed_or_btrm_would_not_do_is_one_line(tmp_path, more, told):
+    (tmp_path / "ds.json").write_text(json.dumps(more))
+    with pytest.raises(ConfigError, match=told) as caught:
+        made(**{"distributed.deepspeed": str(tmp_path / "ds.json")})
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_that_are_switched_off_are_nothing(tmp_path):
+    off = {"amp": {"enabled": False}, "compile": {}, "torch_autocast": {"enabled": False}, "elasticity": None}
+    (tmp_path / "ds.json").write_text(json.dumps({**off, "zero_optimization": {"stage": 2, "mics_shard_size": -1}}))
+    assert made(**{"distributed.deepspeed": str(tmp_path / "ds.json")})["zero_optimization"]["stage"] == 2
 
 
 def test_a_process_alone_is_a_world_of_one_without_a_port():

@@ -14,6 +14,7 @@ import pytest
 from support import trajectories
 from support.trajectories import Trajectory, distance, metrics, trajectory
 
+from btrm_core import run as run_module
 from btrm_core.errors import CheckpointError, ConfigError
 from btrm_core.model import read_manifest
 from btrm_core.training import loop, resume
@@ -237,3 +238,13 @@ def test_what_was_left_half_written_is_removed(root: Path, unfinished: Path) -> 
     resume.clean(unfinished / "resume")
     assert not any(path.exists() for path in left)
     assert (unfinished / "resume" / "step-00000004" / "COMPLETE").exists()
+
+
+def test_a_disk_without_room_for_the_model_is_refused_before_the_first_step(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "probe", lambda _: 100_000)
+    with pytest.raises(CheckpointError, match=r"has 0\.00 GB free, but the run needs .* GB for its model; free some"):
+        trajectories.train(root, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+    assert metrics(tmp_path / "run") == []

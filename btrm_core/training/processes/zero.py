@@ -33,6 +33,37 @@ LONE_BUCKET = 100_000
 500 million would hold 1 GB (2 GB in fp32) of GPU memory for copies that nobody needs."""
 
 
+KEYS = frozenset(
+    """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile
+    compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather
+    dump_state elasticity flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping
+    gradient_predivide_factor graph_harvesting memory_breakdown optimizer pipeline prescale_gradients
+    progressive_layer_drop scheduler seed seq_parallel_communication_data_type sparse_attention sparse_gradients
+    steps_per_print tensorboard tensor_parallel timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
+)
+"""Top-level keys of a DeepSpeed configuration (deepspeed.ai/docs/config-json): it ignores others without a word."""
+NOT_WITH_BTRM = {
+    "amp": "btrm computes in bf16 or fp32",
+    "torch_autocast": "btrm computes in bf16 or fp32",
+    "compile": "btrm's rows have a new length every step, which would compile anew each time",
+    "pipeline": "a reward model is not cut into pipeline stages here",
+    "tensor_parallel": "btrm splits optimizer states and weights by ZeRO alone",
+    "progressive_layer_drop": "every reward is that of the whole model",
+    "curriculum_learning": "btrm plans which pairs make up a step",
+    "data_efficiency": "btrm plans which pairs make up a step",
+    "compression_training": "weights are trained as they are",
+    "elasticity": "btrm derives the batch from --pairs-per-step, for any number of processes",
+}
+"""Sections that are refused when they are switched on, and why."""
+MICS = ("mics_shard_size", "mics_hierarchical_params_gather")
+OLD_NAMES = {"stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save"}
+"""Keys of `zero_optimization` by which older files say the same."""
+
+
 def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: a preset, or the user's file with its "auto" keys filled.
 
@@ -47,14 +78,11 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     name = config.distributed.deepspeed
     if name in PRESETS:
         user: dict[str, Any] = {"zero_optimization": dict(PRESETS[name])}
-    elif name.endswith(".json"):
-        user = _read_json(name)
+    elif Path(name).suffix or Path(name).exists():
+        user = _understood(_read_json(name), name)
     else:
         hint = did_you_mean(name, PRESETS)
-        raise ConfigError(
-            f"--deepspeed {name!r}: expected one of {', '.join(PRESETS)} or a DeepSpeed JSON file ending in "
-            f".json.{hint}"
-        )
+        raise ConfigError(f"--deepspeed {name!r}: expected one of {', '.join(PRESETS)} or a DeepSpeed JSON file.{hint}")
     asked = user.get("bf16", {}).get("enabled", "auto") if config.model.dtype == "auto" else "auto"
     bf16 = compute_dtype(config.model.dtype) == torch.bfloat16 if asked == "auto" else bool(asked)
     merged = _merge(user, _derived(config, bf16), name)
@@ -66,6 +94,46 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         del merged["optimizer"]  # it is made here and handed over whole, see `engine.make_engine`
         merged["zero_allow_untested_optimizer"] = True
     return merged
+
+
+def _understood(user: dict[str, Any], source: str) -> dict[str, Any]:
+    """A user's file with today's names for its keys, after looking for what DeepSpeed or btrm would not do."""
+    for key in user:
+        if key not in KEYS:
+            raise ConfigError(f"{source}: DeepSpeed knows no '{key}'.{did_you_mean(key, KEYS)}")
+    for key, why in NOT_WITH_BTRM.items():
+        section = user.get(key)
+        off = isinstance(section, dict) and section.get("enabled") is False
+        if section and not off:
+            raise ConfigError(f"{source}: '{key}' does not go with btrm ({why}); leave it out")
+    sections = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types")
+    for key in sections:
+        if not isinstance(user.get(key, {}), dict):
+            raise ConfigError(f"{source}: '{key}' is {user[key]!r}, expected an object")
+    if "bfloat16" in user:
+        user["bf16"] = user.pop("bfloat16")
+    if user.get("data_types", {}).get("grad_accum_dtype", "auto") is None:
+        user["data_types"]["grad_accum_dtype"] = "auto"  # DeepSpeed's own word for its default
+    user["zero_optimization"] = _zero(user.get("zero_optimization", {}), source)
+    return user
+
+
+def _zero(given: dict[str, Any], source: str) -> dict[str, Any]:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = {OLD_NAMES.get(key, key): value for key, value in given.items()}
+    fields = DeepSpeedZeroConfig.model_fields
+    for key in MICS:
+        if zero.pop(key, None) not in (None, -1, False):
+            raise ConfigError(f"{source}: zero_optimization.{key} does not go with btrm (MiCS is another engine)")
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    for key in zero:
+        if key not in known:
+            raise ConfigError(f"{source}: DeepSpeed knows no 'zero_optimization.{key}'.{did_you_mean(key, known)}")
+    stage = zero.get("stage", 1)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ConfigError(f"{source}: zero_optimization.stage = {stage!r}, expected 1, 2 or 3")
+    return zero
 
 
 def _derived(config: RunConfig, bf16: bool) -> dict[str, Any]:
