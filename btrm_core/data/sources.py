@@ -221,7 +221,7 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # any library underneath may raise its own type
-        raise DataError(f"cannot load the data set folder '{where}': {hub.first_line(error)}") from error
+        raise DataError(f"cannot load the data set folder '{where}': {hub.sentence(error)}") from error
     notes = []
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose(where, list(loaded), split)
