@@ -478,3 +478,14 @@ def test_columns_are_mapped_for_scoring(model: Path, tmp_path: Path) -> None:
     assert "reward_margin" in read(tmp_path / "o")[0]
     refused = btrm("score", model, source, "-o", tmp_path / "p", "--map", "promt=ask")
     assert (refused.exit_code, "Did you mean 'prompt'" in refused.stderr) == (2, True)
+
+
+def test_an_evaluation_takes_each_side_of_a_pair_after_its_own_prompt(scorer: Scorer, tmp_path: Path) -> None:
+    five = {"role": "assistant", "content": "5"}
+    parted = {"chosen": [USER, FOUR, USER, FOUR], "rejected": [USER, five, USER, five]}
+    same = {"prompt": "What is 2+2?", "chosen": "4", "rejected": "5"}
+    result = evaluate_sources(scorer, [write(tmp_path / "in.jsonl", [parted, same])])
+    rewards = scorer.rewards([parted["chosen"], parted["rejected"], [USER, FOUR], [USER, five]]).reshape(2, 2)
+    assert (result["overall"]["pairs"], result["bad_rows"]) == (2, 0)
+    assert result["overall"]["chosen_mean"] == pytest.approx(rewards[:, 0].mean(), abs=1e-5)
+    assert result["overall"]["rejected_mean"] == pytest.approx(rewards[:, 1].mean(), abs=1e-5)
