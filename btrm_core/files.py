@@ -106,6 +106,7 @@ def whole_directory(target: Path, keep: Callable[[Path], bool] | None = None) ->
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
+    target = _place_of_directory(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f"{BUILDING}*"):
         with contextlib.suppress(OSError):
@@ -128,6 +129,7 @@ def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = N
         target: Its place.
         keep: Says whether what is there stays, and `staging` where it is.
     """
+    target = _place_of_directory(target)
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
@@ -150,6 +152,18 @@ def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = N
             staging.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
     _fsync(target.parent)
+
+
+def _place_of_directory(target: Path) -> Path:
+    """Where a directory comes to lie: links are followed, and nothing but a directory is ever replaced.
+
+    Raises:
+        NotADirectoryError: a file or a device is there.
+    """
+    place = target.resolve() if target.is_symlink() else target
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{target} is there and is no directory")
+    return place
 
 
 def exchange(left: Path, right: Path) -> bool:
