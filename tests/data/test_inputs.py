@@ -217,6 +217,33 @@ def test_splits_of_a_downloaded_repository(tmp_path: Path) -> None:
     assert len(read(f"{tmp_path}:train_prefs[:20%]", tmp_path)[0]) == 2
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "count"),
+    [
+        (("train_prefs.jsonl", "train_sft.jsonl"), "", None),
+        (("train_prefs.jsonl", "train_sft.jsonl"), ":train_sft", 1),
+        (("default/train_prefs/0000.jsonl", "default/train_sft/0000.jsonl"), "", None),
+        (("default/train_prefs/0000.jsonl", "default/train_prefs/0001.jsonl"), ":train_prefs", 2),
+        (("train_data.jsonl", "test_data.jsonl"), "", 1),
+        (("train_data.jsonl", "test_data.jsonl"), ":test", 1),
+        (("train_1.jsonl", "train_2.jsonl", "test-0.jsonl"), "", 2),
+        (("train_part1.jsonl", "train_part2.jsonl"), "", 2),
+        (("pairs-train.jsonl", "pairs-test.jsonl"), "", 1),
+    ],
+)
+def test_splits_by_the_names_of_files_and_folders(
+    tmp_path: Path, names: tuple[str, ...], split: str, count: int | None
+) -> None:
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(LINES)
+    if count is None:
+        with pytest.raises(DataError, match="no split 'train': it has train_prefs, train_sft"):
+            resolve([f"{tmp_path}/d"], tmp_path / "cache")
+        return
+    assert len(resolve([f"{tmp_path}/d{split}"], tmp_path / "cache").sources) == count
+
+
 def test_links_to_nothing_and_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.jsonl").write_bytes(LINES)
