@@ -23,6 +23,7 @@ from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model,
 from btrm_core.cli import main
 from btrm_core.errors import DataError
 from btrm_core.scoring.bulk import score_file
+from btrm_core.scoring.evaluate import source_rewards
 from btrm_core.scoring.partial import header_file
 from btrm_core.scoring.responses import Responses, Rewards
 from btrm_core.scoring.scorer import Scorer
@@ -484,8 +485,7 @@ def test_an_evaluation_takes_each_side_of_a_pair_after_its_own_prompt(scorer: Sc
     five = {"role": "assistant", "content": "5"}
     parted = {"chosen": [USER, FOUR, USER, FOUR], "rejected": [USER, five, USER, five]}
     same = {"prompt": "What is 2+2?", "chosen": "4", "rejected": "5"}
-    result = evaluate_sources(scorer, [write(tmp_path / "in.jsonl", [parted, same])])
+    found = source_rewards(scorer, write(tmp_path / "in.jsonl", [parted, same]))
     rewards = scorer.rewards([parted["chosen"], parted["rejected"], [USER, FOUR], [USER, five]]).reshape(2, 2)
-    assert (result["overall"]["pairs"], result["bad_rows"]) == (2, 0)
-    assert result["overall"]["chosen_mean"] == pytest.approx(rewards[:, 0].mean(), abs=1e-5)
-    assert result["overall"]["rejected_mean"] == pytest.approx(rewards[:, 1].mean(), abs=1e-5)
+    assert found.bad_rows == 0
+    np.testing.assert_allclose(found.rewards.reward_P2, rewards, atol=1e-5)
