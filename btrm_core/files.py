@@ -276,10 +276,12 @@ def output_file(output: str) -> Path | None:
     """
     if output in STANDARD_OUTPUT:
         return None
+    if "\0" in output:
+        raise DataError(f"cannot write to {output[:100]!r}: a path holds no NUL character")
     try:
         path = Path(output).expanduser()
         mode = path.stat().st_mode if path.exists() else stat.S_IFREG
-        target = path.resolve()
+        target = path.resolve() if path.is_symlink() else path
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"cannot write to {output[:100]!r}: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
