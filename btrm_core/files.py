@@ -110,6 +110,7 @@ def whole_directory(target: Path, keep: Callable[[Path], bool] | None = None) ->
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
+    target = _place_of_directory(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f"{BUILDING}*"):
         with contextlib.suppress(OSError):
@@ -132,6 +133,7 @@ def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = N
         target: Its place.
         keep: Says whether what is there stays, and `staging` where it is.
     """
+    target = _place_of_directory(target)
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             with contextlib.suppress(PermissionError):  # some network file systems own all files themselves
@@ -155,6 +157,18 @@ def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = N
             staging.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
     _fsync(target.parent)
+
+
+def _place_of_directory(target: Path) -> Path:
+    """Where a directory comes to lie: links are followed, and nothing but a directory is ever replaced.
+
+    Raises:
+        NotADirectoryError: a file or a device is there.
+    """
+    place = target.resolve() if target.is_symlink() else target
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{target} is there and is no directory")
+    return place
 
 
 def exchange(left: Path, right: Path) -> bool:
@@ -324,10 +338,12 @@ def output_file(output: str) -> Path | None:
     """
     if output in STANDARD_OUTPUT:
         return None
+    if "\0" in output:
+        raise DataError(f"cannot write to {output[:100]!r}: a path holds no NUL character")
     try:
         path = Path(output).expanduser()
         mode = path.stat().st_mode if path.exists() else stat.S_IFREG
-        target = path.resolve()
+        target = path.resolve() if path.is_symlink() else path
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"cannot write to {output[:100]!r}: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):

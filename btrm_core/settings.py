@@ -89,6 +89,8 @@ class DataConfig:
     group_by: Annotated[str, OneOf("prompt", "pair"), Flag(metavar="WHAT")] = "prompt"
     """What is shuffled: prompt (its pairs share a step) or pair. Every step has the same number of pairs either way;
     pairs of one step share their tokens (InstructGPT, arXiv:2203.02155, section 3.5)."""
+    own_prompts: bool = False
+    """Train also on pairs whose two answers have prompts of their own (conversations that part before the end)."""
     strict: Annotated[bool, Flag()] = False
     """Stop at the first bad row. Otherwise it is counted, and the run goes on."""
     workers: Annotated[int | None, Above(0), AtMost(1024)] = None

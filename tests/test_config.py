@@ -118,3 +118,15 @@ def test_every_setting_is_documented():
                 )
                 assert isinstance(doc, ast.Expr)
                 assert isinstance(doc.value, ast.Constant)
+
+
+def test_names_of_the_data_are_a_table_or_texts(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[data.map]\nprompt = "question"\nrole.expert = "assistant"\n')
+    expected = ("prompt=question", "role.expert=assistant")
+    config = read_settings(str(file))
+    assert config.data.map == expected
+    assert apply(RunConfig(), {"data.map": "prompt=question,role.expert=assistant"}).data.map == expected
+    assert apply(RunConfig(), {"data.map": expected}).data.map == expected
+    file.write_text(to_toml(config))
+    assert read_settings(str(file)) == config

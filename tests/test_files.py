@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from btrm_core import files
-from btrm_core.errors import CheckpointError
+from btrm_core.errors import CheckpointError, DataError
 
 
 def names(directory):
@@ -169,3 +169,40 @@ def test_a_file_that_cannot_be_flushed_fails(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(CheckpointError, match=r"cannot write to the output directory .*: Input/output error"):
         files.probe(tmp_path)
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    old, link = tmp_path / "disk" / "model", tmp_path / "model"
+    old.mkdir(parents=True)
+    (old / "old").touch()
+    link.symlink_to(old)
+    with files.whole_directory(link) as folder:
+        (folder / "new").touch()
+    assert link.is_symlink()
+    assert [path.name for path in old.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(files.BUILDING)] == []
+
+
+def test_a_file_is_never_replaced_by_a_directory(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with (
+        pytest.raises(NotADirectoryError, match="is there and is no directory"),
+        files.whole_directory(tmp_path / "model"),
+    ):
+        pass
+    assert (tmp_path / "model").read_text() == "mine"
+
+
+def test_what_is_written_as_it_stands(tmp_path):
+    import socket
+
+    assert files.output_file("-") is files.output_file("/dev/stdout") is files.output_file("/dev/null") is None
+    assert files.output_file(str(tmp_path / "new")) == (tmp_path / "new").resolve()
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "door"))
+        with pytest.raises(DataError, match=r"it is a socket, no file"):
+            files.output_file(str(tmp_path / "door"))
+    for output in ("a\0b", "x" * 300, "~nouser-of-this-name/x"):
+        with pytest.raises(DataError, match=r"^cannot write to ") as error:
+            files.output_file(output)
+        assert "\n" not in str(error.value)

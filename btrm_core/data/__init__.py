@@ -22,7 +22,7 @@ from btrm_core.data.quality import (
 from btrm_core.data.readers import parse_json_line
 from btrm_core.data.sample import sample_path
 from btrm_core.data.shapes.naming import Naming, parse_naming
-from btrm_core.data.shapes.values import RowError, json_value, shown
+from btrm_core.data.shapes.values import RowError, json_value, plain, shown
 from btrm_core.data.shapes.view import RowView
 from btrm_core.data.store import TokenStore, encode_pairs, tokenizer_fingerprint
 
@@ -62,6 +62,7 @@ __all__ = [
     "pairs_from_rows",
     "parse_json_line",
     "parse_naming",
+    "plain",
     "raw_rows",
     "sample_path",
     "shown",

@@ -66,6 +66,7 @@ class Pair:
         margin: by how much chosen should win, if the row says so (used by the loss only when asked to).
         weight: how much the pair counts in the loss, above 0.
         probability: how likely it is that chosen is the better answer, 0.5 (a tie) to 1.
+        rejected_prompt: the messages before rejected, where they are not those before chosen; None where they are.
         group: a number that only the pairs of one row share, which compare several responses; 0 for a lone pair.
     """
 
@@ -78,6 +79,7 @@ class Pair:
     weight: float = 1.0
     probability: float = 1.0
     group: int = 0
+    rejected_prompt: list[Message] | None = None
 
     @property
     def chosen_conversation(self) -> list[Message]:
@@ -87,7 +89,7 @@ class Pair:
     @property
     def rejected_conversation(self) -> list[Message]:
         """The prompt followed by the other answer."""
-        return [*self.prompt, {"role": "assistant", "content": self.rejected}]
+        return [*(self.rejected_prompt or self.prompt), {"role": "assistant", "content": self.rejected}]
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,13 @@ class Reading:
         scored: which pairs scored responses give; see the module.
         ties: "half" makes pairs of ties, with probability 0.5; "skip" refuses them.
         naming: the user's own names for columns and roles.
+        own_prompts: make pairs also of two answers whose prompts differ, each after its own; else they are refused.
     """
 
     scored: WhichPairs = "best-vs-worst"
     ties: Ties = "skip"
     naming: Naming = field(default_factory=Naming)
+    own_prompts: bool = False
 
 
 def convert_row(
@@ -159,7 +163,7 @@ def pairs_of(
     several = len(comparisons) > 1
     for number, one in enumerate(comparisons):
         chosen, rejected = conversations[id(one.chosen)], conversations[id(one.rejected)]
-        _check(chosen, rejected, one)
+        _check(chosen, rejected, one, own_prompts=reading.own_prompts)
         gap = margin if margin is not None or one.gap is None else bounded_margin(one.gap, "margin")
         pairs.append(
             Pair(
@@ -172,6 +176,7 @@ def pairs_of(
                 weight=weight / len(comparisons),
                 probability=one.probability,
                 group=group if several else 0,
+                rejected_prompt=None if rejected[0] == chosen[0] else rejected[0],
             )
         )
     if reading.naming.margin_of_scores and all(pair.margin is None for pair in pairs):
@@ -198,12 +203,12 @@ def conversations_of(view: RowView) -> tuple[Shape, list[Conversation]]:
     return shape, finished(shape, view)
 
 
-def _check(chosen: Conversation, rejected: Conversation, one: Compared) -> None:
+def _check(chosen: Conversation, rejected: Conversation, one: Compared, *, own_prompts: bool) -> None:
     left, right = one.chosen.where, one.rejected.where
-    if chosen[0] != rejected[0]:
+    if chosen[0] != rejected[0] and not own_prompts:
         where = _where(chosen[0], rejected[0])
         raise RowError("prompts differ", f"'{left}' and '{right}' differ before the last message: {where}")
-    if chosen[1] == rejected[1]:
+    if chosen == rejected:
         raise RowError("chosen equals rejected", f"'{left}' and '{right}' are the same answer: {shown(chosen[1])}")
 
 

@@ -115,10 +115,13 @@ def _encode_chunk(data: PairData, index_P: IntArray, chat: ChatFormat, max_lengt
     """Encode the pairs from `start` up to `stop` (exclusive) of data in the order of its prompts."""
     rows = data.rows(start, stop)
     wanted: dict[Any, tuple[list[Message], dict[str, None]]] = {}
-    keys = [tuple((message["role"], message["content"]) for message in row["prompt"]) for row in rows]
-    for key, row in zip(keys, rows, strict=True):
-        _, responses = wanted.setdefault(key, (row["prompt"], {}))
-        responses |= dict.fromkeys((row["chosen"], row["rejected"]))
+    keys = [_key(row["prompt"]) for row in rows]
+    other_keys = [
+        _key(row["rejected_prompt"]) if row["rejected_prompt"] else key for key, row in zip(keys, rows, strict=True)
+    ]
+    for key, other, row in zip(keys, other_keys, rows, strict=True):
+        wanted.setdefault(key, (row["prompt"], {}))[1][row["chosen"]] = None
+        wanted.setdefault(other, (row["rejected_prompt"], {}))[1][row["rejected"]] = None
     answers = dict(zip(wanted, _answers(chat, wanted.values(), max_length), strict=True))
     chunk = Chunk(given=len(rows))
     hash_P = data.prompt_hash_P[start:stop]
@@ -126,10 +129,14 @@ def _encode_chunk(data: PairData, index_P: IntArray, chat: ChatFormat, max_lengt
     for first, last in itertools.pairwise(borders):
         kept: list[_Kept] = []
         for _, unit in itertools.groupby(range(first, last), lambda i: rows[i]["group"] or -i - 1):
-            numbered = [(int(index_P[start + i]), rows[i], answers[keys[i]]) for i in unit]
+            numbered = [(int(index_P[start + i]), rows[i], (answers[keys[i]], answers[other_keys[i]])) for i in unit]
             kept += _taken(chunk, numbered)
         chunk.add(kept)
     return chunk
+
+
+def _key(prompt: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"]) for message in prompt)
 
 
 def _answers(
@@ -148,13 +155,14 @@ def _answers(
         yield _Answers(result, dict(zip(good, found, strict=True)), failed, altered)
 
 
-def _taken(chunk: Chunk, rows: Sequence[tuple[int, dict[str, Any], _Answers]]) -> list[_Kept]:
+def _taken(chunk: Chunk, rows: Sequence[tuple[int, dict[str, Any], tuple[_Answers, _Answers]]]) -> list[_Kept]:
     """Keep the pairs of one row of the data that can be trained on, which weigh as much as all; count what was cut."""
     taken: list[_Kept] = []
-    for index, row, answers in rows:
-        cut = answers.encoded.dropped_turns > 0 or answers.encoded.cut_characters > 0
-        problem = answers.errors.get(row["chosen"]) or answers.errors.get(row["rejected"])
-        if problem is None and np.array_equal(answers.ids[row["chosen"]], answers.ids[row["rejected"]]):
+    for index, row, (better, worse) in rows:
+        sides = [better.encoded] if worse is better else [better.encoded, worse.encoded]
+        cut = any(side.dropped_turns or side.cut_characters for side in sides)
+        problem = better.errors.get(row["chosen"]) or worse.errors.get(row["rejected"])
+        if problem is None and np.array_equal(better.ids[row["chosen"]], worse.ids[row["rejected"]]):
             problem = "chosen and rejected are the same tokens" + (" after cutting" if cut else "")
         if problem:
             chunk.dropped.append((problem, row["id"]))
@@ -168,12 +176,12 @@ def _taken(chunk: Chunk, rows: Sequence[tuple[int, dict[str, Any], _Answers]]) -
             "probability": row["probability"],
             "ranking": row["group"],
         }
-        taken.append(_Kept(answers.ids[row["chosen"]], answers.ids[row["rejected"]], values))
+        taken.append(_Kept(better.ids[row["chosen"]], worse.ids[row["rejected"]], values))
         chunk.truncated += cut
-        chunk.dropped_turns += answers.encoded.dropped_turns
-        chunk.cut_characters += answers.encoded.cut_characters
+        chunk.dropped_turns += sum(side.dropped_turns for side in sides)
+        chunk.cut_characters += sum(side.cut_characters for side in sides)
         chunk.with_margin += row["margin"] is not None
-        if altered := answers.altered.get(row["chosen"]) or answers.altered.get(row["rejected"]):
+        if altered := better.altered.get(row["chosen"]) or worse.altered.get(row["rejected"]):
             chunk.altered.append((altered, row["id"]))
     whole = sum(row["weight"] for _, row, _ in rows) / (sum(pair.values["weight"] for pair in taken) or 1.0)
     for pair in taken:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of every fingerprint: raised when equal files give other pairs than before."""
 
 
@@ -103,6 +103,7 @@ def load_pairs(
     scored: WhichPairs = "best-vs-worst",
     ties: Ties = "skip",
     naming: Naming | None = None,
+    own_prompts: bool = False,
 ) -> PairData:
     """Read, convert and check all rows of all sources, in order.
 
@@ -114,11 +115,12 @@ def load_pairs(
         scored: which pairs scored responses give; `convert.py` says what they mean.
         ties: whether ties are skipped or become pairs with probability 0.5.
         naming: the user's own names of columns and roles, from `parse_naming`.
+        own_prompts: whether two answers whose prompts differ become a pair, each after its own, or are refused.
 
     Raises:
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
     """
-    root, reading = cache.cache_root(cache_dir), Reading(scored, ties, naming or Naming())
+    root, reading = cache.cache_root(cache_dir), Reading(scored, ties, naming or Naming(), own_prompts)
     resolved = resolve([sources] if isinstance(sources, str) else sources, root)
     contents = [[source.name, source.content, source.weight] for source in resolved.sources]
     fingerprint = files.digest("pairs", FORMAT_VERSION, contents, dataclasses.asdict(reading))
@@ -293,6 +295,7 @@ def _schema() -> pyarrow.Schema:
             ("weight", pa.float64()),
             ("probability", pa.float64()),
             ("group", pa.int64()),
+            ("rejected_prompt", pa.list_(message)),
         ]
     )
 

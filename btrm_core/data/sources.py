@@ -48,6 +48,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_ADDRESS = re.compile(r"(?:hf://datasets/|https?://huggingface\.co/datasets/)(.+)")
 _SPLIT_NAMES = ("train", "validation", "valid", "dev", "test", "eval")
 _SPLIT_WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLIT_NAMES)})(?=[-_./]|$)", re.IGNORECASE)
+_NAMED_SPLIT = re.compile(rf"((?:{'|'.join(_SPLIT_NAMES)})[-_][A-Za-z]\w*?)[-_]?\d*", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?=\.)")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -221,7 +222,7 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # any library underneath may raise its own type
-        raise DataError(f"cannot load the data set folder '{where}': {hub.first_line(error)}") from error
+        raise DataError(f"cannot load the data set folder '{where}': {hub.sentence(error)}") from error
     notes = []
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose(where, list(loaded), split)
@@ -236,24 +237,35 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
 
 
 def _choose(where: str, splits: list[str], wanted: str | None) -> str:
-    """Pick the wanted split, else "train", else the only one."""
+    """Pick the wanted split, else "train", else the only one, or the only one of that beginning (`train_data`)."""
     named = ", ".join(sorted(name for name in splits if name)) or "none"
     if wanted is not None:
         if wanted in splits:
             return wanted
+        if len(near := _beginning(wanted, splits)) == 1:
+            return near[0]
         raise DataError(f"'{where}' has no split '{wanted}': it has {named}.{did_you_mean(wanted, splits)}")
     if "train" in splits:
         return "train"
     if len(splits) == 1:
         return splits[0]
+    if len(near := _beginning("train", splits)) == 1:
+        return near[0]
     example = sorted(name for name in splits if name)[0]
     raise DataError(f"'{where}' has no split 'train': it has {named}. Name one, for example '{where}:{example}'.")
+
+
+def _beginning(word: str, splits: list[str]) -> list[str]:
+    return [split for split in splits if split.startswith((f"{word}_", f"{word}-"))]
 
 
 def _split_of(path: Path) -> str:
     """The split a file belongs to by its name or its folder's, or an empty string."""
     if shard := _SHARD.match(path.name):
         return shard.group(1)
+    for part in reversed([*path.parent.parts, path.name.partition(".")[0]]):
+        if named := _NAMED_SPLIT.fullmatch(part):  # train_prefs and train_sft are two splits, train_0 and train_1 one
+            return named.group(1).lower()
     words = _SPLIT_WORD.findall(path.as_posix())
     return words[-1].lower() if words else ""
 

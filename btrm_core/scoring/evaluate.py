@@ -52,7 +52,7 @@ def source_rewards(scorer: Scorer, source: str, naming: Naming | None = None) ->
         DataError: the source cannot be read, or holds no pair.
         CheckpointError: the model gives a reward that is not a finite number.
     """
-    data = load_pairs([source], naming=naming)
+    data = load_pairs([source], naming=naming, own_prompts=True)
     pairs = encode_pairs(data, scorer.chat, scorer.max_length)
     started = time.monotonic()
     reward_P2 = encoded_rewards(scorer, pairs, source)

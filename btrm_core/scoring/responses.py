@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from btrm_core.chat import Conversation, EncodedResponses
+from btrm_core.data import plain
 from btrm_core.errors import DataError
 
 Responses = tuple[Conversation, Sequence[str]]
@@ -31,6 +33,13 @@ class Rewards:
     truncated: bool
 
 
+def plain_responses(prompt: Any, responses: Any) -> Responses:
+    """A prompt and its responses as lists, also from the arrays of numpy and the columns of pandas."""
+    if not isinstance(prompt, list):
+        prompt = plain(prompt)
+    return prompt, responses if isinstance(responses, list) else [str(response) for response in responses]
+
+
 def as_responses(conversation: Conversation, index: int) -> Responses:
     """A finished conversation as a prompt with one response.
 
@@ -41,6 +50,7 @@ def as_responses(conversation: Conversation, index: int) -> Responses:
     Raises:
         DataError: it does not end with the assistant's message.
     """
+    conversation = conversation if isinstance(conversation, list) else plain(conversation)
     if not conversation or conversation[-1].get("role") != "assistant":
         raise DataError(f"conversation {index + 1}: expected a list of messages that ends with the assistant's")
     return conversation[:-1], [conversation[-1]["content"]]

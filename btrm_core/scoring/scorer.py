@@ -36,7 +36,7 @@ from btrm_core.model import (
 )
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.packing import PADDED, Bundle, Tree, bundles, collate, grow, packed_rows, padded_rows, row_multiple
-from btrm_core.scoring.responses import Encoded, Responses, Rewards, as_responses, rewards_of
+from btrm_core.scoring.responses import Encoded, Responses, Rewards, as_responses, plain_responses, rewards_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -219,6 +219,7 @@ class Scorer:
         Returns:
             One result per group, in order.
         """
+        groups = [plain_responses(prompt, responses) for prompt, responses in groups]
         windows = (groups[start : start + WINDOW] for start in range(0, len(groups), WINDOW))
         return [scored for window in self.stream(windows) for scored in window]
 

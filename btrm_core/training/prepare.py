@@ -135,11 +135,12 @@ def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = Non
 def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     data = config.data
     scored, ties = cast("WhichPairs", data.scored), cast("Ties", data.ties)
-    read = partial(load_pairs, strict=data.strict, cache_dir=data.cache_dir, naming=parse_naming(data.map))
-    rows = read(data.train, scored=scored, ties=ties)
+    names = parse_naming(data.map)
+    read = partial(load_pairs, strict=data.strict, cache_dir=data.cache_dir, naming=names)
+    rows = read(data.train, scored=scored, ties=ties, own_prompts=data.own_prompts)
     held_out: PairData | None = None
     if data.eval:
-        held_out = read(data.eval, scored=scored)
+        held_out = read(data.eval, scored=scored, own_prompts=True)
         rows, _ = drop_overlap(rows, held_out)
     issues = {"train": rows.issues, **({"eval": held_out.issues} if held_out is not None else {})}
     if not data.eval and data.held_out_fraction > 0:

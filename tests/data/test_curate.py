@@ -19,6 +19,7 @@ from btrm_core.data.curate import overview, survey, write_pairs
 from btrm_core.data.curate.select import token_lengths
 from btrm_core.data.curate.similar import has_passage, near_duplicates, ngrams, passages, signature, word_hashes
 from btrm_core.data.pairs import pairs_from_rows
+from btrm_core.errors import DataError
 from btrm_core.model import load_chat
 
 LONG = " ".join(f"word{n}" for n in range(60))
@@ -291,3 +292,13 @@ def test_inspect_prints_and_reports(tmp_path, model):
     assert values["survey"]["tokens"]["pairs"] == 30
     as_json = json.loads(btrm("inspect", source, "--no-near", "--json").stdout)
     assert (as_json["pairs"], as_json["near_duplicates"]) == (30, None)
+
+
+def test_writing_follows_a_link_and_leaves_devices_alone(tmp_path):
+    from btrm_core.data.curate.write import check_target
+
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "disk.jsonl")
+    assert check_target(tmp_path / "link.jsonl") == (tmp_path / "disk.jsonl").resolve()
+    for path in ("/dev/null", "/dev/stdout", "-"):
+        with pytest.raises(DataError, match="is no file"):
+            check_target(path, overwrite=True)

@@ -45,7 +45,18 @@ def ids(data: PairData) -> list[str]:
 
 def test_pairs_and_columns(tmp_path):
     data = load_pairs([write(tmp_path / "a.jsonl", [row(1, id="x", margin=2), row(2, weight=0.5, subset="s")])])
-    columns = ["id", "subset", "prompt", "chosen", "rejected", "margin", "weight", "probability", "group"]
+    columns = [
+        "id",
+        "subset",
+        "prompt",
+        "chosen",
+        "rejected",
+        "margin",
+        "weight",
+        "probability",
+        "group",
+        "rejected_prompt",
+    ]
     assert list(data.dataset.features) == columns
     assert data[0] == Pair("x", "a", [{"role": "user", "content": "Question 1?"}], "yes 1", "no", 2.0, 1.0)
     assert list(data) == [data[0], data[1]]

@@ -480,3 +480,13 @@ def test_a_margin_is_one_column_minus_another() -> None:
 def test_a_wrong_map_is_one_line(entry: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         parse_naming([entry])
+
+
+def test_answers_with_prompts_of_their_own_are_a_pair_if_asked_for() -> None:
+    row = {"chosen": [*Q, bot("x"), *Q, bot("a")], "rejected": [*Q, bot("y"), *Q, bot("a")]}
+    (pair,), _ = read(row, own_prompts=True)
+    assert (pair.chosen_conversation, pair.rejected_conversation) == (row["chosen"], row["rejected"])
+    with pytest.raises(RowError, match="differ before the last message: message 2 of 3"):
+        read(row)
+    (pair,), _ = read({"prompt": "q", "chosen": "a", "rejected": "b"}, own_prompts=True)
+    assert pair.rejected_prompt is None

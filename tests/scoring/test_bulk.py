@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from click.testing import CliRunner, Result
 from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model, reward_model, say
@@ -15,6 +23,7 @@ from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model,
 from btrm_core.cli import main
 from btrm_core.errors import DataError
 from btrm_core.scoring.bulk import score_file
+from btrm_core.scoring.evaluate import source_rewards
 from btrm_core.scoring.partial import header_file
 from btrm_core.scoring.responses import Responses, Rewards
 from btrm_core.scoring.scorer import Scorer
@@ -307,3 +316,176 @@ def test_the_command_scores_and_refuses(model: Path, scorer: Scorer, tmp_path: P
         f"btrm: {base} holds no reward head (score.weight is missing from its weights); expected a model trained by "
         f"`btrm train`, such as one made with --model {base}\n"
     )
+
+
+USER = {"role": "user", "content": "What is 2+2?"}
+FOUR = {"role": "assistant", "content": "4"}
+HH = "\n\nHuman: What is 2+2?\n\nAssistant:"
+SAME_CONVERSATION: list[dict[str, Any]] = [
+    {"messages": [USER, FOUR]},
+    {"prompt": HH, "response": "4"},
+    {"prompt": HH, "responses": ["4", "5"]},
+    {"chosen": f"{HH} 4", "rejected": f"{HH} 5"},
+    {"prompt": HH, "chosen": " 4", "rejected": "5"},
+    {"instruction": "What is 2+2?", "response": "4"},
+    {"question": "What is 2+2?", "responses": ["4", "5"]},
+    {"conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
+    {"messages": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
+    {"prompt": HH, "answers": [{"answer": "4", "rank": 1}, {"answer": "5", "rank": 2}]},
+    {"instruction": "What is 2+2?", "completions": [{"response": "4", "overall_score": "N/A"}]},
+    {"prompt": "What is 2+2?", "response_a": "4", "response_b": "5"},
+    {"context": [USER], "response1": "4", "response2": "5", "overall_preference": -2},
+    {"prompt": "What is 2+2?", "chosen": "4", "rejected": "4"},
+    {"prompt": "What is 2+2?", "chosen": "4", "rejected": "5", "probability": 0.3, "weight": -1, "margin": "x"},
+    {"prompt": [USER], "response": [FOUR], "system": None},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 2+2?"}]}, FOUR]},
+    {"messages": [USER, FOUR], "rejected_response": "5"},
+    {"prompt": "What is 2+2?", "output": ["4", "5"]},
+    {"prompt": "What is 2+2?", "chosen": ["4"], "rejected": ["5", "6"]},
+]
+SYSTEM = {"role": "system", "content": "Be brief."}
+WITH_SYSTEM: list[dict[str, Any]] = [
+    {"messages": [SYSTEM, USER, FOUR]},
+    {"system": "Be brief.", "prompt": "What is 2+2?", "response": "4"},
+    {"system_prompt": "Be brief.", "prompt": "What is 2+2?", "response": "4"},
+    {"system_prompt": "Be brief.", "prompt": "What is 2+2?", "chosen": "4", "rejected": "5"},
+    {"system": "Be brief.", "messages": [USER, FOUR]},
+    {"system": "Be brief.", "prompt": "What is 2+2?", "responses": ["4", "5"]},
+]
+
+
+def first_reward(line: dict[str, Any]) -> Any:
+    return line.get("reward", line.get("chosen_reward", (line.get("rewards") or [None])[0]))
+
+
+def test_one_conversation_has_one_reward_however_it_is_written(scorer: Scorer, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [*SAME_CONVERSATION, *WITH_SYSTEM])
+    score_file(scorer, source, str(tmp_path / "out.jsonl"))
+    lines = read(tmp_path / "out.jsonl")
+    assert [line.get("error") for line in lines] == [None] * len(lines)
+    plain, brief = scorer.rewards([[USER, FOUR], [SYSTEM, USER, FOUR]]).tolist()
+    expected = [plain] * len(SAME_CONVERSATION) + [brief] * len(WITH_SYSTEM)
+    assert [first_reward(line) for line in lines] == pytest.approx(expected, abs=1e-5)
+    assert plain != pytest.approx(brief, abs=1e-4)
+
+
+def test_the_sides_of_a_pair_may_have_prompts_of_their_own(scorer: Scorer, tmp_path: Path) -> None:
+    chosen, rejected = [USER, FOUR, USER, FOUR], [*PROMPT, FOUR]
+    score_file(scorer, write(tmp_path / "in.jsonl", [{"chosen": chosen, "rejected": rejected}]), str(tmp_path / "o"))
+    (line,) = read(tmp_path / "o")
+    found = [line["chosen_reward"], line["rejected_reward"]]
+    assert found == pytest.approx(scorer.rewards([chosen, rejected]).tolist(), abs=1e-5)
+
+
+def test_nothing_of_a_line_is_replaced(scorer: Scorer, tmp_path: Path) -> None:
+    mine = {
+        "messages": [USER, FOUR],
+        "reward": 7.0,
+        "rewards": [1],
+        "error": "mine",
+        "truncated": "no",
+        "x": float("nan"),
+    }
+    source = write(tmp_path / "in.jsonl", [mine, {"messages": 1, "error": "mine"}])
+    text = score_file(scorer, source, str(tmp_path / "out.jsonl"))
+    good, bad = read(tmp_path / "out.jsonl")
+    assert {**good, "btrm_reward": None} == {**mine, "x": None, "btrm_reward": None}
+    assert good["btrm_reward"] == pytest.approx(scorer.rewards([[USER, FOUR]])[0], abs=1e-5)
+    assert bad == {
+        **{"messages": 1, "error": "mine", "reward": None},
+        "btrm_error": "line 2: 'messages' is 1 (int), expected a list of messages",
+    }
+    assert "1 conversation scored" in text
+    assert "; 1 not scored (line 2: " in text
+    assert "; 2 have keys of these names, so that the rewards are called btrm_..." in text
+    assert "NaN" not in (tmp_path / "out.jsonl").read_text()
+
+
+def test_what_is_not_scored_as_it_stands_is_said(scorer: Scorer, tmp_path: Path) -> None:
+    row = {"messages": [USER, {**FOUR, "reasoning_content": "2 and 2"}], "tools": [{"name": "f"}]}
+    text = score_file(scorer, write(tmp_path / "in.jsonl", [row, row]), str(tmp_path / "out.jsonl"))
+    assert "messages.reasoning_content not used (2)" in text
+    assert "tools not used (2)" in text
+
+
+def test_links_are_followed_and_only_files_are_replaced(scorer: Scorer, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", pairs(2))
+    kept, link = tmp_path / "kept.jsonl", tmp_path / "link.jsonl"
+    kept.write_text("old")
+    link.symlink_to(kept)
+    with pytest.raises(DataError, match=r"kept\.jsonl exists already"):
+        score_file(scorer, source, str(link))
+    score_file(scorer, source, str(link), overwrite=True)
+    assert link.is_symlink()
+    assert len(read(kept)) == 2
+    dangling = tmp_path / "dangling.jsonl"
+    dangling.symlink_to(tmp_path / "made.jsonl")
+    score_file(scorer, source, str(dangling))
+    assert len(read(tmp_path / "made.jsonl")) == 2
+    before = Path("/dev/null").stat().st_rdev
+    score_file(scorer, source, "/dev/null", overwrite=True)
+    assert Path("/dev/null").is_char_device()
+    assert Path("/dev/null").stat().st_rdev == before
+    with pytest.raises(DataError, match=r"^cannot write /dev/full: No space left on device$"):
+        score_file(scorer, source, "/dev/full", overwrite=True)
+    assert not list(Path("/dev").glob("full.partial*"))
+
+
+def test_a_pipe_is_written_to(scorer: Scorer, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    score_file(scorer, write(tmp_path / "in.jsonl", pairs(2)), str(pipe))
+    reader.join()
+    assert len(found[0].splitlines()) == 2
+    assert pipe.is_fifo()
+
+
+def test_standard_input_and_output(model: Path, scorer: Scorer, tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in pairs(2))
+    command = [sys.executable, "-m", "btrm_core", "score", str(model), "-"]
+    for output in ("-", "/dev/stdout"):
+        done = subprocess.run([*command, "-o", output], input=lines, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert len([json.loads(line) for line in done.stdout.splitlines()]) == 2
+        assert "2 pairs scored" in done.stderr
+    target = tmp_path / "out.jsonl"
+    with target.open("w") as file:
+        done = subprocess.run([*command, "-o", "-"], input=lines, stdout=file, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read(target)) == 2
+
+
+@pytest.mark.parametrize("ending", [".bz2", ".xz", ".zst"])
+def test_packed_lines_are_scored(scorer: Scorer, tmp_path: Path, ending: str) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in pairs(2)).encode()
+    content = {
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+    }
+    (tmp_path / f"in.jsonl{ending}").write_bytes(content[ending](lines))
+    assert "2 pairs scored" in score_file(scorer, str(tmp_path / f"in.jsonl{ending}"), str(tmp_path / "out.jsonl"))
+
+
+def test_columns_are_mapped_for_scoring(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"ask": "What is 2+2?", "good": "4", "bad": "5"}])
+    result = btrm(
+        "score", model, source, "-o", tmp_path / "o", "--map", "prompt=ask,chosen=good", "--map", "rejected=bad"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "reward_margin" in read(tmp_path / "o")[0]
+    refused = btrm("score", model, source, "-o", tmp_path / "p", "--map", "promt=ask")
+    assert (refused.exit_code, "Did you mean 'prompt'" in refused.stderr) == (2, True)
+
+
+def test_an_evaluation_takes_each_side_of_a_pair_after_its_own_prompt(scorer: Scorer, tmp_path: Path) -> None:
+    five = {"role": "assistant", "content": "5"}
+    parted = {"chosen": [USER, FOUR, USER, FOUR], "rejected": [USER, five, USER, five]}
+    same = {"prompt": "What is 2+2?", "chosen": "4", "rejected": "5"}
+    found = source_rewards(scorer, write(tmp_path / "in.jsonl", [parted, same]))
+    rewards = scorer.rewards([parted["chosen"], parted["rejected"], [USER, FOUR], [USER, five]]).reshape(2, 2)
+    assert found.bad_rows == 0
+    np.testing.assert_allclose(found.rewards.reward_P2, rewards, atol=1e-5)

@@ -211,3 +211,17 @@ def test_the_identity_follows_what_changes_rewards(scorer: Scorer, copy: Path) -
     assert Scorer(str(copy), device="cpu", dtype="bf16").identity != scorer.identity
     change_json(copy / "btrm.json", max_length=128)
     assert Scorer(str(copy), device="cpu").identity != scorer.identity
+
+
+def test_values_of_numpy_and_pandas_are_scored_alike(scorer: Scorer) -> None:
+    import pandas as pd
+
+    prompts = [PROMPT, say("Is ice cold?", "Yes")[:1]]
+    frame = pd.DataFrame(
+        {"prompt": [np.array(p, dtype=object) for p in prompts], "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    )
+    expected = scorer.pair_rewards(prompts, ["a", "b"], ["c", "d"])
+    found = scorer.pair_rewards(frame["prompt"], frame["chosen"], frame["rejected"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    whole = [np.array([*p, {"role": "assistant", "content": "a"}], dtype=object) for p in prompts[:1]]
+    np.testing.assert_allclose(scorer.rewards(whole), expected[:1, 0], atol=1e-5)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from btrm_core import files
 from btrm_core.data.pairs import PairData
 from btrm_core.errors import DataError
 
@@ -34,12 +35,14 @@ def standard_rows(data: PairData) -> Iterator[dict[str, Any]]:
 
 
 def check_target(path: str | Path, overwrite: bool = False) -> Path:
-    """The file to write.
+    """The file to write; a link is followed.
 
     Raises:
-        DataError: its ending says no format, or it is there already.
+        DataError: its ending says no format, it is no file (a pipe, a device), or it is there already.
     """
-    target = Path(path)
+    target = files.output_file(str(path))
+    if target is None:
+        raise DataError(f"{path} is no file, expected one ending in {', '.join(ENDINGS)}")
     if not target.name.endswith(ENDINGS):
         raise DataError(f"cannot tell the format of {target} from its ending; expected {', '.join(ENDINGS)}")
     if target.exists() and not overwrite:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from btrm_core.console import quiet_libraries
-from btrm_core.errors import DataError
+from btrm_core.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -34,14 +34,12 @@ def load(spec: Spec) -> datasets.Dataset:
         hint = "Check the id, the split and the connection, or pass a local file."
         if not reached:
             hint = "The Hub cannot be reached and the data set is not in its cache; pass a local file."
-        raise DataError(f"cannot load '{spec.text}' from the Hugging Face Hub: {first_line(error)} {hint}") from error
+        raise DataError(f"cannot load '{spec.text}' from the Hugging Face Hub: {sentence(error)} {hint}") from error
 
 
-def first_line(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """The first line of what a library says, as a sentence."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip() if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."
+    return f"{first_line(error).removesuffix('.')}."
 
 
 def _reach(spec: Spec) -> bool:

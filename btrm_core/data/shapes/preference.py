@@ -61,7 +61,8 @@ def compared(shape: Shape, view: RowView, which: WhichPairs, ties: Ties = "skip"
     if shape.kind == "pair":
         return [Compared(sides[0], sides[1], sure, _gap(view, _PAIR_SCORES))]
     if shape.kind == "ranks":
-        return [Compared(b, w, sure) for b in sides[: shape.better] for w in sides[shape.better :]]
+        both = [Compared(b, w, sure) for b in sides[: shape.better] for w in sides[shape.better :]]
+        return [one for one in both if one.chosen.value != one.rejected.value] or both[:1]
     if shape.kind == "choice":
         best = _chosen_place(view, len(sides))
         return [Compared(sides[best], side, sure) for place, side in enumerate(sides) if place != best]

@@ -134,7 +134,8 @@ def _read(config: RunConfig, sources: Sequence[str]) -> PairData:
     data = config.data
     scored, ties = cast(WhichPairs, data.scored), cast(Ties, data.ties)
     names = parse_naming(data.map)
-    return load_pairs(sources, strict=data.strict, cache_dir=data.cache_dir, scored=scored, ties=ties, naming=names)
+    how: dict[str, Any] = {"strict": data.strict, "cache_dir": data.cache_dir, "own_prompts": data.own_prompts}
+    return load_pairs(sources, scored=scored, ties=ties, naming=names, **how)
 
 
 def _format_check(case: Case) -> Check:
@@ -289,6 +290,8 @@ def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | N
 def _plain_conversations(rows: PairData, chat: ChatFormat, limit: int) -> list[Conversation]:
     """A pair's conversations that are not cut and spell no control token, so that any program gets the same ids."""
     for row in rows.rows(0, 50):
+        if row["rejected_prompt"]:
+            continue
         answers = [row["chosen"], row["rejected"]]
         both = [[*row["prompt"], {"role": "assistant", "content": answer}] for answer in answers]
         group = chat.encode_group(row["prompt"], answers, limit)

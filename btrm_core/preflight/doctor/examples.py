@@ -50,6 +50,10 @@ def encode_example(row: Pair, chat: ChatFormat | None, max_length: int, *, as_wr
     """
     if chat is None:
         return Example(row.id, row.subset, None, error="the template renders nothing")
+    if row.rejected_prompt:
+        return Example(
+            row.id, row.subset, None, error="its answers have prompts of their own, and are shown by no pair"
+        )
     answers = [row.chosen, row.rejected]
     if as_written:
         group = _group_as_written(chat, row.prompt, answers)
