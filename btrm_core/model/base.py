@@ -24,6 +24,7 @@ from btrm_core.console import quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.model import adapters
+from btrm_core.model.leakage import check_max_length, require_head_class, without_dropout
 from btrm_core.model.quantized import loading_options, settle
 from btrm_core.model.reward import RewardModel, choose_for
 from btrm_core.settings import ModelConfig, RunConfig
@@ -78,6 +79,7 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
 
     name = _checked_name(model)
     _check_weights(Path(name))
+    require_head_class(base_config(model), name)
     packed = loading_options(model.quantize, dtype)
     try:
         with quiet_libraries():  # they report that the head is new: btrm checks it and says so itself
@@ -261,6 +263,11 @@ def build_model(
     """Load the base model, give it its head and settings; returns the reward model and whether its head is new."""
     base = load_base(config.model, dtype)
     hf = base.hf
+    notes = [check_max_length(hf, config.data.max_length)]
+    if not config.model.dropout and (dropped := without_dropout(hf)):
+        notes.append(
+            f"dropout of the base model's config is set to 0 ({', '.join(dropped)}); --set model.dropout=true keeps it"
+        )
     set_reward_config(hf, chat.pad_id)
     if chat.num_new_tokens:
         add_embedding_row(hf, len(chat.tokenizer), [chat.pad_id])
@@ -276,7 +283,9 @@ def build_model(
         hf = adapters.add_adapters(hf, config.lora, config.train.seed)
         if config.model.gradient_checkpointing:
             hf.enable_input_require_grads()
-    return RewardModel(hf, kernel), base.head_is_new
+    model = RewardModel(hf, kernel)
+    model.notes = tuple(note for note in notes if note)
+    return model, base.head_is_new
 
 
 def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, device_type: str) -> str:
@@ -295,6 +304,7 @@ def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, devi
     from transformers import AutoModelForSequenceClassification
 
     described = base_config(model)
+    require_head_class(described, str(model.name))
     try:
         with torch.device("meta"):
             hf = AutoModelForSequenceClassification.from_config(described, dtype=dtype)

@@ -44,6 +44,7 @@ class Trust:
         why_not: what was tried before and why it is not used, one line each, the first choice first.
         proof: what the chosen one was found to be, one line.
         difference: largest relative difference of a reward from a separate pass with the chosen one.
+        wrong: whether a way that was expected to be exact computed something else.
     """
 
     layout: str
@@ -52,6 +53,7 @@ class Trust:
     why_not: tuple[str, ...]
     proof: str
     difference: float
+    wrong: bool = False
 
     @property
     def note(self) -> str | None:
@@ -105,20 +107,21 @@ def trusted(
     """
     case = _Case(layout, pad_id, longest, training, cache_dir)
     why_not: list[str] = []
+    wrong: list[bool] = []
     model.one_by_one = False
     if layout != PADDED:
-        found = _packed(model, groups, case, allowed, agree, why_not)
+        found = _packed(model, groups, case, allowed, agree, why_not, wrong)
         if found is not None:
-            return Trust(layout, False, model.kernel, tuple(why_not), found.reason, found.difference)
+            return Trust(layout, False, model.kernel, tuple(why_not), found.reason, found.difference, any(wrong))
     padded = _Case(PADDED, pad_id, longest, training, cache_dir)
     model.use_kernel(PADDED)
     dependent = positions_depend_on_batch(model.base_model, longest)
     if dependent is None:
         found = _attempt(model, groups, padded, check_real=False)
         if not agree(not found.ok):
-            return Trust(PADDED, False, PADDED, tuple(why_not), found.reason, found.difference)
+            return Trust(PADDED, False, PADDED, tuple(why_not), found.reason, found.difference, any(wrong))
         dependent = found.reason
-    if not why_not or not why_not[-1].endswith(dependent):
+    if not any(dependent in reason for reason in why_not):
         why_not.append(f"padded batches are not exact for this model: {dependent}")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
@@ -132,7 +135,7 @@ def trusted(
             f"this architecture ({model.base_model.config.model_type}) cannot be computed exactly, not even one "
             f"sequence at a time: {found.reason}; expected another base model"
         )
-    return Trust(PADDED, True, PADDED, tuple(why_not), found.reason, found.difference)
+    return Trust(PADDED, True, PADDED, tuple(why_not), found.reason, found.difference, any(wrong))
 
 
 def _packed(
@@ -142,11 +145,12 @@ def _packed(
     allowed: Sequence[str],
     agree: Callable[[bool], bool],
     why_not: list[str],
+    wrong: list[bool],
 ) -> Leak | None:
     """Try packed rows with one kernel after another; None, and the reasons in `why_not`, if none is exact."""
     structure = _structure(model, case)
     if structure is not None:
-        why_not.append(f"packed rows cannot be used for this model: {structure}")
+        why_not.append(f"packed rows cannot be used for this model ({structure})")
         return None
     for kernel in (model.kernel, *_other_kernels(model, allowed)):
         try:
@@ -158,7 +162,8 @@ def _packed(
         if not agree(not found.ok):
             return found
         if not any(found.reason in reason for reason in why_not):
-            why_not.append(f"packed rows with {kernel} attention cannot be used for this model: {found.reason}")
+            why_not.append(f"packed rows cannot be used for this model ({kernel} attention: {found.reason})")
+        wrong.append(found.tolerance > 0)
     return None
 
 
@@ -237,7 +242,7 @@ def _cached_at(model: RewardModel, case: _Case) -> Path | None:
         "dropout": sorted({module.p for module in modules if isinstance(module, torch.nn.Dropout)}),
         "versions": [torch.__version__, transformers.__version__, code_digest("model", "model/leakage", "packing")],
         "use": [case.layout, model.kernel, model.one_by_one, case.longest, case.training, device],
-        "checkpointing": bool(getattr(model.base_model, "is_gradient_checkpointing", False)),
+        "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in modules),
         "spread out": any(hasattr(parameter, "ds_id") for parameter in model.parameters()),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
