@@ -135,7 +135,7 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
     """Fill the head with the hook's initialiser, the same values on every process for the same seed.
 
     Raises:
-        ConfigError: the initialiser left values that are not finite.
+        ConfigError: the initialiser left values that are not finite, or only zeros.
     """
     weight = hf.score.weight
     shape = tuple(getattr(weight, "ds_shape", weight.shape))
@@ -147,6 +147,11 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
     if not torch.isfinite(value_1H).all():
         raise ConfigError(
             "the head initialiser left values that are not finite; init_head must fill the whole (1, hidden) tensor"
+        )
+    if not value_1H.any():
+        raise ConfigError(
+            "the head initialiser left all weights at zero, so that every reward is 0 and the backbone learns nothing "
+            "from the first step; init_head must fill the (1, hidden) tensor with random values"
         )
     with gathered(weight), torch.no_grad():
         if _writes_here(weight):

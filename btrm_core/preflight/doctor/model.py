@@ -124,7 +124,7 @@ def packed(patient: Patient) -> Check:
     model, name = patient.model, "packed = separate"
     asked = "padded" if patient.layout == "padded" else f"{patient.layout} rows, {model.kernel} attention"
     allowed = patient.family.recipe().attention if patient.family is not None else ()
-    groups = patient.pairs.longest(LONGEST_PAIRS)
+    groups, kernel = patient.pairs.longest(LONGEST_PAIRS), model.kernel
     try:
         trust = trusted(
             model,
@@ -145,7 +145,7 @@ def packed(patient: Patient) -> Check:
         return Check(name, "ok", f"{trust.proof}, {trust.kernel} attention", figures=figures)
     slower = "the same rewards, several times slower" if trust.layout == "padded" else "the same rewards"
     if trust.wrong:
-        advice = "try another kernel, such as --attention eager, and report it"
+        advice = f"try another kernel than {kernel}, such as --attention eager, and report it"
         return Check(name, "fail", trust.note, slower, advice, figures)
     return Check(name, "warn", trust.note, slower, "nothing, or another model", figures)
 
