@@ -1,4 +1,4 @@
-"""Rewards depend on nothing but their own sequences: every architecture is exact in its form, or refused with a reason."""
+"""Rewards depend on nothing but their own sequences: every architecture is exact, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -60,14 +60,12 @@ def test_every_architecture_is_exact_or_refused_with_a_reason(name: str, tmp_pat
 
 @pytest.mark.parametrize("name", LEAKING)
 def test_a_state_that_runs_on_is_seen_in_the_gradients(name: str) -> None:
-    """Without a look at the structure: in packed rows the leak is found, in padded lines there is none."""
+    """Without a look at the structure."""
     model = tiny_reward_model(name)
     leak = examine(model, layout="shared", training=False)
     assert not leak.ok
     assert "tokens of other sequences (gradient not zero)" in leak.reason
     assert token_mixers(model.base_model) is not None
-    model.use_kernel("padded")
-    assert examine(model, layout="padded").ok
 
 
 @pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])

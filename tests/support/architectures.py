@@ -35,7 +35,7 @@ STATE = "neither full nor sliding attention"
 
 
 class Architecture(NamedTuple):
-    """A tiny configuration, the form its sequences get on a CPU, and words of the reason where that is not the first."""
+    """A tiny configuration, the form its sequences get on a CPU, and words of the reason if it is not the first."""
 
     model_type: str
     config: dict[str, Any]
@@ -125,7 +125,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "zamba": Architecture(
         "zamba",
         {
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 6,
             "attn_layer_period": 3,
             "attn_layer_offset": 2,
             "mamba_d_state": 4,
