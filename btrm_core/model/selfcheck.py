@@ -179,8 +179,8 @@ def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> FirstLoss:
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     if not rewards_P2.any():
         raise TrainingError(
-            "every reward is 0 before training, because the head, or the hidden states it reads, are all zero; expected "
-            "random values in the head and whole weights in the base model"
+            "every reward is 0 before training, because the head, or the hidden states it reads, are all zero; "
+            "expected random values in the head and whole weights in the base model"
         )
     if len(margin_P) > 1 and not margin_P.any():
         raise TrainingError(
