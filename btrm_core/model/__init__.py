@@ -13,7 +13,7 @@ from btrm_core.model.base import (
 )
 from btrm_core.model.card import Trained, model_card, run_manifest
 from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, write_model
-from btrm_core.model.leakage import Trust, trusted
+from btrm_core.model.leakage import Trust, Use, trusted
 from btrm_core.model.load import (
     chat_from_checkpoint,
     check_head,
@@ -52,6 +52,7 @@ __all__ = [
     "Shape",
     "Trained",
     "Trust",
+    "Use",
     "as_merged",
     "base_config",
     "build_model",

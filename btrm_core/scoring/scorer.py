@@ -23,6 +23,7 @@ from btrm_core.chat import Conversation, spare
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import (
     RewardModel,
+    Use,
     check_head,
     choose_kernel,
     find_model,
@@ -146,7 +147,9 @@ class Scorer:
         model = RewardModel(hf, PADDED).eval()
         with contextlib.suppress(ConfigError):  # its attention cannot be chosen, and `trusted` says so
             model.use_kernel(kernel)
-        trust = trusted(model, self._known_groups(), pad_id=self.chat.pad_id, longest=self.max_length, training=False)
+        trust = trusted(
+            model, self._known_groups(), Use(pad_id=self.chat.pad_id, longest=self.max_length, training=False)
+        )
         if trust.note:
             _log.warning("%s", trust.note)
         return model

@@ -33,6 +33,7 @@ from btrm_core.errors import ConfigError, DataError
 from btrm_core.families import Family
 from btrm_core.model import (
     RewardModel,
+    Use,
     base_config,
     check_first_loss,
     expected_kernel,
@@ -204,12 +205,14 @@ def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> R
     trust = trusted(
         model,
         data.train.longest(CHECKED_GROUPS),
-        layout=job.config.train.layout,
-        pad_id=job.chat.pad_id,
-        longest=job.config.data.max_length,
-        allowed=job.family.recipe().attention,
+        Use(
+            layout=job.config.train.layout,
+            pad_id=job.chat.pad_id,
+            longest=job.config.data.max_length,
+            allowed=job.family.recipe().attention,
+            cache_dir=job.config.data.cache_dir,
+        ),
         agree=runtime.any,
-        cache_dir=job.config.data.cache_dir,
     )
     if trust.note:
         say(runtime, trust.note)

@@ -13,6 +13,7 @@ from support.tiny_models import SIZE, VOCAB
 
 from btrm_core.errors import CheckpointError, ConfigError
 from btrm_core.model.leakage import (
+    Use,
     architectures,
     check_max_length,
     examine,
@@ -43,7 +44,7 @@ def rewards(model: RewardModel, batch: Batch) -> list[float]:
 def test_every_architecture_is_exact_or_refused_with_a_reason(name: str, tmp_path: Path) -> None:
     """The form is the one recorded, and short sequences beside a long one get the rewards they get alone."""
     model = tiny_reward_model(name)
-    trust = trusted(model, [], cache_dir=str(tmp_path))
+    trust = trusted(model, [], Use(cache_dir=str(tmp_path)))
     assert form_of(trust) == ARCHITECTURES[name].form, trust.note
     assert ARCHITECTURES[name].reason in (trust.note or "")
     assert (trust.note is None) == (trust.layout == "shared")
@@ -80,9 +81,9 @@ def test_positions_that_depend_on_the_batch_are_seen_in_the_rewards(name: str, l
 def test_below_the_length_where_positions_change_rows_are_packed(name: str, tmp_path: Path) -> None:
     model = tiny_reward_model(name)
     assert positions_depend_on_batch(model.base_model, 48) is None
-    trust = trusted(model, [], longest=48, cache_dir=str(tmp_path))
+    trust = trusted(model, [], Use(longest=48, cache_dir=str(tmp_path)))
     assert form_of(trust) == "shared"
-    assert form_of(trusted(model, [], longest=49, cache_dir=str(tmp_path))) == "one by one"
+    assert form_of(trusted(model, [], Use(longest=49, cache_dir=str(tmp_path)))) == "one by one"
 
 
 def test_earlier_batches_are_forgotten() -> None:
@@ -132,7 +133,7 @@ def test_a_leak_far_below_rounding_is_found(scale: float, tmp_path: Path) -> Non
     model = tiny_reward_model("llama")
     norm = model.base_model.model.norm
     model.base_model.model.norm = torch.nn.Sequential(Summing(scale), norm)
-    trust = trusted(model, [], cache_dir=str(tmp_path))
+    trust = trusted(model, [], Use(cache_dir=str(tmp_path)))
     assert "tokens of other sequences (gradient not zero)" in str(trust.note)
     assert trust.wrong
     assert model.kernel == "padded"
@@ -158,7 +159,7 @@ def test_dropout_under_any_name_is_found_in_the_mode_that_is_used(name: str, tmp
     """Kept, attention dropout refuses packed rows before the first step; set to 0, they are exact."""
     kept = tiny_reward_model(name, dropout=True)
     if name != "opt":  # its default has dropout in the residual stream only
-        trust = trusted(kept, [], cache_dir=str(tmp_path))
+        trust = trusted(kept, [], Use(cache_dir=str(tmp_path)))
         assert "dropout" in str(trust.note)
         assert form_of(trust) == "padded"
     assert without_dropout(kept.base_model)
@@ -177,7 +178,7 @@ def test_an_exception_leads_to_the_next_kernel_with_its_reason(tmp_path: Path) -
             raise InductorError("no valid choices\nmany lines")
 
     model.base_model.model.layers[0].register_forward_pre_hook(fail)
-    trust = trusted(model, [], cache_dir=str(tmp_path))
+    trust = trusted(model, [], Use(cache_dir=str(tmp_path)))
     assert (trust.layout, trust.kernel) == ("shared", "sdpa")
     assert trust.note == (
         "packed rows cannot be used for this model (varlen attention: InductorError: no valid choices); "
@@ -192,13 +193,13 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="cannot be computed exactly, not even one sequence at a time: rewards are not"
     ):
-        trusted(model, [], cache_dir=str(tmp_path))
+        trusted(model, [], Use(cache_dir=str(tmp_path)))
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = tiny_reward_model("mistral").train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    trusted(model, [grow(sequences(20, 30))], cache_dir=str(tmp_path))
+    trusted(model, [grow(sequences(20, 30))], Use(cache_dir=str(tmp_path)))
     assert model.training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -209,16 +210,16 @@ def test_verdicts_are_kept_by_architecture_and_versions(tmp_path: Path) -> None:
     def kept() -> set[str]:
         return {path.name for path in (tmp_path / "leakage").glob("*.json")}
 
-    trusted(tiny_reward_model("llama"), [], cache_dir=str(tmp_path))
+    trusted(tiny_reward_model("llama"), [], Use(cache_dir=str(tmp_path)))
     first = kept()
     assert len(first) == 1
-    trusted(tiny_reward_model("llama"), [], cache_dir=str(tmp_path))
+    trusted(tiny_reward_model("llama"), [], Use(cache_dir=str(tmp_path)))
     assert kept() == first
-    trusted(tiny_reward_model("mistral"), [], cache_dir=str(tmp_path))
+    trusted(tiny_reward_model("mistral"), [], Use(cache_dir=str(tmp_path)))
     assert len(kept()) == 2
     changed = tiny_reward_model("llama")
     changed.base_model.model.norm = torch.nn.Sequential(Summing(1e-3), changed.base_model.model.norm)
-    assert trusted(changed, [], cache_dir=str(tmp_path)).wrong
+    assert trusted(changed, [], Use(cache_dir=str(tmp_path))).wrong
 
 
 def test_learned_positions_are_a_limit_and_rotary_ones_a_warning() -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from btrm_core.model.leakage import Trust, trusted, without_dropout
+from btrm_core.model.leakage import Trust, Use, trusted, without_dropout
 from btrm_core.model.reward import RewardModel, choose_for
 from support.tiny_models import SIZE
 
@@ -270,7 +270,7 @@ def table(cache_dir: str) -> str:
     lines = ["| architecture | sequences are | because |", "|---|---|---|"]
     words = {"shared": "packed, prompts shared", "padded": "padded", "one by one": "computed one by one"}
     for name in sorted(ARCHITECTURES):
-        trust = trusted(tiny_reward_model(name), [], cache_dir=cache_dir)
+        trust = trusted(tiny_reward_model(name), [], Use(cache_dir=cache_dir))
         lines.append(f"| {name} | {words[form_of(trust)]} | {'; '.join(trust.why_not)} |")
     return "\n".join(lines)
 

@@ -216,12 +216,12 @@ class Subject:
     def trust(self) -> Any:
         """How the rows of `model` are laid out, which is set accordingly, by the function that a run uses."""
         from btrm_core.errors import BtrmError
-        from btrm_core.model import trusted
+        from btrm_core.model import Use, trusted
         from btrm_core.preflight.conformance.verdict import NotConforming
 
         longest = sorted(self.groups, key=lambda group: -len(group.tokens))
         try:
-            return trusted(self.model, longest, pad_id=self.chat.pad_id, allowed=self.family.recipe().attention)
+            return trusted(self.model, longest, Use(pad_id=self.chat.pad_id, allowed=self.family.recipe().attention))
         except BtrmError as error:
             raise NotConforming(
                 str(error), "no model of this family can be trained", "give recipe().tiny another architecture"

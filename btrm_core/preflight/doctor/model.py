@@ -21,7 +21,7 @@ from btrm_core.chat import ChatFormat, Conversation
 from btrm_core.data import TokenStore
 from btrm_core.errors import ConfigError, TrainingError
 from btrm_core.families import Family
-from btrm_core.model import RewardModel, check_first_loss, trusted, write_model
+from btrm_core.model import RewardModel, Use, check_first_loss, trusted, write_model
 from btrm_core.packing import PADDED, Tree, collate, grow, row_form, row_multiple
 from btrm_core.preflight import Check
 from btrm_core.preflight.doctor.check import refused
@@ -129,11 +129,13 @@ def packed(patient: Patient) -> Check:
         trust = trusted(
             model,
             groups,
-            layout=patient.layout,
-            pad_id=patient.chat.pad_id,
-            longest=patient.max_length or None,
-            training=patient.head_is_new,
-            allowed=allowed,
+            Use(
+                layout=patient.layout,
+                pad_id=patient.chat.pad_id,
+                longest=patient.max_length or None,
+                training=patient.head_is_new,
+                allowed=allowed,
+            ),
         )
     except ConfigError as error:
         return refused(name, error, "training would stop", "take another base model")
