@@ -40,6 +40,8 @@ class ModelConfig:
     """Less memory, more compute. Activations are computed again in the backward pass: about a third more."""
     activation_offload: Annotated[bool, Flag()] = False
     """Keep activations in CPU memory meanwhile. They come back for the backward pass."""
+    dropout: bool = False
+    """Keep the dropout of the base model's config. Off: set to 0; packed rows cannot have dropout in attention."""
     freeze_embeddings: Annotated[bool, Flag()] = False
     """Do not train the token embeddings."""
     train_last_layers: Annotated[int | None, Above(0), Flag(metavar="N")] = None

@@ -13,6 +13,7 @@ from btrm_core.model.base import (
 )
 from btrm_core.model.card import Trained, model_card, run_manifest
 from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, write_model
+from btrm_core.model.leakage import Trust, Use, trusted
 from btrm_core.model.load import (
     chat_from_checkpoint,
     check_head,
@@ -26,7 +27,7 @@ from btrm_core.model.load import (
 )
 from btrm_core.model.quantized import OPTIMIZERS, optimizer, require
 from btrm_core.model.reward import RewardModel, choose_for
-from btrm_core.model.selfcheck import check_first_loss, expected_first_loss, self_check
+from btrm_core.model.selfcheck import FirstLoss, check_first_loss
 from btrm_core.model.shape import (
     GPUS,
     Parameters,
@@ -45,10 +46,13 @@ __all__ = [
     "GPUS",
     "KERNELS",
     "OPTIMIZERS",
+    "FirstLoss",
     "Parameters",
     "RewardModel",
     "Shape",
     "Trained",
+    "Trust",
+    "Use",
     "as_merged",
     "base_config",
     "build_model",
@@ -60,7 +64,6 @@ __all__ = [
     "choose_for",
     "choose_kernel",
     "device_name",
-    "expected_first_loss",
     "expected_kernel",
     "find_model",
     "flops_per_token",
@@ -84,12 +87,12 @@ __all__ = [
     "require",
     "run_manifest",
     "saved_config",
-    "self_check",
     "template_difference",
     "tiny_tokenizer",
     "tolerance",
     "toy_model",
     "training_flops",
+    "trusted",
     "uses_softcap",
     "weights_digest",
     "write_model",

@@ -24,6 +24,7 @@ from btrm_core.console import quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.model import adapters
+from btrm_core.model.leakage import check_max_length, require_head_class, without_dropout
 from btrm_core.model.quantized import loading_options, settle
 from btrm_core.model.reward import RewardModel, choose_for
 from btrm_core.settings import ModelConfig, RunConfig
@@ -78,6 +79,7 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
 
     name = _checked_name(model)
     _check_weights(Path(name))
+    require_head_class(base_config(model), name)
     packed = loading_options(model.quantize, dtype)
     try:
         with quiet_libraries():  # they report that the head is new: btrm checks it and says so itself
@@ -133,7 +135,7 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
     """Fill the head with the hook's initialiser, the same values on every process for the same seed.
 
     Raises:
-        ConfigError: the initialiser left values that are not finite.
+        ConfigError: the initialiser left values that are not finite, or only zeros.
     """
     weight = hf.score.weight
     shape = tuple(getattr(weight, "ds_shape", weight.shape))
@@ -145,6 +147,11 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
     if not torch.isfinite(value_1H).all():
         raise ConfigError(
             "the head initialiser left values that are not finite; init_head must fill the whole (1, hidden) tensor"
+        )
+    if not value_1H.any():
+        raise ConfigError(
+            "the head initialiser left all weights at zero, so that every reward is 0 and the backbone learns nothing "
+            "from the first step; init_head must fill the (1, hidden) tensor with random values"
         )
     with gathered(weight), torch.no_grad():
         if _writes_here(weight):
@@ -261,6 +268,11 @@ def build_model(
     """Load the base model, give it its head and settings; returns the reward model and whether its head is new."""
     base = load_base(config.model, dtype)
     hf = base.hf
+    notes = [check_max_length(hf, config.data.max_length)]
+    if not config.model.dropout and (dropped := without_dropout(hf)):
+        notes.append(
+            f"dropout of the base model's config is set to 0 ({', '.join(dropped)}); --set model.dropout=true keeps it"
+        )
     set_reward_config(hf, chat.pad_id)
     if chat.num_new_tokens:
         add_embedding_row(hf, len(chat.tokenizer), [chat.pad_id])
@@ -276,7 +288,9 @@ def build_model(
         hf = adapters.add_adapters(hf, config.lora, config.train.seed)
         if config.model.gradient_checkpointing:
             hf.enable_input_require_grads()
-    return RewardModel(hf, kernel), base.head_is_new
+    model = RewardModel(hf, kernel)
+    model.notes = tuple(note for note in notes if note)
+    return model, base.head_is_new
 
 
 def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, device_type: str) -> str:
@@ -295,6 +309,7 @@ def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, devi
     from transformers import AutoModelForSequenceClassification
 
     described = base_config(model)
+    require_head_class(described, str(model.name))
     try:
         with torch.device("meta"):
             hf = AutoModelForSequenceClassification.from_config(described, dtype=dtype)

@@ -101,6 +101,7 @@ class RewardModel(nn.Module):
         kernel: the kernel in use.
         one_by_one: whether padded lines are computed one at a time, each in its own length: for models whose rewards
             would depend on the batch.
+        notes: what the user should know of the base model, one line each.
     """
 
     def __init__(self, hf: Any, kernel: str = PADDED) -> None:
@@ -115,6 +116,7 @@ class RewardModel(nn.Module):
         _install_head(base, "score")
         self.kernel = kernel
         self.one_by_one = False
+        self.notes: tuple[str, ...] = ()
         self._takes_positions = "position_ids" in inspect.signature(self._backbone_of(base).forward).parameters
         self.use_kernel(kernel)
 

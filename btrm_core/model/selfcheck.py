@@ -50,8 +50,8 @@ def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | No
     Args:
         model: the reward model, set to the kernel to check; all of it is left as it was.
         groups: real groups; the first three are used.
-        tolerance: accepted difference; None takes 1e-3 where float32 was used, 5e-2 for a few half-precision layers
-            and 1e-1 for all of them.
+        tolerance: accepted difference; None takes 2e-4 where float32 was used (1e-3 under ZeRO-3), 5e-2 for a few
+            half-precision layers and 1e-1 for all of them.
     """
     chosen = list(groups[:3])
     if model.kernel == PADDED:
@@ -106,7 +106,7 @@ def _small_and_exact(model: RewardModel) -> Iterator[float]:
         if half and not half_only:
             for parameter in model.parameters():
                 parameter.data = parameter.data.float()
-        yield 5e-2 if half_only else 1e-3
+        yield 5e-2 if half_only else 2e-4
     finally:
         for parameter, data in before.items():
             parameter.data = data
@@ -143,11 +143,31 @@ def expected_first_loss(margin_P: np.ndarray) -> tuple[float, float]:
     return LN2 + variance / 8, 0.05 + 0.75 * math.sqrt(variance) + variance / 4
 
 
-def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> float:
-    """Return the step-0 loss of a fresh head, or stop if its distance from ln 2 is not explained.
+@dataclass(frozen=True)
+class FirstLoss:
+    """The loss of a fresh head before the first step.
+
+    Attributes:
+        loss: the mean over the pairs.
+        expected: what a head that knows nothing is expected to give.
+        slack: how far off that may be.
+        warning: one line for the user if it is further off; None otherwise.
+    """
+
+    loss: float
+    expected: float
+    slack: float
+    warning: str | None
+
+
+def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> FirstLoss:
+    """Compare the step-0 loss of a fresh head with ln 2.
+
+    A loss far from it is only remarked on: sound data may have one side that is always the same text, and whether
+    tokens leak between the sides is tested by itself.
 
     Raises:
-        TrainingError: a reward is not finite, all margins are zero, or the loss is too far from ln 2.
+        TrainingError: a reward is not finite, the head is all zeros, or all margins are zero.
     """
     bad = ~np.isfinite(rewards_P2).all(axis=1)
     if bad.any():
@@ -157,6 +177,11 @@ def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> float:
             "the base model's weights or the attention kernel are broken; try --attention eager"
         )
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    if not rewards_P2.any():
+        raise TrainingError(
+            "every reward is 0 before training, because the head, or the hidden states it reads, are all zero; "
+            "expected random values in the head and whole weights in the base model"
+        )
     if len(margin_P) > 1 and not margin_P.any():
         raise TrainingError(
             "chosen and rejected get the same reward in every pair before training, so there is nothing to learn from; "
@@ -164,10 +189,11 @@ def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> float:
         )
     loss = float(np.logaddexp(0.0, -margin_P).mean())
     expected, slack = expected_first_loss(margin_P)
+    warning = None
     if abs(loss - expected) > slack:
-        raise TrainingError(
-            f"the first loss is {loss:.3f}, but an untrained head on these pairs must give {expected:.3f} ± "
-            f"{slack:.3f} (ln 2 + variance of the reward margin / 8); reward margin {margin_P.mean():+.3f} ± "
-            f"{margin_P.std():.3f}: one side's tokens leak into the other, or the sides are told apart by position"
+        warning = (
+            f"the first loss is {loss:.3f}, and an untrained head on these pairs is expected to give {expected:.3f} ± "
+            f"{slack:.3f}; reward margin {margin_P.mean():+.3f} ± {margin_P.std():.3f}: is one side often the same "
+            "text, or told apart by its length?"
         )
-    return loss
+    return FirstLoss(loss, expected, slack, warning)

@@ -9,6 +9,7 @@ Shapes: S conversations, P pairs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from btrm_core.chat import Conversation, spare
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import (
     RewardModel,
+    Use,
     check_head,
     choose_kernel,
     find_model,
@@ -30,8 +32,8 @@ from btrm_core.model import (
     load_chat,
     load_weights,
     read_manifest,
-    self_check,
     template_difference,
+    trusted,
     uses_softcap,
 )
 from btrm_core.model import tolerance as model_tolerance
@@ -138,22 +140,18 @@ class Scorer:
             )
 
     def _reward_model(self, hf: Any, attention: str) -> RewardModel:
-        """The model with packed rows where they give the rewards of separate passes, else with padded batches."""
+        """The model with packed rows where they are exact, else padded batches or one at a time: as in training."""
         kernel = choose_kernel(
             attention, device_type=self.device.type, softcap=uses_softcap(hf.config), half=hf.dtype.itemsize == 2
         )
         model = RewardModel(hf, PADDED).eval()
-        try:
+        with contextlib.suppress(ConfigError):  # its attention cannot be chosen, and `trusted` says so
             model.use_kernel(kernel)
-        except ConfigError as error:
-            reason = str(error)
-        else:
-            result = self_check(model, self._known_groups())
-            if result.ok:
-                return model
-            reason = result.reason
-        model.use_kernel(PADDED)
-        _log.warning("packed rows cannot be used for this model (%s); scoring in padded batches", reason)
+        trust = trusted(
+            model, self._known_groups(), Use(pad_id=self.chat.pad_id, longest=self.max_length, training=False)
+        )
+        if trust.note:
+            _log.warning("%s", trust.note)
         return model
 
     def _known_groups(self) -> list[Tree]:

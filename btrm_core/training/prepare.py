@@ -33,14 +33,15 @@ from btrm_core.errors import ConfigError, DataError
 from btrm_core.families import Family
 from btrm_core.model import (
     RewardModel,
+    Use,
     base_config,
     check_first_loss,
     expected_kernel,
     load_tokenizer,
-    self_check,
     toy_model,
+    trusted,
 )
-from btrm_core.packing import PADDED, RowForm, row_form
+from btrm_core.packing import RowForm, row_form
 from btrm_core.settings import RunConfig
 from btrm_core.training.processes import Runtime, compute_dtype, first_that_shares
 from btrm_core.training.report import trackers
@@ -195,25 +196,40 @@ def _prompts_text(store: TokenStore, group_by: str) -> list[str]:
 
 
 def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> RowForm:
-    """The rows asked for, or padded ones with the reason said, if packed rows are not exact for this model."""
-    layout, device = job.config.train.layout, runtime.device.type
-    if layout != "padded":
-        result = self_check(model, data.train.longest(CHECKED_GROUPS))
-        if not result.ok:
-            say(runtime, f"packed rows cannot be used for this model ({result.reason}); going on with padded batches")
-            layout = "padded"
-    if layout == "padded":
-        model.use_kernel(PADDED)
-    return row_form(layout, model.kernel, device, job.chat.pad_id)
+    """The rows asked for; if they are not exact for this model, the next that are, with the reason said.
+
+    Raises:
+        ConfigError: no way of computing the model is exact here.
+    """
+    for note in model.notes:
+        say(runtime, note)
+    trust = trusted(
+        model,
+        data.train.longest(CHECKED_GROUPS),
+        Use(
+            layout=job.config.train.layout,
+            pad_id=job.chat.pad_id,
+            longest=job.config.data.max_length,
+            allowed=job.family.recipe().attention,
+            cache_dir=job.config.data.cache_dir,
+        ),
+        agree=runtime.any,
+    )
+    if trust.note:
+        say(runtime, trust.note)
+    return row_form(trust.layout, model.kernel, runtime.device.type, job.chat.pad_id)
 
 
 def check_first(session: Session) -> float:
-    """The loss before the first step over some pairs of the training data; stops if it is not near ln 2."""
+    """The loss before the first step over some pairs of the training data; warns if it is not near ln 2."""
     pairs, budget = session.data.train, session.tokens_per_batch
     ids, rewards_P2 = some_rewards(
         session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget, count=CHECKED_PAIRS
     )
-    return check_first_loss(rewards_P2, [pairs.id(int(i)) for i in ids])
+    first = check_first_loss(rewards_P2, [pairs.id(int(i)) for i in ids])
+    if first.warning:
+        say(session.runtime, first.warning)
+    return first.loss
 
 
 def expected_form(job: Job) -> RowForm:

@@ -1,5 +1,7 @@
 """The first loss of an untrained head must be near ln 2."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -15,19 +17,27 @@ def test_random_heads_pass(spread):
     for _ in range(50):
         # a head that knows nothing, with a mean as large as a random direction gives
         margin = rng.normal(rng.normal(0, 0.3) * spread, spread, size=200)
-        check_first_loss(np.stack([margin, np.zeros_like(margin)], axis=1), IDS)
+        first = check_first_loss(np.stack([margin, np.zeros_like(margin)], axis=1), IDS)
+        assert first.warning is None
 
 
 @pytest.mark.parametrize("mean", [2.4, -2.4])
-def test_sides_told_apart_before_training_stop_the_run(mean):
+def test_sides_told_apart_before_training_are_remarked_on(mean):
+    """Sound data does that, too: a refusal that is always the same text. The run goes on."""
     margin = np.random.default_rng(0).normal(mean, 0.5, size=200)
-    with pytest.raises(TrainingError, match=r"the first loss is .*, but an untrained head on these pairs must give"):
-        check_first_loss(np.stack([margin, np.zeros_like(margin)], axis=1), IDS)
+    first = check_first_loss(np.stack([margin, np.zeros_like(margin)], axis=1), IDS)
+    assert first.loss == pytest.approx(np.logaddexp(0, -margin).mean())
+    assert re.fullmatch(r"the first loss is .*, and an untrained head on these pairs is expected .*", first.warning)
 
 
 def test_equal_rewards_stop_the_run():
     with pytest.raises(TrainingError, match="chosen and rejected get the same reward in every pair before training"):
-        check_first_loss(np.ones((5, 2)), IDS)
+        check_first_loss(np.repeat(np.arange(5.0)[:, None], 2, axis=1), IDS)
+
+
+def test_a_head_of_zeros_is_called_that():
+    with pytest.raises(TrainingError, match="every reward is 0 before training, because the head, or"):
+        check_first_loss(np.zeros((5, 2)), IDS)
 
 
 def test_rewards_that_are_not_finite_name_the_pairs():

@@ -5,16 +5,19 @@ Made for every way of laying out sequences alike: packed rows, padded lines, one
 
 from btrm_core.model.leakage.exact import Leak, examine
 from btrm_core.model.leakage.positions import check_max_length, position_limit, positions_depend_on_batch
-from btrm_core.model.leakage.structure import token_mixers, without_dropout
-from btrm_core.model.leakage.trust import Trust, trusted
+from btrm_core.model.leakage.structure import architectures, require_head_class, token_mixers, without_dropout
+from btrm_core.model.leakage.trust import Trust, Use, trusted
 
 __all__ = [
     "Leak",
     "Trust",
+    "Use",
+    "architectures",
     "check_max_length",
     "examine",
     "position_limit",
     "positions_depend_on_batch",
+    "require_head_class",
     "token_mixers",
     "trusted",
     "without_dropout",

@@ -239,7 +239,7 @@ def _alone(model: RewardModel, sequence: np.ndarray, truth: _Truth, gradients: b
     key = sequence.tobytes()
     with torch.set_grad_enabled(gradients), _embeddings(model) as leaves:
         value_S = _read(model, batch)
-        truth.value[key] = float(value_S[0])
+        truth.value[key] = float(value_S[0].detach())
         truth.gradient[key] = None
         if gradients:
             (found,) = torch.autograd.grad(value_S[0], leaves[:1])

@@ -116,7 +116,10 @@ def _restore(module: Any) -> None:
         original = getattr(module, f"{prefix}original_inv_freq", None)
         current = getattr(module, f"{prefix}inv_freq", None)
         if isinstance(original, torch.Tensor) and isinstance(current, torch.Tensor):
-            current.copy_(original)
+            if "dynamic" in str(kinds[layer_type] if layer_type else module.rope_type):
+                module.register_buffer(f"{prefix}inv_freq", original.to(current.device), persistent=False)
+            else:
+                current.copy_(original)
         if hasattr(module, f"{prefix}max_seq_len_cached"):
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 

@@ -1,4 +1,4 @@
-"""What a model is made of, as far as packing is concerned: what mixes tokens besides attention, and dropout."""
+"""What a model is made of: which architectures have a head, what mixes tokens besides attention, and dropout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 from torch import nn
+
+from btrm_core.errors import CheckpointError, did_you_mean
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention", "full", "sliding", "global", "local"}
 """Kinds of layers that are attention under a mask; every other kind is refused in packed rows."""
@@ -61,3 +63,46 @@ def without_dropout(hf: Any) -> list[str]:
 
 def _is_dropout(name: str) -> bool:
     return "drop" in name or name.endswith("pdrop")
+
+
+def architectures() -> list[str]:
+    """The `model_type` of every causal architecture that this transformers builds with a sequence-classification head.
+
+    Others are not given a head of btrm's own: no other program could load the model.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    return sorted(set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+def require_head_class(config: Any, name: str) -> None:
+    """Refuse an architecture that transformers has no sequence-classification model for, before weights are read.
+
+    Args:
+        config: the transformers configuration of the base model.
+        name: what the user calls the base model.
+
+    Raises:
+        CheckpointError: says which architecture it is, and which are near it.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return
+    if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
+        return
+    known = architectures()
+    raise CheckpointError(
+        f"cannot load the base model {name}: transformers has no sequence-classification model for its architecture "
+        f"({config.model_type}), so no program could load the trained one; expected one of the {len(known)} causal "
+        f"architectures that have it, such as {', '.join(_like(config.model_type, known))}."
+        f"{did_you_mean(config.model_type, known)}"
+    )
+
+
+def _like(kind: str, known: list[str]) -> list[str]:
+    """A few architectures, those that begin like `kind` first."""
+    return sorted(known, key=lambda name: (name[:3] != kind[:3], name))[:6]

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class Trust:
         why_not: what was tried before and why it is not used, one line each, the first choice first.
         proof: what the chosen one was found to be, one line.
         difference: largest relative difference of a reward from a separate pass with the chosen one.
+        wrong: whether a way that was expected to be exact computed something else.
     """
 
     layout: str
@@ -52,6 +53,7 @@ class Trust:
     why_not: tuple[str, ...]
     proof: str
     difference: float
+    wrong: bool = False
 
     @property
     def note(self) -> str | None:
@@ -65,60 +67,60 @@ class Trust:
 
 
 @dataclass(frozen=True)
-class _Case:
-    """What a test is about, besides the model."""
+class Use:
+    """What a model is used for.
 
-    layout: str
-    pad_id: int
-    longest: int | None
-    training: bool
-    cache_dir: str | None
+    Attributes:
+        layout: the layout asked for: shared, packed or padded.
+        pad_id: id of the tokens that fill up.
+        longest: the longest sequence that will be computed, in tokens; None if that is not known.
+        training: whether the model will be trained.
+        allowed: the kernels that the family's recipe allows; empty allows all.
+        cache_dir: the cache of verdicts by architecture and versions; None takes the usual one.
+    """
+
+    layout: str = "shared"
+    pad_id: int = 0
+    longest: int | None = None
+    training: bool = True
+    allowed: Sequence[str] = ()
+    cache_dir: str | None = None
 
 
 def trusted(
     model: RewardModel,
     groups: Sequence[Tree],
-    *,
-    layout: str = "shared",
-    pad_id: int = 0,
-    longest: int | None = None,
-    training: bool = True,
-    allowed: Sequence[str] = (),
+    use: Use,
     agree: Callable[[bool], bool] = lambda bad: bad,
-    cache_dir: str | None = None,
 ) -> Trust:
     """Decide how sequences are laid out, by testing it, and set the model's kernel to it.
 
     Args:
         model: the reward model, with its first choice of kernel.
         groups: real groups, the longest at hand first.
-        layout: the layout asked for: shared, packed or padded.
-        pad_id: id of the tokens that fill up.
-        longest: the longest sequence that will be computed, in tokens; None if that is not known.
-        training: whether the model will be trained.
-        allowed: the kernels that the family's recipe allows; empty allows all.
+        use: what it is used for.
         agree: tells whether a test failed on any process; called equally often on all.
-        cache_dir: the cache of verdicts by architecture and versions; None takes the usual one.
 
     Raises:
         ConfigError: no way is exact, or the only one left is one at a time and weights are spread out (ZeRO-3).
     """
-    case = _Case(layout, pad_id, longest, training, cache_dir)
+    layout, longest, allowed = use.layout, use.longest, use.allowed
     why_not: list[str] = []
+    wrong: list[bool] = []
     model.one_by_one = False
     if layout != PADDED:
-        found = _packed(model, groups, case, allowed, agree, why_not)
+        found = _packed(model, groups, use, allowed, agree, why_not, wrong)
         if found is not None:
-            return Trust(layout, False, model.kernel, tuple(why_not), found.reason, found.difference)
-    padded = _Case(PADDED, pad_id, longest, training, cache_dir)
+            return Trust(layout, False, model.kernel, tuple(why_not), found.reason, found.difference, any(wrong))
+    padded = replace(use, layout=PADDED)
     model.use_kernel(PADDED)
     dependent = positions_depend_on_batch(model.base_model, longest)
     if dependent is None:
         found = _attempt(model, groups, padded, check_real=False)
         if not agree(not found.ok):
-            return Trust(PADDED, False, PADDED, tuple(why_not), found.reason, found.difference)
+            return Trust(PADDED, False, PADDED, tuple(why_not), found.reason, found.difference, any(wrong))
         dependent = found.reason
-    if not why_not or not why_not[-1].endswith(dependent):
+    if not any(dependent in reason for reason in why_not):
         why_not.append(f"padded batches are not exact for this model: {dependent}")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
@@ -132,21 +134,22 @@ def trusted(
             f"this architecture ({model.base_model.config.model_type}) cannot be computed exactly, not even one "
             f"sequence at a time: {found.reason}; expected another base model"
         )
-    return Trust(PADDED, True, PADDED, tuple(why_not), found.reason, found.difference)
+    return Trust(PADDED, True, PADDED, tuple(why_not), found.reason, found.difference, any(wrong))
 
 
 def _packed(
     model: RewardModel,
     groups: Sequence[Tree],
-    case: _Case,
+    case: Use,
     allowed: Sequence[str],
     agree: Callable[[bool], bool],
     why_not: list[str],
+    wrong: list[bool],
 ) -> Leak | None:
     """Try packed rows with one kernel after another; None, and the reasons in `why_not`, if none is exact."""
     structure = _structure(model, case)
     if structure is not None:
-        why_not.append(f"packed rows cannot be used for this model: {structure}")
+        why_not.append(f"packed rows cannot be used for this model ({structure})")
         return None
     for kernel in (model.kernel, *_other_kernels(model, allowed)):
         try:
@@ -158,11 +161,12 @@ def _packed(
         if not agree(not found.ok):
             return found
         if not any(found.reason in reason for reason in why_not):
-            why_not.append(f"packed rows with {kernel} attention cannot be used for this model: {found.reason}")
+            why_not.append(f"packed rows cannot be used for this model ({kernel} attention: {found.reason})")
+        wrong.append(found.tolerance > 0)
     return None
 
 
-def _structure(model: RewardModel, case: _Case) -> str | None:
+def _structure(model: RewardModel, case: Use) -> str | None:
     """Why a model cannot be packed, as far as that is seen without running it; None if it may."""
     if model.kernel == PADDED:
         return "it does not use transformers' attention interface, so its attention cannot be packed"
@@ -188,7 +192,7 @@ def _other_kernels(model: RewardModel, allowed: Sequence[str]) -> Iterator[str]:
                 yield kernel
 
 
-def _attempt(model: RewardModel, groups: Sequence[Tree], case: _Case, *, check_real: bool) -> Leak:
+def _attempt(model: RewardModel, groups: Sequence[Tree], case: Use, *, check_real: bool) -> Leak:
     """Test one way; an exception of the model, of a kernel or of a compiler is a verdict like any other."""
     try:
         leak = _examined(model, groups, case)
@@ -204,7 +208,7 @@ def _attempt(model: RewardModel, groups: Sequence[Tree], case: _Case, *, check_r
         return Leak(False, f"{type(error).__name__}: {first_line(error)}", math.inf, 0.0)
 
 
-def _examined(model: RewardModel, groups: Sequence[Tree], case: _Case) -> Leak:
+def _examined(model: RewardModel, groups: Sequence[Tree], case: Use) -> Leak:
     """`examine`, or its verdict for the same architecture, versions and use of an earlier run."""
     path = _cached_at(model, case)
     if path is not None:
@@ -220,7 +224,7 @@ def _examined(model: RewardModel, groups: Sequence[Tree], case: _Case) -> Leak:
     return leak
 
 
-def _cached_at(model: RewardModel, case: _Case) -> Path | None:
+def _cached_at(model: RewardModel, case: Use) -> Path | None:
     """Where the verdict is kept; None if it may not be, because some module's computation is not that of its class."""
     modules = list(model.modules())
     if any("forward" in vars(module) for module in modules):
@@ -237,7 +241,7 @@ def _cached_at(model: RewardModel, case: _Case) -> Path | None:
         "dropout": sorted({module.p for module in modules if isinstance(module, torch.nn.Dropout)}),
         "versions": [torch.__version__, transformers.__version__, code_digest("model", "model/leakage", "packing")],
         "use": [case.layout, model.kernel, model.one_by_one, case.longest, case.training, device],
-        "checkpointing": bool(getattr(model.base_model, "is_gradient_checkpointing", False)),
+        "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in modules),
         "spread out": any(hasattr(parameter, "ds_id") for parameter in model.parameters()),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -213,6 +213,21 @@ class Subject:
             )[0]
 
     @cached_property
+    def trust(self) -> Any:
+        """How the rows of `model` are laid out, which is set accordingly, by the function that a run uses."""
+        from btrm_core.errors import BtrmError
+        from btrm_core.model import Use, trusted
+        from btrm_core.preflight.conformance.verdict import NotConforming
+
+        longest = sorted(self.groups, key=lambda group: -len(group.tokens))
+        try:
+            return trusted(self.model, longest, Use(pad_id=self.chat.pad_id, allowed=self.family.recipe().attention))
+        except BtrmError as error:
+            raise NotConforming(
+                str(error), "no model of this family can be trained", "give recipe().tiny another architecture"
+            ) from error
+
+    @cached_property
     def losses(self) -> list[float]:
         """The loss on one repeated batch before each of a few training steps and after the last; trains `model`."""
         import torch
@@ -220,6 +235,7 @@ class Subject:
         from btrm_core.packing import collate
         from btrm_core.training import bradley_terry
 
+        _ = self.trust
         model, losses = self.model, []
         batch = collate(self.groups, kernel=model.kernel, pad_id=self.chat.pad_id)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -19,9 +19,9 @@ import torch
 
 from btrm_core.chat import ChatFormat, Conversation
 from btrm_core.data import TokenStore
-from btrm_core.errors import TrainingError
+from btrm_core.errors import ConfigError, TrainingError
 from btrm_core.families import Family
-from btrm_core.model import RewardModel, check_first_loss, expected_first_loss, self_check, write_model
+from btrm_core.model import RewardModel, Use, check_first_loss, trusted, write_model
 from btrm_core.packing import PADDED, Tree, collate, grow, row_form, row_multiple
 from btrm_core.preflight import Check
 from btrm_core.preflight.doctor.check import refused
@@ -134,30 +134,40 @@ def head(patient: Patient) -> Check:
 
 
 def packed(patient: Patient) -> Check:
-    """Packed rows that share prompts give the rewards of separate passes, tried on the longest pairs.
+    """Rewards depend on their own sequences alone, in the rows that training takes, or in the next that are exact.
 
     Args:
         patient: the model, and what it is looked at with.
     """
     model, name = patient.model, "packed = separate"
-    if patient.layout == "padded":
-        return Check(name, "skip", "train.layout is padded: rows are not packed")
-    padded = "btrm goes on with padded batches: the same rewards, several times slower"
-    if model.kernel == PADDED:
-        return Check(name, "warn", "this model's attention cannot be packed", padded, "nothing, or another model")
-    pairs = patient.pairs
-    result = self_check(model, pairs.longest(LONGEST_PAIRS))
-    finite = math.isfinite(result.difference)
-    difference = result.difference if finite else None
-    figures = {"difference": difference, "tolerance": result.tolerance, "kernel": model.kernel}
-    if result.ok:
-        return Check(name, "ok", f"{result.reason}, {model.kernel} attention", figures=figures)
-    kernel = model.kernel
-    model.use_kernel(PADDED)
-    if math.isinf(result.difference):
-        return Check(name, "warn", result.reason, padded, "nothing, or another model", figures)
-    advice = f"try another kernel than {kernel}, such as --attention eager, and report it"
-    return Check(name, "fail", result.reason, padded, advice, figures)
+    asked = "padded" if patient.layout == "padded" else f"{patient.layout} rows, {model.kernel} attention"
+    allowed = patient.family.recipe().attention if patient.family is not None else ()
+    groups, kernel = patient.pairs.longest(LONGEST_PAIRS), model.kernel
+    try:
+        trust = trusted(
+            model,
+            groups,
+            Use(
+                layout=patient.layout,
+                pad_id=patient.chat.pad_id,
+                longest=patient.max_length or None,
+                training=patient.head_is_new,
+                allowed=allowed,
+            ),
+        )
+    except ConfigError as error:
+        return refused(name, error, "training would stop", "take another base model")
+    figures = {"asked": asked, "kernel": trust.kernel, "one_by_one": trust.one_by_one}
+    figures["difference"] = trust.difference if math.isfinite(trust.difference) else None
+    if trust.note is None:
+        if trust.layout == "padded":
+            return Check(name, "skip", f"train.layout is padded: rows are not packed; {trust.proof}", figures=figures)
+        return Check(name, "ok", f"{trust.proof}, {trust.kernel} attention", figures=figures)
+    slower = "the same rewards, several times slower" if trust.layout == "padded" else "the same rewards"
+    if trust.wrong:
+        advice = f"try another kernel than {kernel}, such as --attention eager, and report it"
+        return Check(name, "fail", trust.note, slower, advice, figures)
+    return Check(name, "warn", trust.note, slower, "nothing, or another model", figures)
 
 
 def first_loss(patient: Patient) -> Check:
@@ -185,16 +195,22 @@ def first_loss(patient: Patient) -> Check:
             "copy the model anew, or try --attention eager",
             {"pairs": size, "not_finite": bad},
         )
-    loss = float(np.logaddexp(0.0, -margin_P).mean())
-    expected, slack = expected_first_loss(margin_P)
-    figures = {"pairs": size, "loss": loss, "expected": expected, "slack": slack}
     if not patient.head_is_new:
-        return Check(name, "skip", f"the head is trained; its loss on {size} pairs is {loss:.3f}", figures=figures)
+        loss = float(np.logaddexp(0.0, -margin_P).mean())
+        return Check(
+            name, "skip", f"the head is trained; its loss on {size} pairs is {loss:.3f}", figures={"loss": loss}
+        )
     try:
-        check_first_loss(computed, [str(index) for index in range(len(computed))])
+        first = check_first_loss(computed, [str(index) for index in range(len(computed))])
     except TrainingError as error:
         return refused(name, error, "training would stop", "report it with this output")
-    what = f"{loss:.3f} on {size} pairs; an untrained head gives {expected:.3f} ± {slack:.3f}, near ln 2"
+    figures = {"pairs": size, "loss": first.loss, "expected": first.expected, "slack": first.slack}
+    what = (
+        f"{first.loss:.3f} on {size} pairs; an untrained head gives {first.expected:.3f} ± {first.slack:.3f}, near ln 2"
+    )
+    if first.warning:
+        advice = "look at a few pairs with `btrm data inspect`"
+        return Check(name, "warn", what, first.warning, advice, figures)
     return Check(name, "ok", what, figures=figures)
 
 
