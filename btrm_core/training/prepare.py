@@ -35,8 +35,10 @@ from btrm_core.model import (
     RewardModel,
     base_config,
     check_first_loss,
+    check_vocabulary,
     expected_kernel,
     load_tokenizer,
+    positions_problem,
     self_check,
     toy_model,
 )
@@ -74,6 +76,7 @@ def choose(config: RunConfig) -> Job:
     """
     family, config, described = choose_family(config)
     chat = prepare_chat(load_tokenizer(config.model), described, family)
+    check_vocabulary(chat.tokenizer, described, str(config.model.name), chat.written)
     return Job(config, family, chat, output_directory(config, family))
 
 
@@ -194,7 +197,17 @@ def _prompts_text(store: TokenStore, group_by: str) -> list[str]:
 
 
 def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> RowForm:
-    """The rows asked for, or padded ones with the reason said, if packed rows are not exact for this model."""
+    """The rows asked for, or padded ones with the reason said, if packed rows are not exact for this model.
+
+    Raises:
+        ConfigError: a conversation has more tokens than the model has positions.
+    """
+    longest = max(part.report["longest"] for part in (data.train, data.eval) if part is not None)
+    if (problem := positions_problem(model.base_model.config, longest)) is not None:
+        impossible, text = problem
+        if impossible:
+            raise ConfigError(text)
+        say(runtime, f"warning: {text}")
     layout, device = job.config.train.layout, runtime.device.type
     if layout != "padded":
         result = self_check(model, data.train.longest(CHECKED_GROUPS))

@@ -20,10 +20,10 @@ from btrm_core.families.new_family import package_files
 
 ENDINGS = {
     "sys.exit(0)": "SystemExit: 0",
-    "raise KeyboardInterrupt": "KeyboardInterrupt: KeyboardInterrupt()",
+    "raise KeyboardInterrupt": "KeyboardInterrupt: KeyboardInterrupt",
     "os._exit(0)": "it tries to end the process with os._exit(0)",
     "os.abort()": "it tries to end the process with os.abort()",
-    "raise GeneratorExit": "GeneratorExit: GeneratorExit()",
+    "raise GeneratorExit": "GeneratorExit: GeneratorExit",
 }
 # What not even a guard can catch, as `btrm families` sees it.
 DEATHS = {

@@ -1,7 +1,7 @@
 """Whether the files of a checkpoint are what they seem, looked at before anything is loaded.
 
 Decides which directories are refused because their weights are no weights (a pointer of Git LFS, half a download, an
-index without its files), are packed by somebody else's quantisation, or hold a trained head that would not be read.
+index without its files), are packed by somebody else's quantisation, or hold a trained head that nothing would read.
 Only headers are read: the look costs milliseconds for a model of any size.
 """
 
