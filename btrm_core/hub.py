@@ -51,6 +51,13 @@ def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | N
     return None
 
 
+def is_gated(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, is the hub's that a licence must be accepted first."""
+    from huggingface_hub.errors import GatedRepoError
+
+    return any(isinstance(found, GatedRepoError) for found in _chain(error))
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what caused it, outermost first."""
     seen: set[int] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import constants, errors
 
-from btrm_core.hub import hub_problem
+from btrm_core.hub import hub_problem, is_gated
 
 LOGIN = "`hf auth login`, or set HF_TOKEN"
 
@@ -36,7 +36,10 @@ def test_each_refusal_has_its_remedy(kind, said):
 
 
 def test_a_gated_data_set_is_not_called_missing():
-    line = hub_problem(refused(errors.GatedRepoError), "org/pairs", "data set")
+    error = refused(errors.GatedRepoError)
+    assert is_gated(error)
+    assert not is_gated(refused(errors.RepositoryNotFoundError))
+    line = hub_problem(error, "org/pairs", "data set")
     assert line.startswith(
         "the data set org/pairs is gated: accept its licence at https://huggingface.co/datasets/org/"
     )
