@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoConfig
 from btrm_core.cli import main
 from btrm_core.data.sample import sample_path
 from btrm_core.errors import CheckpointError
-from btrm_core.model.base import base_config
+from btrm_core.model.base import base_config, load_base
 from btrm_core.settings import ModelConfig
 from btrm_core.weights import check_config, check_files, other_head, tensors_of
 
@@ -130,10 +131,16 @@ def test_also_inside_a_text_config() -> None:
     "name",
     ["v_head.summary.weight", "value_head.weight", "model.v_head.0.weight", "classifier.weight", "rm_head.weight"],
 )
-def test_a_trained_head_under_another_name_is_never_replaced_in_silence(name: str, base: Path) -> None:
+def test_a_trained_head_under_another_name_is_never_replaced_in_silence(
+    name: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = load_file(base / FILE)
     save_file({**weights, name: torch.ones(1, 32)}, base / FILE, {"format": "pt"})
     assert refusal(base).startswith(f"{base} holds a trained head as {name}, where nothing reads it; ")
+    with monkeypatch.context() as patch:  # a model of the hub, whose files are not looked at before
+        patch.setattr("btrm_core.weights.refuse_other_head", lambda directory: None)
+        with pytest.raises(CheckpointError, match=f"holds a trained head as {re.escape(name)}, where nothing reads it"):
+            load_base(ModelConfig(name=str(base)), torch.float32)
     save_file({**weights, name: torch.ones(1, 32), "score.weight": torch.ones(1, 32)}, base / FILE, {"format": "pt"})
     assert other_head(base) is None
 

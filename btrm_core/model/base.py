@@ -114,6 +114,8 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
     if missing - {"score.weight"}:
         some = ", ".join(sorted(missing - {"score.weight"})[:3])
         raise CheckpointError(f"the weights of {name} are incomplete: {some} missing; expected a whole base model")
+    if "score.weight" in missing and (place := weights.head_among(info["unexpected_keys"])) is not None:
+        raise weights.unread_head(name, place)
     return BaseModel(hf=hf, head_is_new="score.weight" in missing)
 
 
