@@ -241,6 +241,13 @@ def test_a_package_beside_which_torch_cannot_be_imported_is_named(install):
     )
 
 
+def test_what_an_interrupted_pip_leaves_is_no_second_package(install):
+    install(PLAIN)
+    install(PLAIN, distribution="~trm-foo")
+    assert load("foo").origin == "btrm-foo 1.0"
+    assert [entry.status for entry in list_families() if entry.name == "foo"] == ["ok"]
+
+
 def test_metadata_that_is_no_text_does_not_hide_a_family(install):
     install(PLAIN, files={"METADATA": b"Name: \xff\n"})
     assert load("foo").origin == "btrm-foo unknown"
