@@ -18,7 +18,7 @@ def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | N
         name: the hub id that was asked for.
         kind: "model" or "data set".
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{'datasets/' if kind != 'model' else ''}{name}"
     for found in _chain(error):
@@ -37,7 +37,8 @@ def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | N
         if isinstance(found, errors.EntryNotFoundError) and not isinstance(found, errors.LocalEntryNotFoundError):
             return f"the {kind} {name} on the Hugging Face Hub lacks a file that is needed: {first_line(found)}"
     for found in _chain(error):
-        if isinstance(found, errors.OfflineModeIsEnabled):
+        offline = constants.HF_HUB_OFFLINE and isinstance(found, errors.LocalEntryNotFoundError)
+        if offline or isinstance(found, errors.OfflineModeIsEnabled):
             return (
                 f"the {kind} {name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it, or give a "
                 "local directory"
@@ -45,9 +46,16 @@ def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | N
         if isinstance(found, errors.LocalEntryNotFoundError):
             return (
                 f"the {kind} {name} is not in the cache, and the Hugging Face Hub cannot be reached; check the "
-                "connection (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local directory"
+                "connection (and HF_ENDPOINT), or give a local directory"
             )
     return None
+
+
+def is_gated(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, is the hub's that a licence must be accepted first."""
+    from huggingface_hub.errors import GatedRepoError
+
+    return any(isinstance(found, GatedRepoError) for found in _chain(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

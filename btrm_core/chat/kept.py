@@ -23,16 +23,17 @@ def lost_message(conversation: Sequence[Mapping[str, str]], text: str) -> str | 
     >>> lost_message(turns, "<user>one two<assistant>three<end>")
     >>> lost_message(turns, "<user>one<assistant>three<end>")
     'the chat template drops or changes the text of a message of the user'
+
+    What is space in one message and text in a later one is no difference:
+
+    >>> turns = [{"role": "user", "content": " "}, {"role": "assistant", "content": "0 0"}]
+    >>> lost_message(turns, "<user><assistant>0 0")
     """
     position = 0
     for message in conversation:
-        content, role = message.get("content", ""), message.get("role", "nameless")
+        content, role = message.get("content", "").strip(), message.get("role", "nameless")
         folded = role == "system"
-        start = 0 if folded else position
-        found = text.find(content, start)
-        if found < 0:
-            content = content.strip()
-            found = text.find(content, start)
+        found = text.find(content, 0 if folded else position)
         if found < 0:
             return f"the chat template drops or changes the text of a message of the {role}"
         if not folded:

@@ -43,16 +43,9 @@ if TYPE_CHECKING:
 
 ENCODING_VERSION = 3
 """Part of every cache key: raised when equal pairs get other tokens than before."""
-
-
 _CODE = ("chat", "data", "packing")
 """Packages whose code decides what is stored."""
-
-
-_KINDS_KEPT = 20
-
-
-_EXAMPLES_KEPT = 5
+_KINDS_KEPT, _EXAMPLES_KEPT = 20, 5
 
 
 class TokenStore:

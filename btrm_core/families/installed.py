@@ -51,7 +51,7 @@ def family_points() -> tuple[list[EntryPoint], list[FamilyEntry]]:
     seen: set[str] = set()
     for found in distributions():
         name = _folder_name(found)
-        if name in seen:  # the first on the path wins, as for imports
+        if name in seen or name.startswith("~"):  # the first on the path wins; pip leaves "~" when it is interrupted
             continue
         seen.add(name)
         try:

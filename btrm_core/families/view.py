@@ -17,6 +17,7 @@ from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import PadToken, text_config
 from btrm_core.families.installed import FamilyEntry
 from btrm_core.files import text_sha256
+from btrm_core.hub import hub_problem
 
 if TYPE_CHECKING:
     pass
@@ -62,7 +63,8 @@ def _answers(family: Family, model: str) -> dict[str, dict[str, Any]]:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises whatever its many readers raise
         raise CheckpointError(
-            f"cannot read the config and tokenizer of {model} ({one_line(error)}); expected a hub id or a local "
+            hub_problem(error, model)
+            or f"cannot read the config and tokenizer of {model} ({one_line(error)}); expected a hub id or a local "
             "directory with config.json and the tokenizer's files"
         ) from error
     claims = family.ask("claims", config=config)

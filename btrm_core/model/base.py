@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from btrm_core import weights
 from btrm_core.chat import ChatFormat
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
+from btrm_core.hub import hub_problem
 from btrm_core.model import adapters
 from btrm_core.model.leakage import check_max_length, require_head_class, without_dropout
 from btrm_core.model.quantized import loading_options, settle
@@ -44,15 +46,24 @@ def base_config(model: ModelConfig) -> Any:
     """The transformers configuration of the base model, without weights.
 
     Raises:
-        CheckpointError: there is no such directory or hub id, or it holds no configuration.
+        CheckpointError: there is no such directory or hub id, it holds no configuration, or its weights are damaged,
+            quantised, or hold a trained head where nothing reads it.
     """
     from transformers import AutoConfig
 
     name = _checked_name(model)
+    if Path(name).is_dir():
+        weights.check_files(Path(name))
+        weights.refuse_other_head(Path(name))
     try:
-        return AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the configuration of the base model {name}: {first_line(error)}") from error
+        why = hub_problem(error, name)
+        raise CheckpointError(
+            why or f"cannot read the configuration of the base model {name}: {first_line(error)}"
+        ) from error
+    weights.check_config(config, name)
+    return config
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -64,7 +75,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
-        raise CheckpointError(f"cannot load the tokenizer of {model.name}: {first_line(error)}") from error
+        why = hub_problem(error, str(model.name))
+        raise CheckpointError(why or f"cannot load the tokenizer of {model.name}: {first_line(error)}") from error
 
 
 def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
@@ -95,7 +107,8 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
                 **packed,
             )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the base model {name}: {first_line(error)}") from error
+        why = hub_problem(error, name)
+        raise CheckpointError(why or f"cannot load the base model {name}: {first_line(error)}") from error
     settle(hf)
     missing = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
     if not isinstance(getattr(hf, "score", None), nn.Linear):
@@ -103,6 +116,8 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
     if missing - {"score.weight"}:
         some = ", ".join(sorted(missing - {"score.weight"})[:3])
         raise CheckpointError(f"the weights of {name} are incomplete: {some} missing; expected a whole base model")
+    if "score.weight" in missing and (place := weights.head_among(info["unexpected_keys"])) is not None:
+        raise weights.unread_head(name, place)
     return BaseModel(hf=hf, head_is_new="score.weight" in missing)
 
 

@@ -28,7 +28,9 @@ from btrm_core.files import digest, text_sha256
 from btrm_core.model import adapters
 from btrm_core.model import base as base_module
 from btrm_core.model.directory import MANIFEST, read_manifest
+from btrm_core.model.shape import check_vocabulary
 from btrm_core.settings import ModelConfig
+from btrm_core.weights import check_config, check_files, refuse_other_head
 
 _log = logging.getLogger("btrm")
 
@@ -57,7 +59,9 @@ def load_chat(directory: Path) -> ChatFormat:
     if trouble and own:
         raise CheckpointError(trouble)
     chat = chat_from_checkpoint(directory)
-    configured = saved_config(directory).get_text_config().pad_token_id
+    config = saved_config(directory)
+    check_vocabulary(chat.tokenizer, config, str(directory), chat.written)
+    configured = config.get_text_config().pad_token_id
     if own and configured != chat.pad_id:
         raise CheckpointError(
             f"{directory}: pad_token_id in config.json is {configured}, but the tokenizer pads with {chat.pad_id}; "
@@ -73,6 +77,8 @@ def _pad_trouble(directory: Path) -> str:
     file = directory / "tokenizer_config.json"
     named = _json(file) if file.is_file() else {}
     pad, eos = (_token(named.get(key)) for key in ("pad_token", "eos_token"))
+    if pad is None and not (directory / MANIFEST).is_file() and named:
+        return f"{directory}: the tokenizer names no pad token, by which other programs find the reward"
     if pad is None or pad != eos:
         return ""
     return (
@@ -90,9 +96,12 @@ def saved_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError: depends on what is wrong with the file
         raise CheckpointError(f"{directory}: the configuration cannot be read: {first_line(error)}") from error
+    if not is_adapters(directory):  # theirs says how their base model is packed
+        check_config(config, str(directory))
+    return config
 
 
 def check_head(directory: Path) -> None:
@@ -101,6 +110,9 @@ def check_head(directory: Path) -> None:
     Raises:
         CheckpointError: says what is missing.
     """
+    check_files(directory)
+    if not is_adapters(directory):
+        refuse_other_head(directory)
     if (adapters.PREFIX if is_adapters(directory) else "") + HEAD not in weight_names(directory):
         raise CheckpointError(
             f"{directory} holds no reward head ({HEAD} is missing from its weights); expected a model trained by "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from btrm_core.errors import BtrmError, first_line
+from btrm_core.errors import BtrmError, CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -285,3 +285,53 @@ def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def check_vocabulary(tokenizer: Any, config: Any, name: str, written: Iterable[int | None] = ()) -> None:
+    """Refuse a tokenizer that writes ids for which the model has no embedding.
+
+    Control tokens that nothing writes may lie beyond the end, as Gemma 3's for images does.
+
+    Args:
+        tokenizer: the tokenizer in use.
+        config: the model's transformers config.
+        name: the model, for the message.
+        written: ids that the template writes.
+
+    Raises:
+        CheckpointError: says which token is the first without a row.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None or len(tokenizer) <= size:
+        return
+    added = tokenizer.added_tokens_decoder
+    new = tokenizer.pad_token_id if len(tokenizer) - 1 == tokenizer.pad_token_id else None  # gets a row of its own
+    beyond = {
+        index: token
+        for token, index in tokenizer.get_vocab().items()
+        if index >= size and index != new and (index in written or index not in added or not added[index].special)
+    }
+    if beyond:
+        first = min(beyond)
+        raise CheckpointError(
+            f"the tokenizer of {name} has {len(tokenizer):,} tokens, but the model has embeddings for {size:,}: "
+            f"{beyond[first]!r} is {first}; expected the tokenizer that the model was trained with, or a model that "
+            "was resized for this one"
+        )
+
+
+def positions_problem(config: Any, longest: int) -> tuple[bool, str] | None:
+    """Compare the longest conversation with the positions that a model knows.
+
+    Returns:
+        None if all is well; else whether it is impossible (learned positions: there are no more) or only unwise
+        (rotary positions that training never saw), and that in words.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit or longest <= limit:
+        return None
+    what = f"the longest conversation has {longest:,} tokens, and the base model knows {limit:,} positions"
+    if getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None):
+        return False, f"{what}: what is beyond them it has never seen; keep to them with --max-length {limit}"
+    return True, f"{what}, and no more: keep to them with --max-length {limit}"

@@ -36,6 +36,7 @@ from btrm_core.model import (
     Use,
     base_config,
     check_first_loss,
+    check_vocabulary,
     expected_kernel,
     load_tokenizer,
     toy_model,
@@ -75,6 +76,7 @@ def choose(config: RunConfig) -> Job:
     """
     family, config, described = choose_family(config)
     chat = prepare_chat(load_tokenizer(config.model), described, family)
+    check_vocabulary(chat.tokenizer, described, str(config.model.name), chat.written)
     return Job(config, family, chat, output_directory(config, family))
 
 

@@ -20,10 +20,10 @@ from btrm_core.families.new_family import package_files
 
 ENDINGS = {
     "sys.exit(0)": "SystemExit: 0",
-    "raise KeyboardInterrupt": "KeyboardInterrupt: KeyboardInterrupt()",
+    "raise KeyboardInterrupt": "KeyboardInterrupt: KeyboardInterrupt",
     "os._exit(0)": "it tries to end the process with os._exit(0)",
     "os.abort()": "it tries to end the process with os.abort()",
-    "raise GeneratorExit": "GeneratorExit: GeneratorExit()",
+    "raise GeneratorExit": "GeneratorExit: GeneratorExit",
 }
 # What not even a guard can catch, as `btrm families` sees it.
 DEATHS = {
@@ -239,6 +239,13 @@ def test_a_package_beside_which_torch_cannot_be_imported_is_named(install):
         "btrm: the entry_points.txt of the installed package btrm-bar 1.0 is not UTF-8, and torch and other libraries "
         "cannot be imported beside it; repair or uninstall btrm-bar\n"
     )
+
+
+def test_what_an_interrupted_pip_leaves_is_no_second_package(install):
+    install(PLAIN)
+    install(PLAIN, distribution="~trm-foo")
+    assert load("foo").origin == "btrm-foo 1.0"
+    assert [entry.status for entry in list_families() if entry.name == "foo"] == ["ok"]
 
 
 def test_metadata_that_is_no_text_does_not_hide_a_family(install):

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.scorer_samples import base_model, change_json, reward_model
+from support.scorer_samples import CONVERSATIONS, base_model, change_json, reward_model
 
 from btrm_core.errors import CheckpointError
 from btrm_core.scoring.scorer import Scorer
@@ -68,7 +70,7 @@ def test_weights_must_be_whole_and_in_safetensors_form(model: Path) -> None:
     save_file({k: v for k, v in weights.items() if k != lost}, file, {"format": "pt"})
     assert refusal(model) == f"the weights of {model} are incomplete: {lost} missing; copy the directory anew"
     file.write_bytes(file.read_bytes()[:1000])
-    assert refusal(model).startswith(f"{file} is damaged: ")
+    assert refusal(model) == f"{file} is cut off after 1,000 bytes; download or copy it anew"
     torch.save(weights, model / "pytorch_model.bin")
     file.unlink()
     assert refusal(model) == (
@@ -80,8 +82,9 @@ def test_places_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert refusal(tmp_path / "nothing") == f"there is no model directory {tmp_path / 'nothing'}"
     assert refusal(tmp_path).startswith(f"{tmp_path} holds no model: neither ")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert refusal("someone/something").startswith(
-        "there is no model directory someone/something, and it cannot be had from the Hugging Face hub: "
+    assert refusal("someone/something") == (
+        "the model someone/something is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it, or give a "
+        "local directory"
     )
 
 
@@ -114,3 +117,29 @@ def test_another_template_of_the_installed_family_is_said_once(model: Path, capl
         change_json(model / "btrm.json", **changes)
         Scorer(str(model), device="cpu")
     assert not caplog.records
+
+
+@pytest.mark.parametrize("pad", ["<|eot_id|>", None], ids=["EOS", "none"])
+def test_a_model_of_others_with_no_pad_token_of_its_own_scores_the_same_with_a_note(
+    pad: str | None, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = Scorer(str(model), device="cpu").rewards(CONVERSATIONS)
+    (model / "btrm.json").unlink()
+    change_json(model / "tokenizer_config.json", pad_token=pad)
+    change_json(model / "config.json", pad_token_id=None)
+    with caplog.at_level(logging.WARNING, "btrm"):
+        scorer = Scorer(str(model), device="cpu")
+        found = scorer.rewards(CONVERSATIONS)
+        scorer.model.use_kernel("padded")
+        padded = scorer.rewards(CONVERSATIONS)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(padded, expected, atol=1e-5, rtol=0)
+    assert "btrm reads it at the last token of the conversation" in caplog.records[0].getMessage()
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(model: Path) -> None:
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    change_json(model / "config.json", vocab_size=size - 500)
+    assert refusal(model).startswith(
+        f"the tokenizer of {model} has {size:,} tokens, but the model has embeddings for {size - 500:,}: "
+    )

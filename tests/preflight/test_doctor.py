@@ -292,6 +292,14 @@ def test_messages_that_the_template_changes(template: Callable[[str], str], rows
     assert texts("--data", many, "--set", cut, exit_code=1)["messages"]["verdict"] == "fail"
 
 
+def test_conversations_beyond_the_positions_of_the_model(base: Path, tmp_path: Path) -> None:
+    short = copied(base, tmp_path / "short")
+    change_json(short / "config.json", max_position_embeddings=32)
+    found = diagnosis("--family", "llama3", "--model", short, "--data", sample_path("train"))["positions"]
+    assert (found["verdict"], found["what_to_do"][-15:]) == ("warn", "--max-length 32")
+    assert "knows 32 positions" in found["what"]
+
+
 def test_prompts_of_the_evaluation_data(rows: Callable[..., Path]) -> None:
     lengthy = [(prompt, "It certainly is " + chosen, rejected) for prompt, chosen, rejected in varied(30)[20:]]
     evaluation = rows(*lengthy, *varied(3), name="held_out")

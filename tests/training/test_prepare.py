@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from btrm_core import config as config_module
+from btrm_core.data.sample import sample_path
 from btrm_core.errors import ConfigError, DataError
+from btrm_core.families.discovery import load
+from btrm_core.model.toy import build_toy
+from btrm_core.run import train
 from btrm_core.settings import RunConfig
 from btrm_core.training.prepare import choose, load_data
 
@@ -47,3 +51,13 @@ def test_forcing_needs_a_family_that_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         choose(config_module.apply(RunConfig(), values))
     assert str(caught.value) == "--force-family forces the family that is named: give --family NAME too"
+
+
+def test_conversations_beyond_the_positions_of_a_rotary_model_are_trained_on_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_toy(load("llama3").recipe().tiny, tmp_path / "base", hidden_size=32, max_position_embeddings=32)
+    values = {"model.name": str(tmp_path / "base"), "data.train": (sample_path("train"),), "train.max_steps": 1}
+    train(config_module.apply(RunConfig(family="llama3"), {**values, "output.dir": str(tmp_path / "run")}))
+    assert "warning: the longest conversation has " in (said := capsys.readouterr().err)
+    assert "knows 32 positions: what is beyond them it has never seen; keep to them with --max-length 32" in said

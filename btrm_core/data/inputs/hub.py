@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import DataError, first_line
+from btrm_core.hub import hub_problem, is_gated
 
 if TYPE_CHECKING:
     import datasets
@@ -31,6 +32,8 @@ def load(spec: Spec) -> datasets.Dataset:
         with quiet_libraries(), contextlib.nullcontext() if reached else _only_the_cache():
             return datasets.load_dataset(spec.place, spec.config, split=spec.split or "train", **options)
     except Exception as error:  # the Hub client, the data set's builder and Arrow raise what they like
+        if is_gated(error):  # its description may be had without a licence, its files may not
+            raise DataError(f"cannot load '{spec.text}': {hub_problem(error, spec.place, 'data set')}.") from error
         hint = "Check the id, the split and the connection, or pass a local file."
         if not reached:
             hint = "The Hub cannot be reached and the data set is not in its cache; pass a local file."
@@ -54,10 +57,7 @@ def _reach(spec: Spec) -> bool:
     try:
         HfApi().dataset_info(spec.place, revision=spec.option("revision"), timeout=_TIMEOUT_SECONDS)
     except GatedRepoError as error:
-        raise DataError(
-            f"'{spec.text}' is gated: accept its terms on https://huggingface.co/datasets/{spec.place}, "
-            "then log in with 'hf auth login'."
-        ) from error
+        raise DataError(f"cannot load '{spec.text}': {hub_problem(error, spec.place, 'data set')}.") from error
     except RevisionNotFoundError as error:
         raise DataError(f"'{spec.text}': the data set has no revision '{spec.option('revision')}'.") from error
     except RepositoryNotFoundError as error:

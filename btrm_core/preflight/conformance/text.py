@@ -295,6 +295,7 @@ class TextChecks:
         chat, directory = self.subject.chat, self.subject.directory / "tokenizer"
         chat.tokenizer.save_pretrained(directory)
         (directory / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+        (directory / "btrm.json").write_text("{}", encoding="utf-8")  # as a model of btrm's, which keeps its pad token
         return chat_from_checkpoint(directory)
 
 

@@ -19,12 +19,21 @@ from btrm_core.config import apply
 from btrm_core.data import PROMPT_IN_EVALUATION, PairData, Ties, WhichPairs, load_pairs, parse_naming
 from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
-from btrm_core.model import build_model, is_finished, load_chat, load_tokenizer, read_manifest, saved_config
+from btrm_core.model import (
+    build_model,
+    check_vocabulary,
+    is_finished,
+    load_chat,
+    load_tokenizer,
+    positions_problem,
+    read_manifest,
+    saved_config,
+)
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.preflight import Check
 from btrm_core.preflight.doctor.check import refused
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
-from btrm_core.preflight.doctor.kept import messages_kept
+from btrm_core.preflight.doctor.kept import messages_kept, positions
 from btrm_core.preflight.doctor.model import Patient, model_checks
 from btrm_core.preflight.doctor.rows import content_unused, rows_read
 from btrm_core.preflight.doctor.texts import (
@@ -96,6 +105,7 @@ def examine(config: RunConfig, num_examples: int = 3) -> Case:
             title += f"; warning: {family.warning}"
         try:
             chat = prepare_chat(load_tokenizer(config.model), described, family)
+            check_vocabulary(chat.tokenizer, described, str(config.model.name), chat.written)
         except FamilyError as error:
             refusal = error
     rows = _read(config, config.data.train)
@@ -225,6 +235,13 @@ def _checks_of_model(case: Case, chat: ChatFormat, data: Data, full: bool) -> It
         yield from (Check(name, "skip", "needs the model") for name in _MODEL_CHECKS[1:])
         return
     model = patient.model
+    problem = positions_problem(model.base_model.config, max(report["longest"] for report in _reports(data)))
+    if problem is not None:
+        impossible, what = problem
+        yield positions(impossible, what)
+        if impossible:
+            yield from (Check(name, "skip", "needs a position for every token") for name in _MODEL_CHECKS[1:])
+            return
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     size = f"{patient.num_parameters / 1e6:,.1f} million parameters"
     yield Check("model", "ok", f"{type(model.base_model).__name__}, {size}, {dtype} on {model.device}")

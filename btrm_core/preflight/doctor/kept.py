@@ -38,3 +38,10 @@ def messages_kept(reports: Sequence[Mapping[str, Any]]) -> Check:
         "mend the template, or give another one with --set tokenizer.chat_template=FILE",
         figures,
     )
+
+
+def positions(impossible: bool, what: str) -> Check:
+    """A conversation that is longer than what the model has positions for, or has seen."""
+    problem, _, advice = what.rpartition(": ")
+    why = "the model cannot be asked about it" if impossible else "rewards there are extrapolated"
+    return Check("positions", "fail" if impossible else "warn", problem, why, advice)

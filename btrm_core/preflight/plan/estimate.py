@@ -15,7 +15,7 @@ from typing import Any
 from btrm_core.config import apply, check
 from btrm_core.console import table
 from btrm_core.errors import ConfigError
-from btrm_core.model import Parameters, Shape, flops_per_token, read_shape
+from btrm_core.model import Parameters, Shape, flops_per_token, positions_problem, read_shape
 from btrm_core.preflight.plan import memory
 from btrm_core.preflight.plan.hardware import GIB, Hardware, read_hardware
 from btrm_core.preflight.plan.memory import Memory, Zero
@@ -89,6 +89,8 @@ def estimate(
         name, config = config, base_config(ModelConfig(name=config))
         workload = dataclasses.replace(workload, model=name)
     hardware = hardware or read_hardware()
+    if (problem := positions_problem(config, workload.max_length)) is not None and problem[0]:
+        raise ConfigError(problem[1])
     parameters, shape = read_shape(config, workload.lora_rank, workload.quantize != "none")
     found = [
         _estimate(preset, gradient_checkpointing, parameters, shape, hardware, workload)

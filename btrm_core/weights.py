@@ -1,7 +1,7 @@
 """Whether the files of a checkpoint are what they seem, looked at before anything is loaded.
 
 Decides which directories are refused because their weights are no weights (a pointer of Git LFS, half a download, an
-index without its files), are packed by somebody else's quantisation, or hold a trained head that would not be read.
+index without its files), are packed by somebody else's quantisation, or hold a trained head that nothing would read.
 Only headers are read: the look costs milliseconds for a model of any size.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,11 @@ def other_head(directory: Path) -> str | None:
     for file in _HEAD_FILES:
         if (directory / file).is_file():
             return f"in {file}"
+    return head_among(names)
+
+
+def head_among(names: Iterable[str]) -> str | None:
+    """The first of some tensors' names that is a trained head's, in words; None if none is."""
     found = sorted(name for name in names if _OTHER_HEAD.search(name))
     return f"as {found[0]}" if found else None
 
@@ -150,7 +156,12 @@ def refuse_other_head(directory: Path) -> None:
         CheckpointError: says where the head is and what to do with it.
     """
     if (place := other_head(directory)) is not None:
-        raise CheckpointError(
-            f"{directory} holds a trained head {place}, where nothing reads it; expected a linear head of one output "
-            f"called {HEAD}: save it under this name in {WEIGHTS}, or remove it to start with a new head"
-        )
+        raise unread_head(str(directory), place)
+
+
+def unread_head(name: str, place: str) -> CheckpointError:
+    """The error that says where a trained head is and what to do with it."""
+    return CheckpointError(
+        f"{name} holds a trained head {place}, where nothing reads it; expected a linear head of one output "
+        f"called {HEAD}: save it under this name in {WEIGHTS}, or remove it to start with a new head"
+    )

@@ -1,0 +1,175 @@
+"""Checkpoints as they arrive: half downloaded, pointers in place of files, packed by others, with a head elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from support.scorer_samples import base_model, change_json, reward_model
+from transformers import AutoConfig
+
+from btrm_core.cli import main
+from btrm_core.data.sample import sample_path
+from btrm_core.errors import CheckpointError
+from btrm_core.model.base import base_config, load_base
+from btrm_core.settings import ModelConfig
+from btrm_core.weights import check_config, check_files, other_head, tensors_of
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+FILE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_model(tmp_path_factory.mktemp("base") / "model", "llama3")
+
+
+@pytest.fixture
+def base(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(base: Path) -> Path:
+    """The same model in two files with an index."""
+    weights = load_file(base / FILE)
+    names = sorted(weights)
+    places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for shard in set(places.values()):
+        save_file({n: weights[n] for n in names if places[n] == shard}, base / shard, {"format": "pt"})
+    (base / FILE).unlink()
+    (base / f"{FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return base
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        base_config(ModelConfig(name=str(directory)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_sound_files_pass(base: Path, sharded: Path) -> None:
+    check_files(sharded)
+    assert other_head(sharded) is None
+    assert base_config(ModelConfig(name=str(sharded))).model_type == "llama"
+
+
+def test_shapes_are_read_from_the_header(base: Path) -> None:
+    assert tensors_of(base / FILE) == {name: tuple(w.shape) for name, w in load_file(base / FILE).items()}
+
+
+@pytest.mark.parametrize("name", [FILE, "config.json", "tokenizer.json"])
+def test_a_pointer_is_no_file(name: str, base: Path) -> None:
+    (base / name).write_text(POINTER)
+    assert refusal(base) == (
+        f"{base / name} is a pointer of Git LFS in place of the file itself; fetch it with `git lfs pull` in {base}"
+    )
+
+
+@pytest.mark.parametrize("part", [0.0, 0.0001, 0.001, 0.5, 0.999999])
+def test_half_a_download_is_refused_wherever_it_ends(part: float, base: Path) -> None:
+    content = (base / FILE).read_bytes()
+    (base / FILE).write_bytes(content[: int(part * len(content))])
+    assert refusal(base).startswith(f"{base / FILE} is cut off")
+
+
+@pytest.mark.parametrize("content", [b"\0" * 5000, b"PK\x03\x04" + b"x" * 5000, b"\x10\0\0\0\0\0\0\0[1, 2, 3]       "])
+def test_what_is_no_safetensors_file_is_damaged(content: bytes, base: Path) -> None:
+    (base / FILE).write_bytes(content)
+    assert refusal(base) == f"{base / FILE} is damaged: it is no safetensors file; download or copy it anew"
+
+
+def test_an_index_and_its_files_must_agree(sharded: Path) -> None:
+    index, second = sharded / f"{FILE}.index.json", sharded / "model-00002-of-00002.safetensors"
+    good, content = index.read_text(), second.read_bytes()
+    second.unlink()
+    assert refusal(sharded) == f"{sharded} lacks {second.name}, which {index.name} names; download or copy it anew"
+    save_file({"other": torch.zeros(1)}, second)
+    assert refusal(sharded).startswith(f"{second} lacks ")
+    second.write_bytes(content[:-10])
+    assert refusal(sharded).startswith(f"{second} is cut off: it has {len(content) - 10:,} of {len(content):,} bytes")
+    second.write_bytes(content)
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', good[: len(good) // 2]):
+        index.write_text(broken)
+        assert refusal(sharded).startswith(f"{index} is broken: ")
+    index.write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
+    assert "names a file outside its directory ('../../elsewhere.safetensors')" in refusal(sharded)
+
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "load_in_8bit": {"load_in_8bit": True},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "config_groups": {}},
+    "fp8": {"quant_method": "fp8"},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_weights_that_others_quantised_are_refused(method: str, base: Path) -> None:
+    change_json(base / "config.json", quantization_config=QUANTISED[method])
+    assert refusal(base).startswith(f"the weights of {base} are quantised ({method}); expected whole weights")
+
+
+def test_also_inside_a_text_config() -> None:
+    config = AutoConfig.for_model("gemma3")
+    config.text_config.quantization_config = {"quant_method": "awq"}
+    with pytest.raises(CheckpointError, match=r"someone/model are quantised \(awq\)"):
+        check_config(config, "someone/model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v_head.summary.weight", "value_head.weight", "model.v_head.0.weight", "classifier.weight", "rm_head.weight"],
+)
+def test_a_trained_head_under_another_name_is_never_replaced_in_silence(
+    name: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(base / FILE)
+    save_file({**weights, name: torch.ones(1, 32)}, base / FILE, {"format": "pt"})
+    assert refusal(base).startswith(f"{base} holds a trained head as {name}, where nothing reads it; ")
+    with monkeypatch.context() as patch:  # a model of the hub, whose files are not looked at before
+        patch.setattr("btrm_core.weights.refuse_other_head", lambda directory: None)
+        with pytest.raises(CheckpointError, match=f"holds a trained head as {re.escape(name)}, where nothing reads it"):
+            load_base(ModelConfig(name=str(base)), torch.float32)
+    save_file({**weights, name: torch.ones(1, 32), "score.weight": torch.ones(1, 32)}, base / FILE, {"format": "pt"})
+    assert other_head(base) is None
+
+
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+def test_nor_one_in_a_file_of_its_own(name: str, base: Path) -> None:
+    (base / name).write_bytes(b"x")
+    assert f"holds a trained head in {name}, where nothing reads it" in refusal(base)
+
+
+@pytest.mark.parametrize("fault", ["cut", "packed"])
+def test_every_command_says_it_in_one_line(fault: str, tmp_path: Path) -> None:
+    model = reward_model(tmp_path / "model")
+    if fault == "cut":
+        (model / FILE).write_bytes((model / FILE).read_bytes()[:-1])
+    else:
+        change_json(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    pairs = sample_path("held_out")
+    said = set()
+    for command in (
+        ["train", "--family", "llama3", "--model", str(model), "--data", pairs, "--output", str(tmp_path / "run")],
+        ["doctor", "--family", "llama3", "--model", str(model), "--data", pairs],
+        ["plan", "--model", str(model)],
+        ["score", str(model), pairs, "-o", str(tmp_path / "scored.jsonl")],
+        ["eval", str(model), "--data", pairs],
+    ):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 2, (command, done.output)
+        (line,) = done.stderr.splitlines()
+        said.add(line)
+    assert len(said) == 1
+    assert not (tmp_path / "run").exists()
