@@ -124,12 +124,13 @@ def resolve(config: RunConfig, recipe: Any) -> RunConfig:
 
 
 def keeps_best(config: RunConfig) -> bool:
-    """Whether the model with the lowest evaluation loss becomes the final one: asked for, or stopped for it.
+    """Whether the best model of all evaluations becomes the final one: asked for, or stopped for it.
 
     Args:
         config: The settings.
     """
-    return config.output.keep_best or config.train.early_stopping is not None
+    output = config.output
+    return output.keep_best or output.best_by != "loss" or config.train.early_stopping is not None
 
 
 def settled(value: Number | None, key: str) -> Number:

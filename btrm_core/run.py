@@ -12,6 +12,7 @@ from pathlib import Path
 
 from btrm_core.config import keeps_best
 from btrm_core.console import say
+from btrm_core.evaluation import badness
 from btrm_core.files import disk_is_full, explained, output_lock, probe, publish
 from btrm_core.model import build_model, is_finished, read_manifest, refuse_overwrite
 from btrm_core.settings import RunConfig
@@ -32,6 +33,7 @@ from btrm_core.training import (
     expected_form,
     fingerprints,
     fit,
+    held_out_rewards,
     identity,
     introduce,
     load_data,
@@ -175,10 +177,12 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
         return Outcome(None, None, progress, interrupt.signal or 0)
     evaluation = evaluate_now(session, progress.step)  # also of a run that was stopped between two evaluations
     shown = examples(session)
+    rewards_P2 = None if session.evaluated is None else session.evaluated[1]
     directory, best = output / "model", output / "best"
-    earlier = keeps_best(session.config) and evaluation is not None and progress.best_loss < evaluation["loss"]
+    by = session.config.output.best_by
+    earlier = keeps_best(session.config) and evaluation is not None and progress.best_loss < badness(evaluation, by)
     if earlier and runtime.any(runtime.is_main and is_finished(best)):  # the others need not see the directory
-        shown = session.best_examples
+        shown, rewards_P2 = session.best_examples, session.best_rewards_P2
         if runtime.is_main:
             evaluation = read_manifest(best)["evaluation"]
             publish(best, directory)
@@ -189,7 +193,8 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
             shutil.rmtree(best, ignore_errors=True)
     if progress.stopped:
         say(runtime, f"stopped {progress.stopped}")
-    return Outcome(directory, evaluation, progress, examples=shown)
+    rewards = held_out_rewards(session, directory, rewards_P2)
+    return Outcome(directory, evaluation, progress, examples=shown, held_out=rewards)
 
 
 def dry_run(config: RunConfig, processes: int = 1) -> str:

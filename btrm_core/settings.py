@@ -206,6 +206,9 @@ class OutputConfig:
     """Seconds to wait for room on a full disk when the finished model is saved."""
     keep_best: Annotated[bool, Flag()] = False
     """Keep the model with the lowest evaluation loss. It becomes the final one."""
+    best_by: Annotated[str, Flag(metavar="[NAME.]FIGURE")] = "loss"
+    """What is best instead of the lowest loss, as accuracy or chat.accuracy. One of loss, brier, ece, accuracy and
+    reward_margin, or loss, accuracy and reward_margin of a subset; another than the loss keeps the best model."""
     resume: Annotated[str, Flag(bare="auto")] = "no"
     """Go on from the last checkpoint, or the one named. Values: no, auto (the newest complete checkpoint of the output
     directory), latest-good, or a checkpoint directory."""

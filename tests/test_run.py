@@ -23,7 +23,7 @@ TRAIN_KEYS = {
     "useful_tokens_per_second", "pairs_per_second", "padding_percent", "shared_percent", "rank_imbalance",
     "micro_batches", "peak_memory_gib",
 }  # fmt: skip
-EVAL_KEYS = {"accuracy_standard_error", "longer_wins_tokens", "subsets"}
+EVAL_KEYS = {"accuracy_standard_error", "accuracy_interval", "brier", "ece", "longer_wins_tokens", "subsets"}
 
 
 def run(output: Path, **values):

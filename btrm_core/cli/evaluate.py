@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @click.command("eval")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--data", metavar="SRC", multiple=True, help="Pairs to evaluate on; repeat for several.")
+@click.option("--map", "names", metavar="NAME=COLUMN,...", multiple=True, help="The data's own names of columns.")
 @click.option("--against", metavar="MODEL|FILE", multiple=True, help="Compare with this model, or these kept rewards.")
 @click.option("--scores", metavar="FILE", multiple=True, help="Evaluate rewards kept with --output; no model is read.")
 @click.option("--suite", "suites", metavar="NAME[=SRC]", multiple=True, help="rewardbench, rewardbench2, rm-bench, ...")
@@ -74,10 +75,12 @@ def _check(models: tuple[str, ...], flags: dict[str, Any]) -> None:
 
 def _results(models: tuple[str, ...], flags: dict[str, Any]) -> tuple[list[ModelResult], list[ModelResult]]:
     """What is found of the models, and of those they stand against."""
+    from btrm_core.data import parse_naming
     from btrm_core.evaluation import read_scores
     from btrm_core.scoring import Request, Scorer, from_scores, judge
 
-    request = Request(flags["data"], flags["suites"], flags["best_of_n"], flags["probes"])
+    naming = parse_naming(flags["names"])
+    request = Request(flags["data"], flags["suites"], flags["best_of_n"], flags["probes"], naming)
     options = {name: flags[name] for name in ("dtype", "attention", "tokens_per_batch")}
 
     def found(model: str) -> list[ModelResult]:
@@ -85,7 +88,7 @@ def _results(models: tuple[str, ...], flags: dict[str, Any]) -> tuple[list[Model
             return from_scores(read_scores(model))
         if not flags["data"]:
             raise ConfigError(f"--against {model} is a model, which needs the pairs: give them with --data SRC")
-        return [judge(Scorer(model, **options), Request(flags["data"]))]
+        return [judge(Scorer(model, **options), Request(flags["data"], naming=naming))]
 
     results = [judge(Scorer(model, **options), request) for model in models]
     for file in flags["scores"]:

@@ -64,6 +64,8 @@ def train(gpus: str | None, processes: int | None, dry_run: bool, **given: Any) 
     if outcome.signal is not None:
         raise SystemExit(outcome.exit_code)
     if int(os.environ.get("RANK", "0")) == 0:
-        from btrm_core.training import closing_text
+        from btrm_core.training import closing_text, write_training_report
 
         click.echo(closing_text(outcome))
+        if told := write_training_report(outcome):
+            click.echo(told)

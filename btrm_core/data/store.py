@@ -182,15 +182,6 @@ class TokenStore:
         lengths_P2 = self.lengths_P2
         return Judged(lengths_P2[:, 0] - lengths_P2[:, 1], self.probability_P, self.subsets())
 
-    @functools.cached_property
-    def tails_P2(self) -> IntArray:
-        """Tokens of chosen and rejected after what both begin with."""
-        places, count = self.places, len(self)
-        both = np.stack([places.chosen_P, places.rejected_P], axis=1)
-        sizes = places.forest.sizes(np.repeat(np.arange(count), 2), both.reshape(-1), count)
-        shared_P = self.lengths_P2.sum(axis=1) - sizes.tokens_I
-        return np.asarray(self.lengths_P2 - shared_P[:, None], dtype=np.int64)
-
     def group(self, index: int) -> Tree:
         """The distinct conversations of a group; its ids are a read-only view of the file.
 

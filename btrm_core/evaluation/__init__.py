@@ -3,11 +3,12 @@
 from btrm_core.evaluation.assess import Evaluation, assess
 from btrm_core.evaluation.best_of_n import BestOfN, best_of_n
 from btrm_core.evaluation.compare import Comparison, compare
-from btrm_core.evaluation.figures import Judged, figures_of, standard_error
+from btrm_core.evaluation.figures import Judged, badness, check_figure, figures_of
 from btrm_core.evaluation.html import Report, Table, report_text, to_json, write_report
 from btrm_core.evaluation.plots import require_matplotlib
 from btrm_core.evaluation.probes import PROBES, Invariance, ProbeResult, probed
 from btrm_core.evaluation.scores import UNKNOWN, PairRewards, PairText, read_scores, write_scores
+from btrm_core.evaluation.statistics import standard_error
 from btrm_core.evaluation.suites import Item, Suite, SuiteResult, load_suite, run_suite, suite_names
 from btrm_core.evaluation.text import evaluation_text, percent, short, subset_table
 
@@ -28,7 +29,9 @@ __all__ = [
     "SuiteResult",
     "Table",
     "assess",
+    "badness",
     "best_of_n",
+    "check_figure",
     "compare",
     "evaluation_text",
     "figures_of",

@@ -7,14 +7,15 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core.errors import DataError
+from btrm_core.errors import ConfigError, DataError, did_you_mean
+from btrm_core.evaluation.calibration import loss_P, reliability
+from btrm_core.evaluation.statistics import standard_error, wilson, wins
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +51,9 @@ class Judged:
 
 
 def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
-    """Evaluate the rewards of pairs; plain Bradley-Terry loss, equal rewards counted half and reported.
+    """The cheap figures of an evaluation, as often as training asks; equal rewards count half and are reported.
+
+    The loss is plain Bradley-Terry; `accuracy_interval` is Wilson's, as if all pairs were independent.
 
     `longer_wins_tokens` is the accuracy of always preferring the conversation with more tokens, on the same pairs.
     Pairs whose answers the data calls equally good decide nothing: they are left out and counted as `undecided`.
@@ -69,6 +72,8 @@ def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
         )
     out = _reward_figures(np.asarray(rewards_P2, dtype=np.float64)[decided_P])
     out["accuracy_standard_error"] = standard_error(out["accuracy"], out["pairs"])
+    interval = wilson(out["accuracy"] * out["pairs"], out["pairs"])
+    out["accuracy_interval"] = [interval.low, interval.high]
     longer = judged.longer_by_P[decided_P]
     out["longer_wins_tokens"] = float(((longer > 0) + 0.5 * (longer == 0)).mean())
     if not decided_P.all():
@@ -84,8 +89,11 @@ def _reward_figures(rewards_P2: FloatArray) -> dict[str, Any]:
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     ties = int((margin_P == 0).sum())
     mean, std = rewards_P2.mean(axis=0), rewards_P2.std(axis=0)
+    probabilities = reliability(margin_P)
     return {
-        "loss": float(np.logaddexp(0.0, -margin_P).mean()),
+        "loss": probabilities.loss,
+        "brier": probabilities.brier,
+        "ece": probabilities.ece,
         "accuracy": float(((margin_P > 0).sum() + 0.5 * ties) / len(margin_P)),
         "ties": ties,
         "reward_margin": float(margin_P.mean()),
@@ -98,11 +106,6 @@ def _reward_figures(rewards_P2: FloatArray) -> dict[str, Any]:
     }
 
 
-def standard_error(accuracy: float, pairs: int) -> float:
-    """Standard error of a share of `pairs` independent pairs, sqrt(p (1 - p) / n)."""
-    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / pairs) if pairs else math.nan
-
-
 @dataclass(frozen=True)
 class SubsetResult:
     """Accuracy of one named part of the evaluation pairs."""
@@ -112,15 +115,48 @@ class SubsetResult:
     accuracy: float
     ties: int
     reward_margin: float
+    loss: float
 
 
-def by_subset(names: list[str], margin_P: np.ndarray) -> list[SubsetResult]:
+def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
     """Accuracy per subset name from the reward margins of the pairs in the same order; ties count half."""
     out = []
     labels = np.array(names, dtype=object)
     for name in sorted(set(names)):
         margin = margin_P[labels == name]
-        ties = int((margin == 0).sum())
-        accuracy = float(((margin > 0).sum() + 0.5 * ties) / len(margin))
-        out.append(SubsetResult(name, len(margin), accuracy, ties, float(margin.mean())))
+        accuracy, ties = float(wins(margin).mean()), int((margin == 0).sum())
+        out.append(SubsetResult(name, len(margin), accuracy, ties, float(margin.mean()), float(loss_P(margin).mean())))
     return out
+
+
+LOWER_IS_BETTER = {"loss": True, "brier": True, "ece": True, "accuracy": False, "reward_margin": False}
+"""Figures that can say which of two models is the better one."""
+OF_SUBSETS = ("accuracy", "loss", "reward_margin")
+
+
+def check_figure(name: str, subsets: Sequence[str]) -> None:
+    """Refuse a figure that an evaluation on pairs of these subsets will not have.
+
+    Args:
+        name: a figure, or one of a subset, as "chat.accuracy".
+        subsets: the subset of every pair.
+
+    Raises:
+        ConfigError: says which there are.
+    """
+    known = list(LOWER_IS_BETTER)
+    names = sorted(set(subsets))
+    if len(names) > 1:
+        known += [f"{subset}.{figure}" for subset in names for figure in OF_SUBSETS]
+    if name not in known:
+        some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+        raise ConfigError(f"--best-by {name} is no figure here; expected {some}.{did_you_mean(name, known)}")
+
+
+def badness(figures: Mapping[str, Any], name: str) -> float:
+    """A figure turned so that lower is better; `name` is one that `check_figure` lets through."""
+    if name in LOWER_IS_BETTER:
+        return float(figures[name]) if LOWER_IS_BETTER[name] else -float(figures[name])
+    subset, _, figure = name.rpartition(".")
+    value = float(next(row[figure] for row in figures["subsets"] if row["name"] == subset))
+    return value if LOWER_IS_BETTER[figure] else -value

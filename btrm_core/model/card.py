@@ -152,6 +152,8 @@ def model_card(made: dict[str, Any], directory: Path, *, softcap: bool = False) 
     """
     evaluation = made["evaluation"] or {}
     rows = [f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in evaluation.items() if _is_number(value)]
+    if interval := evaluation.get("accuracy_interval"):
+        rows.insert(0, f"| accuracy, 95 % interval | {interval[0]:.4f} to {interval[1]:.4f} |")
     base = str(made["base_model"])
     return CARD.format(
         attention=SOFTCAP if softcap else "",

@@ -209,6 +209,14 @@ class PairPlaces:
         """Tokens of both sequences of each pair: what separate passes compute."""
         return cast("IntArray", self.forest.lengths_S[self.chosen_P] + self.forest.lengths_S[self.rejected_P])
 
+    @property
+    def tails_P2(self) -> IntArray:
+        """Tokens of the chosen and of the rejected sequence of each pair after what both begin with."""
+        lengths_P2 = np.stack([self.forest.lengths_S[self.chosen_P], self.forest.lengths_S[self.rejected_P]], axis=1)
+        sequences = np.concatenate([self.chosen_P, self.rejected_P])
+        together_P = self.forest.sizes(np.tile(np.arange(len(self)), 2), sequences, len(self)).tokens_I
+        return cast("IntArray", lengths_P2 - (self.tokens_P - together_P)[:, None])
+
     @functools.cached_property
     def unshared(self) -> PairPlaces:
         """The same pairs of sequences that share nothing."""

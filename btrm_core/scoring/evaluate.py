@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from btrm_core.data import Naming, PairData, TokenStore, encode_pairs, load_pairs
+from btrm_core.data import Naming, TokenStore, curate, encode_pairs, load_pairs
 from btrm_core.errors import CheckpointError
-from btrm_core.evaluation import PairRewards, PairText
+from btrm_core.evaluation import PairRewards
 from btrm_core.packing import Bundle, divided
 from btrm_core.scoring.scorer import Scorer
 
@@ -60,40 +60,12 @@ def source_rewards(scorer: Scorer, source: str, naming: Naming | None = None) ->
     issues = data.issues
     told = str(issues.format()) if issues.noteworthy else ""
     return SourceRewards(
-        rewards=_pair_rewards(data, pairs, reward_P2, str(scorer.directory), source),
+        rewards=curate.with_rewards(data, pairs, reward_P2, str(scorer.directory), source),
         rows=issues.to_dict(),
         encoding=pairs.report,
         notes=tuple(text for text in (told, pairs.describe()) if text),
         bad_rows=issues.bad,
         seconds=seconds,
-    )
-
-
-def _pair_rewards(data: PairData, pairs: TokenStore, reward_P2: np.ndarray, model: str, source: str) -> PairRewards:
-    """Rewards with all that the data says of their pairs."""
-    import pyarrow.compute as pc
-
-    index_P = pairs.index_P
-    columns = data.dataset.with_format("arrow").select_columns(["id", "chosen", "rejected", "margin"])[:]
-    characters = [pc.utf8_length(columns[side]).to_numpy().astype(np.int64) for side in ("chosen", "rejected")]
-    ids = columns["id"].to_pylist()
-
-    def text(place: int) -> PairText:
-        pair = data[int(index_P[place])]
-        return PairText(tuple((m["role"], m["content"]) for m in pair.prompt), pair.chosen, pair.rejected)
-
-    return PairRewards(
-        model=model,
-        data=source,
-        id_P=[str(ids[i]) for i in index_P],
-        subset_P=pairs.subsets(),
-        prompt_P=data.prompt_hash_P[index_P],
-        reward_P2=reward_P2,
-        tokens_P2=pairs.tails_P2,
-        characters_P2=np.stack(characters, axis=1)[index_P],
-        probability_P=pairs.probability_P.astype(np.float64),
-        data_margin_P=columns["margin"].to_numpy().astype(np.float64)[index_P],
-        text=text,
     )
 
 

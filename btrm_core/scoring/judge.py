@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from btrm_core.data import raw_rows
+from btrm_core.data import Naming, raw_rows
 from btrm_core.errors import DataError
 from btrm_core.evaluation import (
     PROBES,
@@ -48,12 +48,14 @@ class Request:
         suites: NAME, or NAME=SRC for rows that are not where the suite has them.
         best_of_n: sources of rows with `prompt`, `responses` and `gold`.
         probes: whether to probe the pairs of `data`.
+        naming: the data's own names of columns and roles.
     """
 
     data: Sequence[str] = ()
     suites: Sequence[str] = ()
     best_of_n: Sequence[str] = ()
     probes: bool = False
+    naming: Naming | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def judge(scorer: Scorer, request: Request) -> ModelResult:
     """
     suites = [(load_suite(name.partition("=")[0]), name.partition("=")[2]) for name in request.suites]
     model = str(scorer.directory)
-    sources = [source_rewards(scorer, source) for source in dict.fromkeys(request.data)]
+    sources = [source_rewards(scorer, source, request.naming) for source in dict.fromkeys(request.data)]
     found = []
     for suite, source in suites:
         items = list(suite_items(suite, [source] if source else suite.SOURCES))

@@ -13,7 +13,14 @@ from btrm_core.training.saving import check_room, save_run
 from btrm_core.training.schedule import Progress, Schedule, plan_of_epoch
 from btrm_core.training.seams import evaluate_now, seams
 from btrm_core.training.session import Data, Job, Outcome, Session
-from btrm_core.training.summary import closing_text, describe_run, examples, introduce
+from btrm_core.training.summary import (
+    closing_text,
+    describe_run,
+    examples,
+    held_out_rewards,
+    introduce,
+    write_training_report,
+)
 
 __all__ = [
     "Data",
@@ -36,6 +43,7 @@ __all__ = [
     "expected_form",
     "fingerprints",
     "fit",
+    "held_out_rewards",
     "identity",
     "introduce",
     "load_data",
@@ -49,4 +57,5 @@ __all__ = [
     "steps",
     "trackers",
     "usable_form",
+    "write_training_report",
 ]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from btrm_core.errors import TrainingError, first_line
+from btrm_core.evaluation import badness
 from btrm_core.settings import RunConfig
 from btrm_core.training.loss import bradley_terry, plackett_luce
 from btrm_core.training.metrics import PairSums, named, summarise, token_figures
@@ -144,7 +145,7 @@ def _after_step(session: Session, progress: Progress, seams: Seams, stop: bool) 
         seams.save(progress)  # before anything else: whoever asked may not wait for an evaluation
         return
     if evaluates:
-        _evaluated(seams, progress, train.early_stopping)
+        _evaluated(seams, progress, session.config)
     limits = ((train.max_hours, progress.seconds - session.seconds_before), (train.max_total_hours, progress.seconds))
     for hours, seconds in limits:
         if hours and session.runtime.any(seconds > hours * 3600):
@@ -286,17 +287,21 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _evaluated(seams: Seams, progress: Progress, patience: int | None) -> None:
+def _evaluated(seams: Seams, progress: Progress, config: RunConfig) -> None:
     figures = seams.evaluate(progress.step)
     if figures is None:
         return
-    if figures["loss"] < progress.best_loss:
-        progress.best_loss, progress.best_step, progress.evaluations_since_best = figures["loss"], progress.step, 0
+    by, patience = config.output.best_by, config.train.early_stopping
+    value = badness(figures, by)
+    if value < progress.best_loss:
+        progress.best_loss, progress.best_by = value, by
+        progress.best_step, progress.evaluations_since_best = progress.step, 0
         seams.improved(progress, figures)
         return
     progress.evaluations_since_best += 1
     if patience is not None and progress.evaluations_since_best >= patience:
-        progress.stopped = f"early: the evaluation loss has not fallen for {patience} evaluations"
+        told = "loss has not fallen" if by == "loss" else f"{by} has not become better"
+        progress.stopped = f"early: the evaluation {told} for {patience} evaluations"
 
 
 def _skip_or_stop(reason: str, progress: Progress, skip: bool) -> None:

@@ -30,6 +30,7 @@ from btrm_core.data import (
     split_held_out,
 )
 from btrm_core.errors import ConfigError, DataError
+from btrm_core.evaluation import check_figure
 from btrm_core.families import Family
 from btrm_core.model import (
     RewardModel,
@@ -165,9 +166,13 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                 raise DataError(
                     f"{name} data: {encoded[name].describe()}; expected every message as the data has it (--strict)"
                 )
-    if config_module.keeps_best(config) and "eval" not in encoded:
-        asked = "--keep-best" if config.output.keep_best else "--early-stopping"
-        raise ConfigError(f"{asked} needs evaluation pairs: give --eval-data SRC, or hold some out")
+    if config_module.keeps_best(config):
+        if "eval" not in encoded:
+            asked = "--early-stopping" if config.train.early_stopping is not None else "--best-by"
+            asked = "--keep-best" if config.output.keep_best else asked
+            raise ConfigError(f"{asked} needs evaluation pairs: give --eval-data SRC, or hold some out")
+        decided = encoded["eval"].probability_P > 0.5
+        check_figure(config.output.best_by, [s for s, ok in zip(encoded["eval"].subsets(), decided, strict=True) if ok])
     if not len(encoded.get("train", ())):
         raise DataError("no training pairs are left after encoding; see the counts above, or raise --max-length")
     if config.loss.ranking == "plackett-luce" and (encoded["train"].probability_P < 1).any():

@@ -252,10 +252,14 @@ def _forget_what_is_gone(session: Session, progress: Progress, *, same_evaluatio
     if session.runtime.is_main and is_finished(best):
         kept = read_manifest(best).get("training", {}).get("steps")
     there = not session.runtime.any(session.runtime.is_main and kept != progress.best_step)
-    if there and same_evaluation:
+    by = session.config.output.best_by
+    if there and same_evaluation and progress.best_by == by:
         return
     why = "its model is not there" if same_evaluation else "the evaluation pairs are others"
-    say(session.runtime, f"the best evaluation so far (loss {progress.best_loss:.4f}) is forgotten: {why}")
+    if there and same_evaluation:
+        why = f"now {by} says what is best"
+    value = f"{progress.best_by} {abs(progress.best_loss):.4f}"
+    say(session.runtime, f"the best evaluation so far ({value}) is forgotten: {why}")
     progress.best_loss, progress.best_step, progress.evaluations_since_best = math.inf, 0, 0
     if session.runtime.is_main:
         shutil.rmtree(best, ignore_errors=True)

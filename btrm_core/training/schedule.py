@@ -85,6 +85,9 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     best_loss: float = math.inf
+    """The best value so far of the figure that says what is best, turned so that lower is better."""
+    best_by: str = "loss"
+    """That figure."""
     best_step: int = 0
     evaluations_since_best: int = 0
     skipped_steps: list[int] = field(default_factory=list)

@@ -46,6 +46,7 @@ def seams(session: Session, interrupt: Interrupt) -> Seams:
         if keeps_best(config):
             save_run(session, progress, figures, output / "best")
             session.best_examples = examples(session)
+            session.best_rewards_P2 = None if session.evaluated is None else session.evaluated[1]
 
     rate = mfu_rate(session)
 

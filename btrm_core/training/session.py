@@ -11,6 +11,7 @@ import numpy as np
 
 from btrm_core.chat import ChatFormat
 from btrm_core.data import PairData, TokenStore
+from btrm_core.evaluation import PairRewards
 from btrm_core.families import Family
 from btrm_core.packing import EpochPlan, RowForm
 from btrm_core.settings import RunConfig
@@ -65,6 +66,7 @@ class Session:
         seconds_before: how long the run had trained before this start.
         evaluated: the step of the last evaluation, and its rewards (P, 2).
         best_examples: held-out pairs with their rewards from the best model so far, for the end.
+        best_rewards_P2: the rewards that the best model so far gives the held-out pairs.
     """
 
     job: Job
@@ -80,6 +82,7 @@ class Session:
     seconds_before: float = 0.0
     evaluated: tuple[int, np.ndarray] | None = None
     best_examples: tuple[dict[str, Any], ...] = ()
+    best_rewards_P2: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.tokens_per_batch = self.job.config.train.tokens_per_batch
@@ -100,6 +103,8 @@ class Outcome:
     signal: int | None = None
     """What told this process to stop before the end; 0 if it was another process that was told."""
     examples: tuple[dict[str, Any], ...] = ()
+    held_out: PairRewards | None = None
+    """The rewards that the saved model gives the held-out pairs; None if there are none."""
 
     @property
     def exit_code(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btrm_core.config import to_toml
 from btrm_core.console import dumps, say
-from btrm_core.evaluation import evaluation_text, subset_table
+from btrm_core.data import curate
+from btrm_core.errors import BtrmError, first_line
+from btrm_core.evaluation import PairRewards, Report, assess, evaluation_text, short, subset_table, write_report
 from btrm_core.model import device_name, read_manifest
 from btrm_core.packing import EpochPlan, RowForm
 from btrm_core.training.processes import deepspeed_config
@@ -15,6 +18,8 @@ from btrm_core.training.schedule import Schedule
 from btrm_core.training.session import Data, Job, Session
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from btrm_core.training.session import Outcome
 
 EXAMPLE_WIDTH = 96
@@ -142,3 +147,37 @@ def examples(session: Session) -> tuple[dict[str, Any], ...]:
         question = pair.prompt[-1]["content"] if pair.prompt else ""
         shown.append({"prompt": question, "chosen": (chosen, pair.chosen), "rejected": (rejected, pair.rejected)})
     return tuple(shown)
+
+
+def held_out_rewards(session: Session, directory: Path, rewards_P2: np.ndarray | None) -> PairRewards | None:
+    """The held-out pairs with the rewards that the saved model gives them; None if there are none.
+
+    Args:
+        session: The run.
+        directory: The saved model.
+        rewards_P2: Its rewards, or None.
+    """
+    data = session.data
+    if data.eval is None or data.eval_rows is None or rewards_P2 is None:
+        return None
+    return curate.with_rewards(data.eval_rows, data.eval, rewards_P2, str(directory), "held out")
+
+
+def write_training_report(outcome: Outcome) -> str:
+    """Write the report of a finished run beside its model, with the curve of its loss; returns a line that says where.
+
+    A report is an extra: what is missing for it, or goes wrong, is said and is no reason to fail a finished run.
+
+    Args:
+        outcome: What the run left.
+    """
+    if outcome.held_out is None or outcome.directory is None:
+        return ""
+    output = outcome.directory.parent
+    try:
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        evaluated = [(assess(outcome.held_out), outcome.held_out)]
+        report = Report(f"Reward model {short(str(outcome.directory))}", evaluated, training=lines)
+        return f"report: {write_report(report, output / 'report')}"
+    except (BtrmError, OSError, ValueError) as error:
+        return f"no report: {first_line(error)}"

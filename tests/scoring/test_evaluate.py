@@ -72,7 +72,12 @@ def test_rewards_of_a_source_with_all_that_is_known_of_its_pairs(scorer: Scorer,
     assert any("in.jsonl:13: 'chosen' is 1 (int)" in note for note in found.notes)
     assert len(set(rewards.prompt_P.tolist())) == 6
     assert rewards.characters_P2[11].tolist() == [2, len("Not 11, never.")]
-    assert (rewards.tokens_P2[:, 1] > rewards.tokens_P2[:, 0]).all()
+    ids = [
+        scorer.chat.encode([[*prompts[11], {"role": "assistant", "content": pairs(12)[11][side]}]])[0]
+        for side in ("chosen", "rejected")
+    ]
+    shared = next(n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
+    assert rewards.tokens_P2[11].tolist() == [len(one) - shared for one in ids]
     assert rewards.data_margin_P[:4].tolist() == [0, 1, 2, 0]
     assert rewards.text is not None
     assert rewards.text(3).prompt == (("user", "Say 1."),)
@@ -82,7 +87,8 @@ def test_rewards_of_a_source_with_all_that_is_known_of_its_pairs(scorer: Scorer,
     assert figures.accuracy.half == pytest.approx((expected[:, 0] > expected[:, 1]).mean())
 
 
-def test_shared_prompts_are_computed_once(scorer: Scorer, tmp_path: Path) -> None:
+def test_shared_prompts_are_computed_once(model: Path, tmp_path: Path) -> None:
+    scorer = Scorer(str(model), device="cpu")
     long = "Tell me about it. " * 10
     source = write(
         tmp_path / "in.jsonl", [{"prompt": long, "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(5)]

@@ -1,7 +1,18 @@
 """Data sets looked through, filtered and written: what `btrm data` does."""
 
+from btrm_core.data.curate.judged import with_rewards
 from btrm_core.data.curate.overview import Survey, format_survey, survey, survey_report
 from btrm_core.data.curate.select import Filters, filtered
 from btrm_core.data.curate.write import check_target, write_pairs
 
-__all__ = ["Filters", "Survey", "check_target", "filtered", "format_survey", "survey", "survey_report", "write_pairs"]
+__all__ = [
+    "Filters",
+    "Survey",
+    "check_target",
+    "filtered",
+    "format_survey",
+    "survey",
+    "survey_report",
+    "with_rewards",
+    "write_pairs",
+]

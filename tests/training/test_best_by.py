@@ -1,0 +1,92 @@
+"""Which evaluation is the best one, by any of its figures, and what a finished run says of its held-out pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import trajectories
+
+from btrm_core.errors import ConfigError
+from btrm_core.evaluation import badness, check_figure, figures_of
+from btrm_core.evaluation.figures import Judged
+from btrm_core.model import read_manifest
+from btrm_core.training import write_training_report
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = trajectories.prepare(tmp_path_factory.mktemp("best_by"))
+    rows = [json.loads(line) for line in (made / "held_out.jsonl").read_text().splitlines()]
+    named = [{**row, "subset": name} for row, name in zip(rows, ("chat", "chat", "code"), strict=True)]
+    (made / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    return made
+
+
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "eval"]
+
+
+def test_lower_is_better_once_a_figure_is_turned() -> None:
+    judged = Judged(np.array([1, 1, -1]), np.ones(3), ["a", "a", "b"])
+    figures = figures_of(judged, np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))
+    assert badness(figures, "accuracy") == -2 / 3
+    assert badness(figures, "b.accuracy") == -1.0
+    assert badness(figures, "a.reward_margin") == 0.5
+    assert badness(figures, "b.loss") == pytest.approx(np.log1p(np.exp(-3)))
+    assert (badness(figures, "brier"), badness(figures, "ece")) == (figures["brier"], figures["ece"])
+    low, high = figures["accuracy_interval"]
+    assert 0 < low < 2 / 3 < high < 1
+
+
+def test_a_figure_that_there_will_not_be_is_refused_before_training(root: Path, tmp_path: Path) -> None:
+    check_figure("chat.accuracy", ["chat", "code"])
+    with pytest.raises(ConfigError, match=r"chat\.acuracy is no figure here; .* Did you mean 'chat\.accuracy'"):
+        check_figure("chat.acuracy", ["chat", "code"])
+    with pytest.raises(ConfigError, match="expected loss, brier, ece, accuracy, reward_margin"):
+        check_figure("chat.accuracy", ["chat", "chat"])
+    with pytest.raises(ConfigError, match=r"--best-by maths\.accuracy is no figure here"):
+        trajectories.train(root, tmp_path / "run", output__best_by="maths.accuracy")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("by", ["code.reward_margin", "code.loss", "accuracy"])
+def test_the_model_that_is_best_by_the_figure_becomes_the_final_one(root: Path, tmp_path: Path, by: str) -> None:
+    outcome = trajectories.train(
+        root, tmp_path / "run", output__best_by=by, output__eval_every=1, train__learning_rate=0.05, train__max_steps=8
+    )
+    rows = evaluations(tmp_path / "run")
+    best = min(rows, key=lambda row: badness(row, by))
+    manifest = read_manifest(tmp_path / "run" / "model")
+    assert badness(manifest["evaluation"], by) == badness(best, by)
+    kept = next(row for row in rows if row["step"] == manifest["training"]["steps"])
+    assert badness(kept, by) == badness(best, by)  # several may be equally good
+    # the rewards kept for the report are those of the model that was saved
+    assert outcome.held_out is not None
+    assert figures_of_rewards(outcome.held_out)["loss"] == pytest.approx(manifest["evaluation"]["loss"])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    low, high = manifest["evaluation"]["accuracy_interval"]
+    assert f"| accuracy, 95 % interval | {low:.4f} to {high:.4f} |" in card
+
+
+def figures_of_rewards(rewards: Any) -> dict[str, Any]:
+    return figures_of(Judged(np.zeros(len(rewards)), rewards.probability_P, rewards.subset_P), rewards.reward_P2)
+
+
+def test_a_finished_run_writes_its_report(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = trajectories.train(root, tmp_path / "run", train__max_steps=4, output__eval_every=2)
+    told = write_training_report(outcome)
+    page = tmp_path / "run" / "report" / "report.html"
+    assert told == f"report: {page}"
+    text = page.read_text(encoding="utf-8")
+    assert "Loss over the steps of training" in text
+    assert (page.parent / "training.png").is_file()
+    values = json.loads((page.parent / "report.json").read_text())
+    assert outcome.evaluation is not None
+    assert values["evaluations"][0]["accuracy"]["half"] == outcome.evaluation["accuracy"]
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert write_training_report(outcome).startswith("no report: a report needs matplotlib")
