@@ -33,6 +33,7 @@ COMMANDS = {
     "score": "score:score",
     "serve": "serve:serve",
     "train": "train:train",
+    "verify": "verify:verify",
 }
 """Subcommand -> module of this package and function; a module is imported when its command is called."""
 

@@ -12,7 +12,7 @@ from btrm_core.model.base import (
     weights_digest,
 )
 from btrm_core.model.card import Trained, model_card, run_manifest
-from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, write_model
+from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, sha256_of, write_model
 from btrm_core.model.load import (
     chat_from_checkpoint,
     check_head,
@@ -85,6 +85,7 @@ __all__ = [
     "run_manifest",
     "saved_config",
     "self_check",
+    "sha256_of",
     "template_difference",
     "tiny_tokenizer",
     "tolerance",
