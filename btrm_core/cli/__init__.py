@@ -27,6 +27,7 @@ COMMANDS = {
     "data": "data:data",
     "doctor": "preflight:doctor",
     "eval": "score:evaluate",
+    "export": "export:export_command",
     "families": "families:families",
     "new-family": "families:new_family_command",
     "plan": "preflight:plan_command",
