@@ -1,7 +1,8 @@
 """btrm: an exact, packed, prefix-shared Bradley-Terry reward-model trainer whose model families are plugins.
 
 What the author of a family imports is here (`hookimpl`, `PadToken`, `Recipe`, `TinyShape`, `require_tokens`,
-`rope_theta`), and what a script imports (`train`, `RunConfig`, `Scorer`). The contract of each hook is its docstring in
+`rope_theta`), and what a script imports (`train`, `RunConfig`, `Scorer`,
+`AsyncClient`, `trl_reward_func`). The contract of each hook is its docstring in
 `btrm_core.families.hookspecs`. Importing this package loads neither torch nor transformers.
 """
 
@@ -14,12 +15,13 @@ from btrm_core.families.hookspecs import PadToken, Recipe, TinyShape, hookimpl, 
 
 if TYPE_CHECKING:
     from btrm_core.run import train
-    from btrm_core.scoring import Scorer
+    from btrm_core.scoring import AsyncClient, Scorer, trl_reward_func
     from btrm_core.settings import RunConfig
 
     __version__: str
 
 __all__ = [
+    "AsyncClient",
     "PadToken",
     "Recipe",
     "RunConfig",
@@ -30,9 +32,16 @@ __all__ = [
     "require_tokens",
     "rope_theta",
     "train",
+    "trl_reward_func",
 ]
 
-_LATER = {"RunConfig": "btrm_core.settings", "Scorer": "btrm_core.scoring", "train": "btrm_core.run"}
+_LATER = {
+    "AsyncClient": "btrm_core.scoring",
+    "RunConfig": "btrm_core.settings",
+    "Scorer": "btrm_core.scoring",
+    "train": "btrm_core.run",
+    "trl_reward_func": "btrm_core.scoring",
+}
 """Names that need torch, or are no concern of a family: loaded when they are asked for."""
 
 

@@ -165,3 +165,23 @@ def unread_head(name: str, place: str) -> CheckpointError:
         f"{name} holds a trained head {place}, where nothing reads it; expected a linear head of one output "
         f"called {HEAD}: save it under this name in {WEIGHTS}, or remove it to start with a new head"
     )
+
+
+def weights_digest(name: str, commit: str | None) -> str:
+    """What a base model's weights are, wherever they lie: the hub's commit, or XXH3 of a directory's weight files.
+
+    Args:
+        name: A directory or a hub id.
+        commit: The hub's commit, as transformers knows it once it has loaded the model.
+    """
+    import xxhash
+
+    directory = Path(name)
+    if not directory.is_dir():
+        return commit or name
+    whole = xxhash.xxh3_128()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                whole.update(block)
+    return str(whole.hexdigest())

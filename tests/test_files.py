@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from btrm_core import files
+from btrm_core import files, outputs
 from btrm_core.errors import CheckpointError, DataError
 
 
@@ -196,13 +196,13 @@ def test_a_file_is_never_replaced_by_a_directory(tmp_path):
 def test_what_is_written_as_it_stands(tmp_path):
     import socket
 
-    assert files.output_file("-") is files.output_file("/dev/stdout") is files.output_file("/dev/null") is None
-    assert files.output_file(str(tmp_path / "new")) == (tmp_path / "new").resolve()
+    assert outputs.output_file("-") is outputs.output_file("/dev/stdout") is outputs.output_file("/dev/null") is None
+    assert outputs.output_file(str(tmp_path / "new")) == (tmp_path / "new").resolve()
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(tmp_path / "door"))
         with pytest.raises(DataError, match=r"it is a socket, no file"):
-            files.output_file(str(tmp_path / "door"))
+            outputs.output_file(str(tmp_path / "door"))
     for output in ("a\0b", "x" * 300, "~nouser-of-this-name/x"):
         with pytest.raises(DataError, match=r"^cannot write to ") as error:
-            files.output_file(output)
+            outputs.output_file(output)
         assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ import btrm_core
 ROOT = Path(btrm_core.__file__).parent
 LAYERS = """
 errors marks
-settings console files hub weights
+settings console files hub weights outputs
 config
 families
 chat packing evaluation
@@ -27,7 +27,7 @@ testing cli
 __main__ pytest_plugin
 """
 FLOOR = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-OWN_FACE = {"training.processes", "preflight.doctor", "preflight.plan", "preflight.conformance"}
+OWN_FACE = {"training.processes", "preflight.doctor", "preflight.plan", "preflight.conformance", "preflight.verify"}
 """Packages inside a package that are entered by a face of their own."""
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MODULES = 350, 60, 7, 12
 LARGER = {"packing.rows": (370, 7), "model.leakage.trust": (350, 9)}

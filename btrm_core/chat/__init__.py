@@ -3,7 +3,8 @@
 Template, tokenizer and maximum length together decide them; nothing else in btrm turns text into ids.
 """
 
-from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, prepare_chat, settle, spare
+from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, prepare_chat, settle
+from btrm_core.chat.spare import spare
 from btrm_core.chat.templates import ONE, SYSTEM, TWO, opens_turns
 from btrm_core.chat.tokenizers import Encoder, fast_backend, free_pad, install_pad, self_contained
 

@@ -27,12 +27,14 @@ COMMANDS = {
     "data": "data:data",
     "doctor": "preflight:doctor",
     "eval": "evaluate:evaluate",
+    "export": "export:export_command",
     "families": "families:families",
     "new-family": "families:new_family_command",
     "plan": "preflight:plan_command",
     "score": "score:score",
     "serve": "serve:serve",
     "train": "train:train",
+    "verify": "verify:verify",
 }
 """Subcommand -> module of this package and function; a module is imported when its command is called."""
 

@@ -9,10 +9,9 @@ from btrm_core.model.base import (
     gathered,
     load_tokenizer,
     parameter_groups,
-    weights_digest,
 )
 from btrm_core.model.card import Trained, model_card, run_manifest
-from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, write_model
+from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, sha256_of, write_model
 from btrm_core.model.leakage import Trust, Use, trusted
 from btrm_core.model.load import (
     chat_from_checkpoint,
@@ -91,6 +90,7 @@ __all__ = [
     "require",
     "run_manifest",
     "saved_config",
+    "sha256_of",
     "template_difference",
     "tiny_tokenizer",
     "tolerance",
@@ -98,6 +98,5 @@ __all__ = [
     "training_flops",
     "trusted",
     "uses_softcap",
-    "weights_digest",
     "write_model",
 ]

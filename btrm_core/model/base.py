@@ -331,23 +331,3 @@ def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, devi
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"cannot load the base model {model.name}: {first_line(error)}") from error
     return choose_for(hf, model.attention, device_type, family.recipe().attention)
-
-
-def weights_digest(model: ModelConfig, config: Any) -> str:
-    """What the base model's weights are, wherever they lie: the hub's commit, or XXH3 of a directory's weight files.
-
-    Args:
-        model: Settings of the base model.
-        config: The loaded model's transformers configuration.
-    """
-    import xxhash
-
-    directory = Path(str(model.name))
-    if not directory.is_dir():
-        return str(getattr(config, "_commit_hash", None) or f"{model.name}@{model.revision}")
-    whole = xxhash.xxh3_128()
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                whole.update(block)
-    return str(whole.hexdigest())

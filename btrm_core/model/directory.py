@@ -6,6 +6,7 @@ beside its place, flushed to disk and renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -80,10 +81,17 @@ def write_model(
             write_for_older_readers(staging)
             (staging / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
             (staging / "README.md").write_text(card, encoding="utf-8")
-            text = json.dumps(manifest, indent=2, ensure_ascii=False)
+            files = {file.name: sha256_of(file) for file in sorted(staging.iterdir()) if file.name != "README.md"}
+            text = json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False)
             (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except Exception as error:
         raise explained(error, directory) from error
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content; `btrm.json` holds those of all files that rewards depend on."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _save_tokenizer(chat: ChatFormat, max_length: int | None, directory: Path) -> None:

@@ -1,21 +1,26 @@
 """Scoring: rewards of anything, from a finished model. Never imports `training`."""
 
 from btrm_core.scoring.bulk import score_file
+from btrm_core.scoring.client import AsyncClient, trl_reward_func
 from btrm_core.scoring.evaluate import SourceRewards, source_rewards
+from btrm_core.scoring.export import export
 from btrm_core.scoring.judge import ModelResult, Request, judge
 from btrm_core.scoring.results import from_scores, notes, report_of, write_suites
 from btrm_core.scoring.scorer import Scorer
 
 __all__ = [
+    "AsyncClient",
     "ModelResult",
     "Request",
     "Scorer",
     "SourceRewards",
+    "export",
     "from_scores",
     "judge",
     "notes",
     "report_of",
     "score_file",
     "source_rewards",
+    "trl_reward_func",
     "write_suites",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from btrm_core import files
+from btrm_core import files, outputs
 from btrm_core.data import PACKED, Naming, cache_root, data_path, opened
 from btrm_core.errors import DataError
 from btrm_core.scoring.partial import Tally, header_file, partial_file
@@ -78,11 +78,11 @@ def score_file(
         DataError: the input cannot be read, the output exists or cannot be written, or not one line could be scored.
     """
     path = _input(source)
-    target = files.output_file(output)
+    target = outputs.output_file(output)
     work = _Work(scorer, path, naming or Naming())
     try:
         if target is None:
-            with files.output_stream(output) as stream:
+            with outputs.output_stream(output) as stream:
                 done, seconds, before = _streamed(work, stream), work.seconds, 0
         else:
             _check_target(path, target, overwrite)

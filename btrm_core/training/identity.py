@@ -14,10 +14,10 @@ from typing import Any
 from btrm_core.config import flat
 from btrm_core.data import tokenizer_fingerprint
 from btrm_core.errors import CheckpointError
-from btrm_core.model import weights_digest
 from btrm_core.settings import OutputConfig, RunConfig
 from btrm_core.training.processes import gather
 from btrm_core.training.session import Data, Job, Session
+from btrm_core.weights import weights_digest
 
 FREE_TO_CHANGE = (
     "output.",
@@ -81,8 +81,8 @@ def identity(session: Session) -> dict[str, Any]:
         session: The run.
     """
     config, data, runtime, chat = session.config, session.data, session.runtime, session.job.chat
-    described = session.engine.module.base_model.config
-    weights = weights_digest(config.model, described) if runtime.is_main else ""  # read once
+    commit = getattr(session.engine.module.base_model.config, "_commit_hash", None)
+    weights = weights_digest(str(config.model.name), commit) if runtime.is_main else ""  # read once
     free = tuple(key for key in FREE_TO_CHANGE if not (config.lora.dropout and key in WITH_DROPOUT))
     made = {
         **{key: value for key, value in flat(config).items() if not key.startswith(free)},

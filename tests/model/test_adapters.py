@@ -19,6 +19,7 @@ from btrm_core.cli import main
 from btrm_core.config import read_settings
 from btrm_core.errors import BtrmError, CheckpointError, ConfigError
 from btrm_core.model import load
+from btrm_core.scoring import export
 from btrm_core.scoring.scorer import Scorer
 from btrm_core.training.session import Outcome
 from btrm_core.training.summary import closing_text
@@ -338,3 +339,13 @@ def test_flags_reach_their_settings(root: Path) -> None:
     assert result.exit_code == 2
     assert issubclass(ConfigError, BtrmError)
     assert "btrm: --train-last-layers and --lora-rank contradict each other" in result.stderr
+
+
+def test_exported_adapters_are_a_whole_model_with_the_same_rewards(root: Path, apart: Outcome, tmp_path: Path) -> None:
+    assert apart.directory is not None
+    with pytest.raises(CheckpointError, match="--merge-adapter"):
+        export(str(apart.directory), str(tmp_path / "whole"))
+    export(str(apart.directory), str(tmp_path / "whole"), merge=True)
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    np.testing.assert_allclose(scored(root, tmp_path / "whole"), scored(root, apart.directory), atol=EXACT)
+    assert Scorer(str(tmp_path / "whole"), device="cpu").self_test() < EXACT

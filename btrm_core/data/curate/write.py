@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from btrm_core import files
+from btrm_core import outputs
 from btrm_core.data.pairs import PairData
 from btrm_core.errors import DataError
 
@@ -40,7 +40,7 @@ def check_target(path: str | Path, overwrite: bool = False) -> Path:
     Raises:
         DataError: its ending says no format, it is no file (a pipe, a device), or it is there already.
     """
-    target = files.output_file(str(path))
+    target = outputs.output_file(str(path))
     if target is None:
         raise DataError(f"{path} is no file, expected one ending in {', '.join(ENDINGS)}")
     if not target.name.endswith(ENDINGS):

@@ -173,7 +173,7 @@ function showRewards(found) {
   cards().forEach((card, n) => {
     const reward = rewards[n], read = found.read[0][n];
     scored.set(card, reward);
-    card.querySelector(".reward").textContent = reward === null ? "no reward" : reward.toFixed(3);
+    card.querySelector(".reward").textContent = reward === null ? "no reward" : reward.toFixed(3).replace("-", "−");
     const facts = reward === null ? [found.errors[0][n]] : [`${found.tokens[0][n]} tokens`];
     if (reward !== null && found.truncated[0]) facts.push("the beginning of the conversation was cut");
     card.querySelector(".facts").textContent = facts.join(" · ");
@@ -215,7 +215,7 @@ function matrix() {
   };
   const head = table.createTHead().insertRow();
   cell(head, "td", "").style.background = "none";
-  list.forEach((_, n) => { cell(head, "th", `Answer ${n + 1}`).scope = "col"; });
+  list.forEach((_, n) => { const made = cell(head, "th", String(n + 1)); made.scope = "col"; made.setAttribute("aria-label", `Answer ${n + 1}`); });
   const body = table.createTBody();
   list.forEach((one, n) => {
     const row = body.insertRow();
@@ -282,7 +282,13 @@ $("link").onclick = async () => {
     say("The link is in the address bar");
   }
 };
-$("token").onchange = () => { token = $("token").value; introduce(); say(""); };
+$("token-box").onsubmit = (event) => {
+  event.preventDefault();
+  token = $("token").value;
+  $("token-box").hidden = true;
+  say("");
+  introduce();
+};
 document.addEventListener("input", (event) => {
   if (event.target.closest("#turns, #answers")) {
     if (event.target.tagName === "TEXTAREA") grow(event.target);

@@ -1,0 +1,142 @@
+"""`btrm export`: a finished model in another type, whole instead of adapters, checked for who is to read it.
+
+Decides: which readers would score a model wrongly, and refuses them. What is written is what `btrm train` writes, so
+transformers 4.57 reads it like 5; its self-test vectors carry the rewards of what was written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from btrm_core.errors import CheckpointError, ConfigError, did_you_mean
+from btrm_core.model import (
+    RewardModel,
+    as_merged,
+    check_head,
+    find_model,
+    is_adapters,
+    load_chat,
+    load_weights,
+    merged_weights,
+    plain_model,
+    read_manifest,
+    refuse_overwrite,
+    saved_config,
+    tolerance,
+    write_model,
+)
+from btrm_core.packing import PADDED, alone, collate
+from btrm_core.scoring.scorer import DTYPES
+
+TARGETS = ("transformers", "vllm", "sglang", "tei")
+SGLANG_HEADS = frozenset(f"{name}ForSequenceClassification" for name in ("Llama", "Gemma2", "Qwen2", "Qwen3"))
+"""Architectures whose reward head SGLang 0.5 applies; for all others it answers with a hidden state."""
+ALIKE = 0.25
+"""The largest change of a reward, relative where it exceeds 1, that a change of type may bring."""
+
+
+def export(
+    model: str, out: str, *, dtype: str | None = None, merge: bool = False, target: str | None = None,
+    overwrite: bool = False,
+) -> str:  # fmt: skip
+    """Write a model anew and say what was written.
+
+    Args:
+        model: a model directory, a run's output directory, or a hub id.
+        out: where to write.
+        dtype: bf16 or fp32; None keeps the type. The head is computed in fp32 in any case.
+        merge: make whole weights of adapters.
+        target: who is to read it: transformers, vllm, sglang or tei.
+        overwrite: replace a finished model.
+
+    Raises:
+        CheckpointError: the model is not whole, or the target would score it wrongly.
+        ConfigError: a setting is unknown.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is unknown; expected bf16 or fp32.{did_you_mean(dtype, DTYPES)}")
+    directory, place = find_model(model), Path(out)
+    if place.resolve() == directory.resolve():
+        raise ConfigError(f"{out} is the model itself; choose another place")
+    check_head(directory)
+    refuse(directory, target)
+    refuse_overwrite(place, overwrite)
+    if is_adapters(directory) and not merge:
+        raise CheckpointError(
+            f"{directory} holds adapters, which only peft reads; make them whole with --merge-adapter"
+        )
+    chat, made = load_chat(directory), read_manifest(directory)
+    hf = load_weights(directory, DTYPES[dtype] if dtype is not None else "auto", torch.device("cpu"))
+    vectors = made.get("self_test", [])
+    if is_adapters(directory):
+        with as_merged(hf):
+            rewards = _rewards(hf, vectors, chat.pad_id)
+        weights, hf = merged_weights(hf, hf.state_dict()), plain_model(hf)
+        made["adapters"] = {**(made.get("adapters") or {}), "merged": True}
+    else:
+        rewards, weights = _rewards(hf, vectors, chat.pad_id), hf.state_dict()
+    change = _largest_change(vectors, rewards)
+    allowed = max(tolerance(made, torch.bfloat16), ALIKE) if dtype else tolerance(made, hf.dtype)
+    if not change <= allowed:
+        raise CheckpointError(
+            f"{directory} gives other rewards than its btrm.json says, by up to {change:.2g}; run `btrm verify` on it"
+        )
+    made["dtype"] = str(hf.dtype).removeprefix("torch.")
+    hf.config.dtype = hf.dtype
+    made["self_test"] = [{**v, "reward": reward} for v, reward in zip(vectors, rewards, strict=True)]
+    card = directory / "README.md"
+    write_model(place, hf, weights, chat, made, card.read_text(encoding="utf-8") if card.is_file() else "")
+    return f"written: {place} ({made['dtype']}); rewards of the self-test changed by up to {change:.2g}"
+
+
+def refuse(directory: Path, target: str | None) -> None:
+    """Refuse a reader that would score a model wrongly without saying so.
+
+    Raises:
+        CheckpointError: says why.
+        ConfigError: the target is unknown.
+    """
+    if target is None:
+        return
+    if target not in TARGETS:
+        raise ConfigError(
+            f"target '{target}' is unknown; expected {', '.join(TARGETS)}.{did_you_mean(target, TARGETS)}"
+        )
+    architecture = next(iter(saved_config(directory).architectures or ()), "an unnamed architecture")
+    if target == "sglang" and architecture not in SGLANG_HEADS:
+        raise CheckpointError(
+            f"SGLang ignores the reward head of {architecture} and answers with a coordinate of the last hidden state; "
+            "serve it with vLLM or `btrm serve`"
+        )
+    if target == "tei":
+        raise CheckpointError(
+            f"text-embeddings-inference does not apply the reward head of {architecture} on a causal model; serve it "
+            "with vLLM or `btrm serve`"
+        )
+
+
+@torch.inference_mode()
+def _rewards(hf: Any, vectors: list[dict[str, Any]], pad_id: int) -> list[float]:
+    """The rewards of self-test vectors, each alone, with an fp32 head."""
+    model = RewardModel(hf, PADDED).eval()
+    rewards = []
+    for vector in vectors:
+        batch = collate(
+            [alone(np.array(vector["input_ids"], dtype=np.int32))], kernel=PADDED, multiple_of=1, pad_id=pad_id
+        )
+        rewards.append(float(model(batch)[0]))
+    return rewards
+
+
+def _largest_change(vectors: list[dict[str, Any]], rewards: list[float]) -> float:
+    return max(
+        (
+            abs(reward - vector["reward"]) / max(1.0, abs(vector["reward"]))
+            for vector, reward in zip(vectors, rewards, strict=True)
+        ),
+        default=0.0,
+    )

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from support.scorer_samples import CONVERSATIONS, FAMILIES, change_json, reference, reward_model
+
+from btrm_core.cli import main
+from btrm_core.errors import CheckpointError, ConfigError
+from btrm_core.preflight.verify import verify
+from btrm_core.scoring import Scorer, export
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("export")
+    return {family: reward_model(root / family, family) for family in FAMILIES}
+
+
+def rewards(directory: Path) -> np.ndarray:
+    return Scorer(str(directory), device="cpu", dtype="fp32").rewards(CONVERSATIONS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_exported_as_it_is_is_the_same_model(models: dict[str, Path], family: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["export", str(models[family]), str(tmp_path / "out"), "--compat", "v4"])
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(rewards(tmp_path / "out"), rewards(models[family]))
+    checks, _ = verify(str(tmp_path / "out"))
+    assert {check.verdict for check in checks} == {"ok"}, checks
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    rope = config["rope_parameters"]
+    assert config["rope_theta"] == rope.get("full_attention", rope)["rope_theta"]
+    assert config["torch_dtype"] == "float32"
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] != "TokenizersBackend"
+    )
+
+
+def test_a_model_in_bf16_carries_the_rewards_it_gives(models: dict[str, Path], tmp_path: Path) -> None:
+    said = export(str(models["llama3"]), str(tmp_path / "half"), dtype="bf16")
+    assert "bfloat16" in said
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    made = json.loads((tmp_path / "half" / "btrm.json").read_text())
+    assert made["dtype"] == "bfloat16"
+    assert Scorer(str(tmp_path / "half"), device="cpu", dtype="bf16").self_test() < 0.05
+    export(str(tmp_path / "half"), str(tmp_path / "again"), dtype="fp32")
+    chat = Scorer(str(tmp_path / "again"), device="cpu").chat
+    np.testing.assert_allclose(
+        rewards(tmp_path / "again"), reference(tmp_path / "half", chat, CONVERSATIONS), atol=1e-5
+    )
+
+
+def test_readers_that_would_ignore_the_head_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="SGLang ignores the reward head of MistralForSequenceClassification"):
+        export(str(models["mistral"]), str(out), target="sglang")
+    with pytest.raises(CheckpointError, match="text-embeddings-inference"):
+        export(str(models["llama3"]), str(out), target="tei")
+    with pytest.raises(ConfigError, match="Did you mean 'vllm'"):
+        export(str(models["llama3"]), str(out), target="vlm")
+    assert not out.exists()
+    export(str(models["llama3"]), str(out), target="sglang")
+    assert out.exists()
+
+
+def test_what_cannot_be_exported_is_left_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    source, out = str(models["llama3"]), tmp_path / "out"
+    with pytest.raises(ConfigError, match="choose another place"):
+        export(source, source)
+    with pytest.raises(ConfigError, match="dtype 'fp16'"):
+        export(source, str(out), dtype="fp16")
+    export(source, str(out))
+    with pytest.raises(CheckpointError, match="overwrite"):
+        export(source, str(out))
+    made = json.loads((out / "btrm.json").read_text())
+    vectors = [{**vector, "reward": vector["reward"] + 1} for vector in made["self_test"]]
+    change_json(out / "btrm.json", self_test=vectors)
+    with pytest.raises(CheckpointError, match="gives other rewards"):
+        export(str(out), str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()

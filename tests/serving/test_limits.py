@@ -1,0 +1,301 @@
+"""What a server refuses, and that what it accepted is answered whatever happens around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES
+from support.serving import Held, Running, serving, until
+
+from btrm_core.scoring import Scorer
+from btrm_core.serving import Limits
+
+ITEM = {"messages": CONVERSATIONS[0]}
+
+
+def queued(server: Running) -> float:
+    return server.service.metrics.registry.get_sample_value("btrm_queue_tokens") or 0.0
+
+
+def test_sizes_over_a_limit_are_refused_and_say_it(scorer: Scorer) -> None:
+    limits = Limits(items=3, queue_tokens=150, body_bytes=3000)
+    with serving(scorer, limits) as server:
+        post = server.client.post
+        many = post("/v1/rewards", json={"items": [ITEM] * 4})
+        assert (many.status_code, "limit of 3" in many.text) == (422, True)
+        responses = post("/v1/rewards", json={"items": [{"prompt": "x", "responses": ["a"] * 4}]})
+        assert responses.status_code == 422
+        tokens = post("/v1/rewards", json={"items": [{"prompt": PROMPT, "responses": RESPONSES[:3]}]})
+        assert (tokens.status_code, "limit of 150" in tokens.text) == (422, True)
+        announced = post("/v1/rewards", content=b" " * 3001)
+        assert (announced.status_code, "3000 bytes" in announced.text) == (413, True)
+        chunked = post("/v1/rewards", content=iter([b" " * 2000] * 3))
+        assert chunked.status_code == 413
+        assert post("/v1/rewards", json={"items": [ITEM]}).status_code == 200
+
+
+def test_a_full_queue_is_503_with_retry_after(held: Held) -> None:
+    length = len(held.chat.encode(CONVERSATIONS[:1])[0])
+    with serving(held, Limits(queue_tokens=length)) as server:
+        held.free.clear()
+        threads = [
+            threading.Thread(target=lambda: httpx.post(server.url + "/v1/rewards", json={"items": [ITEM]}, timeout=60))
+            for _ in range(2)
+        ]
+        for number, thread in enumerate(threads):
+            thread.start()
+            until(held.busy.is_set if not number else lambda: queued(server) > 0)
+        answer = server.client.post("/v1/rewards", json={"items": [ITEM]})
+        held.free.set()
+        for thread in threads:
+            thread.join(20)
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"] == "1"
+        assert 'btrm_refused_total{reason="queue_full"} 1.0' in server.client.get("/metrics").text
+
+
+def test_a_deadline_is_504_and_frees_the_room_in_the_queue(held: Held) -> None:
+    with serving(held, Limits(deadline_seconds=0.5)) as server:
+        held.free.clear()
+        busy = threading.Thread(target=lambda: httpx.post(server.url + "/v1/rewards", json={"items": [ITEM]}))
+        busy.start()
+        until(held.busy.is_set)
+        answer = server.client.post("/v1/rewards", json={"items": [ITEM]})
+        assert answer.status_code == 504
+        assert queued(server) == 0
+        held.free.set()
+        busy.join(20)
+        assert server.client.post("/v1/rewards", json={"items": [ITEM]}).status_code == 200
+
+
+def test_a_client_that_leaves_takes_its_work_out_of_the_queue(held: Held, scorer: Scorer) -> None:
+    with serving(held) as server:
+        held.free.clear()
+        busy = threading.Thread(target=lambda: httpx.post(server.url + "/v1/rewards", json={"items": [ITEM]}))
+        busy.start()
+        until(held.busy.is_set)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + "/v1/rewards", json={"items": [{"messages": CONVERSATIONS[2]}]}, timeout=0.5)
+        until(lambda: queued(server) == 0)
+        held.free.set()
+        busy.join(20)
+        until(lambda: 'code="499"' in server.client.get("/metrics").text)
+        assert scorer.chat.encode(CONVERSATIONS[2:3])[0] not in held.computed
+
+
+def test_a_slow_body_is_408(scorer: Scorer) -> None:
+    with serving(scorer, Limits(body_seconds=0.5)) as server:
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
+            connection.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in connection.recv(4096)
+        assert server.client.get("/health").status_code == 200
+
+
+def test_a_token_is_asked_for_everywhere_but_where_no_reward_is(scorer: Scorer) -> None:
+    with serving(scorer, Limits(token="a-secret")) as server:
+        get, post = server.client.get, server.client.post
+        for wrong in (None, "Bearer", "Bearer a-secre", "Basic a-secret", "Bearer é"):
+            headers = {} if wrong is None else {"Authorization": wrong.encode("latin-1")}
+            for path in ("/get_reward", "/v1/rewards", "/classify"):
+                answer = post(path, json={"query": "x"}, headers=headers)
+                assert answer.status_code == 401
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+            assert get("/metrics", headers=headers).status_code == 401
+        for path in ("/health", "/ready", "/", "/page/page.js"):
+            assert get(path).status_code == 200
+        good = post("/get_reward", json={"query": "x"}, headers={"Authorization": "Bearer a-secret"})
+        assert good.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"items": NaN}',
+        b'{"items": [{"text": "\\ud800"}]}',
+        b'{"query": ["\\udc00"]}',
+        b'{"\\ud800": 1}',
+        b'{"items": [{"input_ids": [1e400]}]}',
+        b"[" * 200_000,
+        b'{"items":' * 3000 + b"1" + b"}" * 3000,
+    ],
+)
+def test_malformed_bodies_are_refused_without_a_traceback(
+    server: Running, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in ("/v1/rewards", "/v1/compare", "/get_reward", "/classify", "/pooling", "/v1/embeddings", "/slime"):
+        answer = server.client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422), (path, answer.text)
+        assert answer.json()["error"]["message"]
+    assert "Traceback" not in caplog.text
+
+
+def test_no_text_of_a_client_is_logged(held: Held, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "swordfish"
+    with caplog.at_level(0), serving(held) as server:
+        held.fails_on = held.chat.encode([[{"role": "user", "content": secret}, *CONVERSATIONS[0][1:]]])[0]
+        conversation = [{"role": "user", "content": secret}, *CONVERSATIONS[0][1:]]
+        post = server.client.post
+        assert post("/v1/rewards", json={"items": [{"messages": conversation}]}).status_code == 500
+        assert post("/get_reward", json={"query": secret}).status_code == 200
+        assert post("/classify", json={"input": {secret: 1}}).status_code == 422
+        assert post("/v1/rewards", json={"items": [{"prompt": secret * 100, "responses": ["x"]}]}).status_code == 422
+    assert "failed" in caplog.text
+    assert not [r for r in caplog.records if r.name.startswith(("btrm", "uvicorn")) and secret in r.getMessage()]
+
+
+@pytest.fixture
+def process(model: Path) -> Iterator[Any]:
+    """`btrm serve` as a process of its own; gives its URL."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+        found = subprocess.Popen(
+            [sys.executable, "-m", "btrm_core", "serve", str(model), "--port", "0", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        started.append(found)
+        assert found.stderr is not None
+        for line in found.stderr:
+            if "serving" in line:
+                return found, line.split()[-1]
+        raise AssertionError("the server did not start")
+
+    yield start
+    for one in started:
+        if one.poll() is None:
+            one.kill()
+        one.wait(20)
+
+
+def test_sigterm_drains_what_was_accepted(process: Any, scorer: Scorer) -> None:
+    server, url = process("--drain-seconds", "20", "--tokens-per-batch", "64")
+    until(lambda: ready(url), 60)
+    items = [{"messages": conversation} for conversation in CONVERSATIONS] * 60
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(url + "/v1/rewards", json={"items": items}, timeout=60))
+    )
+    thread.start()
+    until(lambda: queue_of(url) > 0, 30)
+    server.send_signal(signal.SIGTERM)
+    until(lambda: not takes_connections(url))
+    thread.join(60)
+    assert answers[0].status_code == 200
+    expected = np.tile(scorer.rewards(CONVERSATIONS), 60)
+    np.testing.assert_allclose([row[0] for row in answers[0].json()["rewards"]], expected, atol=1e-5)
+    assert server.wait(30) == 0
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(url + "/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def takes_connections(url: str) -> bool:
+    try:
+        return httpx.get(url + "/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def queue_of(url: str) -> float:
+    lines = httpx.get(url + "/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("btrm_queue_tokens "))
+
+
+SOAK_SECONDS = float(os.environ.get("BTRM_SOAK_SECONDS", "12"))
+
+
+def resident(pid: int) -> int:
+    """Resident memory in KiB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(int(SOAK_SECONDS) + 240)
+def test_soak_nothing_is_lost_and_nothing_grows(process: Any, scorer: Scorer) -> None:
+    """Clients that leave and bodies that are too large, broken or half, beside honest ones.
+
+    BTRM_SOAK_SECONDS=3600 makes it an hour.
+    """
+    server, url = process("--queue-tokens", "20000", "--max-body", "200000")
+    port = int(url.rpartition(":")[2])
+    until(lambda: ready(url), 60)
+    expected = scorer.rewards(CONVERSATIONS)
+    wrong: list[str] = []
+    given = [0] * 4
+    end = time.monotonic() + SOAK_SECONDS
+    middle: list[int] = []
+
+    def honest(seed: int) -> None:
+        draw = random.Random(seed)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while time.monotonic() < end:
+                n = draw.randrange(len(CONVERSATIONS))
+                answer = client.post("/v1/rewards", json={"items": [{"messages": CONVERSATIONS[n]}] * 3})
+                if answer.status_code == 503:
+                    continue
+                if answer.status_code != 200:
+                    wrong.append(answer.text)
+                elif not np.allclose(answer.json()["rewards"], expected[n], atol=1e-5):
+                    wrong.append(f"{answer.json()['rewards']} for {expected[n]}")
+                given[seed] += 1
+
+    def rude(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            body = json.dumps({"items": [{"messages": CONVERSATIONS[2]}] * 20}).encode()
+            kind = draw.choice(["leave", "large", "malformed", "half"])
+            body = {"large": b"x" * 300_000, "malformed": b"{" + body, "half": body[: len(body) // 2]}.get(kind, body)
+            head = b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+            length = 2 * len(body) if kind == "half" else len(body)
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                    connection.sendall(head % length + body)
+                    time.sleep(draw.random() * 0.1)
+            except OSError:
+                pass  # the server may close first
+
+    threads = [threading.Thread(target=honest, args=(n,)) for n in range(4)]
+    threads += [threading.Thread(target=rude, args=(n,)) for n in range(4, 7)]
+    for thread in threads:
+        thread.start()
+    time.sleep(SOAK_SECONDS / 2)
+    middle.append(resident(server.pid))
+    for thread in threads:
+        thread.join(SOAK_SECONDS + 60)
+    after = resident(server.pid)
+    assert not wrong
+    assert min(given) > 5
+    until(lambda: queue_of(url) == 0)
+    assert httpx.post(url + "/get_reward", json={"query": "x"}).status_code == 200
+    assert 'code="500"' not in httpx.get(url + "/metrics").text
+    assert after < middle[0] * 1.1 + 20_000, f"{middle[0]} KiB half-way, {after} KiB at the end"
+    server.send_signal(signal.SIGTERM)
+    _, errors = server.communicate(timeout=40)
+    assert server.returncode == 0
+    assert "Traceback" not in errors
