@@ -83,11 +83,6 @@ class ChatFormat:
         """The terminal token's text."""
         return str(self.tokenizer.convert_ids_to_tokens(self.terminal_id))
 
-    @property
-    def written(self) -> set[int | None]:
-        """Ids of the control tokens that stand in every conversation, as far as probes show them."""
-        return {self.bos_id, self.terminal_id, *(self.encoder.controls[anchor] for anchor in self.anchors)}
-
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """Return a conversation as the template writes it.
 

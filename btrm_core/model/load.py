@@ -28,7 +28,7 @@ from btrm_core.files import digest, text_sha256
 from btrm_core.model import adapters
 from btrm_core.model import base as base_module
 from btrm_core.model.directory import MANIFEST, read_manifest
-from btrm_core.model.shape import check_vocabulary
+from btrm_core.model.shape import check_ids
 from btrm_core.settings import ModelConfig
 from btrm_core.weights import check_config, check_files, refuse_other_head
 
@@ -60,7 +60,7 @@ def load_chat(directory: Path) -> ChatFormat:
         raise CheckpointError(trouble)
     chat = chat_from_checkpoint(directory)
     config = saved_config(directory)
-    check_vocabulary(chat.tokenizer, config, str(directory), chat.written)
+    check_ids(chat, config, str(directory))
     configured = config.get_text_config().pad_token_id
     if own and configured != chat.pad_id:
         raise CheckpointError(

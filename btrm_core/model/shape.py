@@ -12,6 +12,8 @@ from btrm_core.errors import BtrmError, CheckpointError, first_line
 if TYPE_CHECKING:
     import torch
 
+    from btrm_core.chat import ChatFormat
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -318,6 +320,12 @@ def check_vocabulary(tokenizer: Any, config: Any, name: str, written: Iterable[i
             f"{beyond[first]!r} is {first}; expected the tokenizer that the model was trained with, or a model that "
             "was resized for this one"
         )
+
+
+def check_ids(chat: ChatFormat, config: Any, name: str) -> None:
+    """Refuse a format whose ids a model has no embeddings for; see `check_vocabulary`."""
+    written = {chat.bos_id, chat.terminal_id, *(chat.encoder.controls[anchor] for anchor in chat.anchors)}
+    check_vocabulary(chat.tokenizer, config, name, written)
 
 
 def positions_problem(config: Any, longest: int) -> tuple[bool, str] | None:

@@ -37,7 +37,7 @@ from btrm_core.model import (
     Use,
     base_config,
     check_first_loss,
-    check_vocabulary,
+    check_ids,
     expected_kernel,
     load_tokenizer,
     toy_model,
@@ -77,7 +77,7 @@ def choose(config: RunConfig) -> Job:
     """
     family, config, described = choose_family(config)
     chat = prepare_chat(load_tokenizer(config.model), described, family)
-    check_vocabulary(chat.tokenizer, described, str(config.model.name), chat.written)
+    check_ids(chat, described, str(config.model.name))
     return Job(config, family, chat, output_directory(config, family))
 
 

@@ -21,7 +21,7 @@ from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
 from btrm_core.model import (
     build_model,
-    check_vocabulary,
+    check_ids,
     is_finished,
     load_chat,
     load_tokenizer,
@@ -105,7 +105,7 @@ def examine(config: RunConfig, num_examples: int = 3) -> Case:
             title += f"; warning: {family.warning}"
         try:
             chat = prepare_chat(load_tokenizer(config.model), described, family)
-            check_vocabulary(chat.tokenizer, described, str(config.model.name), chat.written)
+            check_ids(chat, described, str(config.model.name))
         except FamilyError as error:
             refusal = error
     rows = _read(config, config.data.train)
