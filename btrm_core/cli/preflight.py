@@ -93,6 +93,7 @@ def _echo(text: str, to: TextIO) -> None:
 @click.option("--max-length", type=int)
 @click.option("--tokens-per-batch", type=int)
 @click.option("--pairs-per-step", type=int)
+@click.option("--data", metavar="SRC", multiple=True, help="Training pairs: how many, how long, how much they share.")
 @click.option("--pairs", type=int, help="Pairs of the training data, for the hours.")
 @click.option("--tokens-per-pair", type=float, help="Mean tokens of a pair, its common prefix counted once.")
 @click.option("--epochs", type=float, default=1.0, show_default=True)
@@ -102,12 +103,21 @@ def _echo(text: str, to: TextIO) -> None:
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(
-    model: str, gpus: int, gpu: str | None, gpu_memory: float | None, as_json: bool, **options: Any
+    model: str,
+    gpus: int,
+    gpu: str | None,
+    gpu_memory: float | None,
+    data: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Memory per GPU, communication and time of a run, for every ZeRO preset; recommends a command."""
+    from btrm_core.data import load_pairs, sharing
     from btrm_core.preflight.plan import Workload, estimate, format_estimate, read_hardware, to_dict
 
     given = {name: value for name, value in options.items() if value is not None}
     preset, recompute = given.pop("deepspeed", None), given.pop("gradient_checkpointing", None)
-    made = estimate(model, Workload(**given), read_hardware(gpus, gpu, gpu_memory), preset, recompute)
+    given["model"] = model
+    work = Workload.of_data(sharing(load_pairs(data)), **given) if data else Workload(**given)
+    made = estimate(model, work, read_hardware(gpus, gpu, gpu_memory), preset, recompute)
     click.echo(dumps(to_dict(made)) if as_json else format_estimate(made))

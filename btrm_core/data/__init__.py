@@ -12,12 +12,14 @@ from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
 from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, raw_rows, split_held_out
 from btrm_core.data.quality import (
     Finding,
+    Sharing,
     contradictory_pairs,
     duplicate_pairs,
     duplicate_prompts,
     format_inspection,
     inspect_pairs,
     longer_wins_characters,
+    sharing,
 )
 from btrm_core.data.readers import parse_json_line
 from btrm_core.data.sample import sample_path
@@ -38,6 +40,7 @@ __all__ = [
     "PairData",
     "RowError",
     "RowView",
+    "Sharing",
     "Ties",
     "TokenStore",
     "WhichPairs",
@@ -65,6 +68,7 @@ __all__ = [
     "plain",
     "raw_rows",
     "sample_path",
+    "sharing",
     "shown",
     "split_held_out",
     "tokenizer_fingerprint",

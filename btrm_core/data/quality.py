@@ -79,6 +79,69 @@ def longer_wins_characters(data: PairData) -> float:
     return wins / len(data) if len(data) else float("nan")
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """What the pairs of a prompt have in common, in characters of messages; a template adds some to every one.
+
+    Attributes:
+        pairs: number of pairs.
+        prompts: number of distinct prompts.
+        conversations: number of distinct conversations.
+        separate: characters of both sides of every pair: what separate passes read.
+        once: characters with every prompt, and every answer to it, counted once: what a tree holds.
+        keys: characters of the distinct conversations: what attention looks at.
+    """
+
+    pairs: int
+    prompts: int
+    conversations: int
+    separate: int
+    once: int
+    keys: int
+
+    @property
+    def saved(self) -> float:
+        """Share of the characters that need not be computed again, 0 to 1."""
+        return 1 - self.once / self.separate if self.separate else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.saved:.1%} of the characters are shared by the two sides of a pair or the pairs of a prompt and "
+            f"computed once: {self.prompts:,} prompts, {self.conversations:,} conversations"
+        )
+
+
+def sharing(data: PairData) -> Sharing:
+    """Measure what the pairs of a prompt share, without a tokenizer: what two answers begin with does not count."""
+    import xxhash
+
+    keys: list[np.ndarray] = []
+    answers: list[np.ndarray] = []
+    prompts: list[np.ndarray] = []
+    start = 0
+    for table in data.dataset.with_format("arrow").iter(batch_size=10_000):
+        column = table["prompt"].combine_chunks()
+        characters = pc.utf8_length(pc.struct_field(pc.list_flatten(column), "content")).to_numpy()
+        prompt_P = np.bincount(pc.list_parent_indices(column).to_numpy(), characters, len(column)).astype(np.int64)
+        hash_P = data.prompt_hash_P[start : start + len(column)]
+        for side in ("chosen", "rejected"):
+            own = np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in table[side].to_pylist()], np.uint64)
+            keys.append(hash_P * np.uint64(0x9E3779B97F4A7C15) ^ own)
+            answers.append(pc.utf8_length(table[side]).to_numpy().astype(np.int64))
+            prompts.append(prompt_P)
+        start += len(column)
+    if not keys:
+        return Sharing(0, 0, 0, 0, 0, 0)
+    _, first = np.unique(np.concatenate(keys), return_index=True)
+    answer_2P, prompt_2P = np.concatenate(answers), np.concatenate(prompts)
+    # the columns come side by side, batch by batch; prompts in their own order
+    _, of_prompt = np.unique(data.prompt_hash_P, return_index=True)
+    prompt_P = np.concatenate(prompts[::2])
+    once = int(prompt_P[of_prompt].sum() + answer_2P[first].sum())
+    keys_of = int((prompt_2P + answer_2P)[first].sum())
+    return Sharing(len(data), len(of_prompt), len(first), int((prompt_2P + answer_2P).sum()), once, keys_of)
+
+
 def _pair_hashes(data: PairData) -> tuple[np.ndarray, np.ndarray]:
     """64-bit hashes of (prompt, chosen, rejected) and of (prompt, rejected, chosen), each uint64 (P)."""
     forward_P, backward_P = (np.empty(len(data), np.uint64) for _ in range(2))
@@ -113,6 +176,7 @@ def inspect_pairs(data: PairData) -> dict[str, Any]:
     turns = np.array([len(prompt) for prompt in columns["prompt"]])
     characters = {side: pc.utf8_length(columns[side]).to_numpy() for side in ("chosen", "rejected")}
     baseline = longer_wins_characters(data)
+    shared = sharing(data)
     findings = {
         "prompts seen before": duplicate_prompts(data),
         "pairs seen before": duplicate_pairs(data),
@@ -127,6 +191,7 @@ def inspect_pairs(data: PairData) -> dict[str, Any]:
         "characters": {side: _quantiles(values) for side, values in characters.items()},
         "longer_wins_characters": baseline,
         "longer_wins_characters_standard_error": standard_error(baseline, len(data)),
+        "sharing": {**vars(shared), "saved": shared.saved},
         "findings": {name: {"count": f.count, "examples": list(f.examples)} for name, f in findings.items()},
         "subsets": dict(Counter(columns["subset"].to_pylist()).most_common()),
     }
@@ -144,6 +209,8 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"longer wins      {baseline:.3f} ± {found['longer_wins_characters_standard_error']:.3f} "
         "(what preferring the answer with more characters gets)"
     )
+    shared = Sharing(**{name: found["sharing"][name] for name in Sharing.__dataclass_fields__})
+    lines.append(f"sharing          {shared}")
     for name, finding in found["findings"].items():
         examples = f", such as {', '.join(finding['examples'][:3])}" if finding["examples"] else ""
         lines.append(f"{name:<20} {finding['count']:,}{examples}")

@@ -11,13 +11,14 @@ from btrm_core.packing.bundles import Bundle, bundles, divided, packed_rows, pad
 from btrm_core.packing.forest import Forest, PairPlaces
 from btrm_core.packing.rows import PADDED, Batch, RowForm, collate, pack_row, pad_rows, row_form, row_multiple
 from btrm_core.packing.steps import GROUP_BY, EpochPlan, StepBudget, plan_epoch
-from btrm_core.packing.trees import Tree, alone, common, grow, part, room, split
+from btrm_core.packing.trees import KEYS_PER_TOKEN, Tree, alone, common, grow, part, room, split
 
 if TYPE_CHECKING:
     from btrm_core.packing.visibility import Visibility
 
 __all__ = [
     "GROUP_BY",
+    "KEYS_PER_TOKEN",
     "PADDED",
     "Batch",
     "Bundle",

@@ -8,6 +8,8 @@ Shapes: P pairs of one micro-batch, S sequences of its trees, R entries of ranki
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -93,18 +95,56 @@ class StepBatches:
         return StepBatches(self.index, pinned, self.total_weight, self.rank_imbalance)
 
 
-class _Steps(IterableDataset[StepBatches]):
+class _ByValue(pickle.Pickler):
+    """Pickles tensors as their numbers.
+
+    Through torch's own pickling each tensor that a worker sends is a file descriptor, and a step of many micro-batches
+    with some twenty tensors each has more of them than a process may have open.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a tensor is made again from its numbers; everything else as usual."""
+        if isinstance(value, Tensor):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def to_bytes(step: StepBatches) -> bytes:
+    """A step as bytes, from which `pickle.loads` makes it again."""
+    buffer = io.BytesIO()
+    _ByValue(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(step)
+    return buffer.getvalue()
+
+
+class _Bytes:
+    """A step on its way from a worker; what pins memory in the main process makes its tensors there."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def pin_memory(self) -> StepBatches:
+        """The step in page-locked memory; `DataLoader` calls this."""
+        return self.step().pin_memory()
+
+    def step(self) -> StepBatches:
+        """The step."""
+        made: StepBatches = pickle.loads(self.data)
+        return made
+
+
+class _Steps(IterableDataset[StepBatches | _Bytes]):
     """The steps from `first` to `last`; worker w of n builds every n-th, so that their order is kept."""
 
     def __init__(self, pairs: TokenStore, plans: Sequence[EpochPlan], rank: int, form: RowForm, first: int, last: int):
         self.pairs, self.plans, self.rank, self.form = pairs, plans, rank, form
         self.first, self.last = first, last
 
-    def __iter__(self) -> Iterator[StepBatches]:
+    def __iter__(self) -> Iterator[StepBatches | _Bytes]:
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in range(self.first + offset, self.last, stride):
-            yield self.build(index)
+            step = self.build(index)
+            yield _Bytes(to_bytes(step)) if worker else step
 
     def build(self, index: int) -> StepBatches:
         steps_per_epoch = self.plans[0].num_steps
@@ -188,7 +228,8 @@ def steps(
     """The steps `first` to `last` (exclusive) of this process, built by `workers` processes ahead of their use."""
     source = _Steps(pairs, plans, rank, form, first, last)
     if workers == 0 or last - first < 2:
-        yield from source
+        yield from (source.build(index) for index in range(first, last))
         return
     pinned = torch.cuda.is_available()
-    yield from DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=2, pin_memory=pinned)
+    for step in DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=2, pin_memory=pinned):
+        yield step.step() if isinstance(step, _Bytes) else step

@@ -245,3 +245,40 @@ def test_messages_that_the_template_changes_are_counted(chat, old, new, lost):
     assert report["examples"] == {reason: ["long"]}
     assert report["encoded"] == 2
     assert encode_pairs(data, changed, 512).describe() == f"in 1 {reason} (such as long)"
+
+
+def test_the_files_are_no_larger_than_tokens_and_indices(chat):
+    """Six pairs of four answers to each of forty long prompts, spread over the data."""
+    sides = [(a, b) for a in range(4) for b in range(a)]
+    rows = [
+        {"prompt": f"{'a question ' * 10}{n}?", "chosen": f"yes {a} {n} " * 3, "rejected": f"yes {b} {n} " * 3}
+        for a, b in sides
+        for n in range(40)
+    ]
+    encoded = encode_pairs(pairs_from_rows(rows), chat, 256)
+    assert (encoded.num_groups, len(encoded)) == (40, 240)
+    trees = [encoded.group(g) for g in range(40)]
+    tokens = sum(len(tree.tokens) for tree in trees)
+    assert encoded.report["tokens"] == tokens < encoded.report["pair_tokens"] / 5
+    indices = sum(tree.edges.size + len(tree.leaf) + 5 for tree in trees)
+    groups = (encoded.folder / "groups.arrow").stat().st_size
+    assert groups <= 4 * (tokens + indices) + 2000
+    texts = sum(len(encoded.id(i)) + len(encoded.subset(i)) + 8 for i in range(240))
+    assert (encoded.folder / "pairs.arrow").stat().st_size <= 240 * 44 + texts + 4000
+
+
+def test_a_store_of_ids_is_one_like_any_other():
+    groups = [([[5, 6, 7], [5, 6], [5, 8]], [(0, 1), (2, 1)]), ([[9], [4, 4]], [(1, 0)])]
+    made = TokenStore.of_ids(groups)
+    again = pickle.loads(pickle.dumps(made))
+    for store in (made, again):
+        assert (len(store), store.num_groups, store.first_pair_G.tolist()) == (3, 2, [0, 2, 3])
+        assert [ids.tolist() for ids in store.group(0).sequences] == groups[0][0]
+        assert [[ids.tolist() for ids in store.pair(i).sequences] for i in range(3)] == [
+            [[5, 6, 7], [5, 6]],
+            [[5, 8], [5, 6]],
+            [[4, 4], [9]],
+        ]
+        assert store.lengths_P2.tolist() == [[3, 2], [2, 2], [2, 1]]
+        assert len(store.longest(2)) == 2
+        assert [len(tree.tokens) for tree in store.longest(2)] == [3, 3]

@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.tiny_models import WINDOW, awkward_groups, group, tiny_model
+from support.tiny_models import WINDOW, awkward_groups, deep_sequences, group, tiny_model
 
 from btrm_core.model import kernels
 from btrm_core.model.reward import RewardModel
 from btrm_core.model.selfcheck import self_check
 from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.trees import grow
 from btrm_core.packing.visibility import Visibility
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +37,9 @@ def _fresh_graphs() -> None:
 
 def long_groups(seed: int = 0, scale: int = 10) -> list[Any]:
     lengths = [(40, 7, 5), (0, 6, 9), (12, 0, 4), (20, 1, 1), (18, 3, 0, 1, 12)]
-    return [group(*(scale * n for n in sizes), seed=seed) for sizes in lengths]
+    # every token of a deep tree several times: the same branches, long enough for a kernel's blocks
+    deep = [grow([np.repeat(ids, scale) for ids in deep_sequences(depth, seed)]) for depth in (3, 5)]
+    return [*(group(*(scale * n for n in sizes), seed=seed) for sizes in lengths), *deep]
 
 
 def layout_of(groups: list[Any]) -> Visibility:
@@ -72,6 +76,20 @@ def test_half_precision(kernel: Callable[..., torch.Tensor], head_dim: int, kv_h
     found = evaluate(kernel, layout, torch.bfloat16, head_dim, kv_heads, window=window)
     expected = evaluate(kernels.eager, layout, torch.float32, head_dim, kv_heads, window=window)
     assert relative_error(found, expected) < 1e-2
+
+
+def test_gathered_gradients_are_the_same_every_time() -> None:
+    """Keys that many runs read: their gradients are added up in one order, without atomic additions."""
+    layout = layout_of(long_groups())
+    assert layout.key_index_K is not None
+    rows = torch.randn(1, 4, layout.length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.randn(len(layout.key_index_K), 4, 64, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for _ in range(5):
+        rows.grad = None
+        kernels._keys(rows, layout).backward(weights)
+        found.append(rows.grad.clone())
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("window", [None, 50])

@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from btrm_core.data.quality import Sharing
 from btrm_core.errors import BtrmError, ConfigError
 from btrm_core.model import shape as shape_module
 from btrm_core.model.shape import Parameters, read_shape
+from btrm_core.packing.trees import KEYS_PER_TOKEN
 from btrm_core.preflight.plan import memory
 from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, read_zero, to_dict
 from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware
@@ -558,6 +560,19 @@ def test_a_pair_is_no_longer_than_two_conversations_and_no_size_is_nothing():
     assert Workload(max_length=4096, tokens_per_pair=500).pair_tokens == 500
     with pytest.raises(ConfigError, match="--max-length 0: expected a number above 0"):
         Workload(max_length=0)
+
+
+def test_data_says_how_long_its_pairs_are_and_how_much_they_share():
+    shared = Sharing(pairs=1000, prompts=100, conversations=600, separate=4_000_000, once=1_000_000, keys=2_400_000)
+    work = Workload.of_data(shared, pairs_per_step=128)
+    assert (work.pairs, work.tokens_per_pair, work.keys_per_token, work.shared) == (1000, 250.0, 2.4, 0.75)
+    assert work.pairs_per_step == 128
+    assert Workload.of_data(shared, tokens_per_pair=300.0, pairs=7).pairs == 7
+    plain, on_data = (estimate(LLAMA3_8B, w, deepspeed="zero3")[0] for w in (Workload(), work))
+    assert on_data.memory.activations > plain.memory.activations, "more keys are gathered"
+    assert "of about 250 tokens (75.0% of separate passes' are computed once)" in format_estimate([on_data])
+    many = dataclasses.replace(shared, keys=10**9)
+    assert Workload.of_data(many).keys_per_token == KEYS_PER_TOKEN, "rows are limited to that"
 
 
 def test_hours_follow_from_operations_and_utilisation():

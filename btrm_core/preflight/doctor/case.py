@@ -42,6 +42,7 @@ from btrm_core.preflight.doctor.texts import (
     labels,
     length_bias,
     repeated_prompts,
+    shared_tokens,
     truncation,
 )
 from btrm_core.preflight.doctor.tokens import count_tokens, one_bos, pad_token, terminal_token
@@ -205,8 +206,10 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
         yield messages_kept(reports)
         yield truncation(reports)
         yield dropped_pairs(reports, data.report["rows"]["train"]["left_out"].get(PROMPT_IN_EVALUATION, 0))
+        yield shared_tokens(reports)
     elif failure is not None:
-        yield from (Check(name, "skip", "no pair can be encoded") for name in ("messages", "truncation"))
+        skipped: tuple[str, ...] = ("messages", "truncation", "shared tokens")
+        yield from (Check(name, "skip", "no pair can be encoded") for name in skipped)
         yield Check(
             "dropped pairs",
             "fail",
@@ -215,9 +218,8 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
             "raise --max-length, mend the pairs, or give other evaluation data",
         )
     else:
-        yield from (
-            Check(name, "skip", "needs a sound chat format") for name in ("messages", "truncation", "dropped pairs")
-        )
+        skipped = ("messages", "truncation", "dropped pairs", "shared tokens")
+        yield from (Check(name, "skip", "needs a sound chat format") for name in skipped)
     yield repeated_prompts(case.rows)
     yield labels(case.rows, dropped_reasons(reports))
     yield length_bias(case.rows)

@@ -63,6 +63,17 @@ def truncation(reports: Sequence[Mapping[str, Any]]) -> Check:
     return Check("truncation", "warn", what, why, "raise --max-length", figures)
 
 
+def shared_tokens(reports: Sequence[Mapping[str, Any]]) -> Check:
+    """What computing a prompt's conversations as one tree saves, if all its pairs share a step."""
+    pairs, groups = _total(reports, "encoded"), _total(reports, "groups")
+    separate, own = _total(reports, "pair_tokens"), _total(reports, "tokens")
+    what = (
+        f"{1 - own / max(separate, 1):.1%} of the {separate:,} tokens of {pairs:,} pairs of {groups:,} prompts are "
+        "shared and need computing once"
+    )
+    return Check("shared tokens", "ok", what, figures={"pair_tokens": separate, "tokens": own, "prompts": groups})
+
+
 def dropped_pairs(reports: Sequence[Mapping[str, Any]], overlap: int) -> Check:
     """How many pairs cannot be trained on, by reason.
 

@@ -30,10 +30,6 @@ CONTEXT = 1.5
 FRAGMENTATION = 0.10
 
 
-# Shared rows gather keys and values once per conversation; on HH 392 tokens of conversations are 243 tokens of rows.
-KV_COPIES = 1.6
-
-
 PRESETS = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 """In the order in which they are preferred: least traffic first, the CPU's memory last."""
 
@@ -132,7 +128,7 @@ def _estimate(
             work.row_tokens,
             checkpointing=recompute,
             bf16=work.bf16,
-            kv_copies=KV_COPIES,
+            kv_copies=work.keys_per_token,
             lora_rank=work.lora_rank,
         )
         needed = memory.memory(parameters, zero, gpus, kept + unpacked)
@@ -248,11 +244,12 @@ def _header(e: Estimate) -> str:
     peak = f", {h.tflops:g} TFLOP/s" if h.tflops else ""
     lora = f"; LoRA rank {w.lora_rank} trains {p.trainable:,}" if w.lora_rank else ""
     lora += f", {p.packed:,} are kept in 4 bits" if p.packed else ""
+    shared = "" if w.shared is None else f" ({w.shared:.1%} of separate passes' are computed once)"
     return (
         f"{w.model}: {p.total:,} parameters = embedding {p.embedding:,} + {len(e.shape.windows)} layers {p.layers:,} "
         f"+ norms {p.norm:,} + head {p.head:,}{lora}\n"
         f"{h.gpus} x {h.name} ({h.memory / GIB:.1f} GiB{peak}); rows of up to {w.row_tokens:,} tokens; "
-        f"{w.pairs_per_step} pairs per step of about {w.pair_tokens:,.0f} tokens: "
+        f"{w.pairs_per_step} pairs per step of about {w.pair_tokens:,.0f} tokens{shared}: "
         f"{w.micro_batches(h.gpus)} micro-batches per GPU"
     )
 

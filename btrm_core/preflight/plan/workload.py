@@ -1,16 +1,28 @@
-"""What `btrm plan` is asked about: a model's data, steps and optimizer, and what is assumed of them."""
+"""What `btrm plan` assumes is trained: how much, in which steps, and how much of it is computed once only."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from btrm_core.data import Sharing
 from btrm_core.errors import ConfigError
 from btrm_core.families import RECIPE
+from btrm_core.packing import KEYS_PER_TOKEN
 from btrm_core.preflight.plan.hardware import ASSUMED_MFU, ASSUMED_MFU_SOURCE
 from btrm_core.settings import ModelConfig, TrainConfig
 
 ASSUMED_TOKENS_PER_PAIR = 750.0
+
+
+KV_COPIES = 1.6
+"""Keys per token of a row, where nothing is known of the data: attention gathers a shared beginning for every
+conversation that goes on from it. On HH, 392 tokens of a pair's conversations are 243 tokens of rows."""
+
+
+CHARACTERS_PER_TOKEN = 4.0
+"""Of English text; what a template adds is not counted."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,8 @@ class Workload:
         max_length: longest conversation in tokens.
         tokens_per_pair: mean tokens of a pair with its common prefix counted once.
         pairs: pairs of the training data, for the hours.
+        keys_per_token: keys that attention gathers per token of a row.
+        shared: share of the tokens of separate passes that rows do not compute again, 0 to 1; None: not known.
         epochs: passes over the pairs.
         lora_rank: train adapters of this rank on every linear layer instead of all weights.
         bf16: compute type bf16; False is fp32.
@@ -39,6 +53,8 @@ class Workload:
     max_length: int = RECIPE.max_length or 2048
     tokens_per_pair: float = ASSUMED_TOKENS_PER_PAIR
     pairs: int | None = None
+    keys_per_token: float = KV_COPIES
+    shared: float | None = None
     epochs: float = 1.0
     lora_rank: int | None = None
     bf16: bool = True
@@ -55,6 +71,23 @@ class Workload:
                 raise ConfigError(
                     f"--{flag} {getattr(self, name)}: expected a number above 0; leave it out or raise it"
                 )
+
+    @classmethod
+    def of_data(cls, shared: Sharing, **given: Any) -> Workload:
+        """A workload on data whose texts were measured.
+
+        Args:
+            shared: what was measured.
+            **given: fields that are known; they win.
+        """
+        characters = max(shared.once, 1)
+        found = {
+            "pairs": shared.pairs,
+            "tokens_per_pair": max(1.0, characters / max(shared.pairs, 1) / CHARACTERS_PER_TOKEN),
+            "keys_per_token": min(max(1.0, shared.keys / characters), float(KEYS_PER_TOKEN)),
+            "shared": shared.saved,
+        }
+        return cls(**{**found, **given})
 
     @property
     def pair_tokens(self) -> float:
