@@ -201,15 +201,14 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
     yield rows_read(issues)
     if found := content_unused(issues):
         yield found
-    reports = _reports(data)
+    reports, encoded = _reports(data), ("messages", "truncation", "dropped pairs", "shared tokens")
     if data is not None:
         yield messages_kept(reports)
         yield truncation(reports)
         yield dropped_pairs(reports, data.report["rows"]["train"]["left_out"].get(PROMPT_IN_EVALUATION, 0))
         yield shared_tokens(reports)
     elif failure is not None:
-        skipped: tuple[str, ...] = ("messages", "truncation", "shared tokens")
-        yield from (Check(name, "skip", "no pair can be encoded") for name in skipped)
+        yield from (Check(name, "skip", "no pair can be encoded") for name in encoded if name != "dropped pairs")
         yield Check(
             "dropped pairs",
             "fail",
@@ -218,8 +217,7 @@ def _data_checks(case: Case, data: Data | None, failure: DataError | None) -> It
             "raise --max-length, mend the pairs, or give other evaluation data",
         )
     else:
-        skipped = ("messages", "truncation", "dropped pairs", "shared tokens")
-        yield from (Check(name, "skip", "needs a sound chat format") for name in skipped)
+        yield from (Check(name, "skip", "needs a sound chat format") for name in encoded)
     yield repeated_prompts(case.rows)
     yield labels(case.rows, dropped_reasons(reports))
     yield length_bias(case.rows)
