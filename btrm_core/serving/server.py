@@ -48,6 +48,7 @@ def serve(engines: Sequence[Served], name: str, limits: Limits, *, host: str, po
         socket = config.bind_socket()
     except SystemExit:
         raise ConfigError(f"cannot listen on {host}:{port}; choose another --port or --host") from None
+    socket.listen(config.backlog)  # from here on a client waits instead of being refused
     address = socket.getsockname()
     print(f"btrm: serving {name} on http://{address[0]}:{address[1]}", file=sys.stderr, flush=True)
     # uvicorn raises the signal again once it has drained; an orderly end is no failure
