@@ -244,6 +244,9 @@ def _fsync(path: Path) -> None:
 def probe(directory: Path) -> int:
     """Find out whether a directory can be written to the end, and return the free bytes of its disk.
 
+    Args:
+        directory: It must exist; a file is written there for a moment.
+
     Raises:
         CheckpointError: it cannot be written or flushed.
     """

@@ -52,7 +52,11 @@ def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | N
 
 
 def is_gated(error: BaseException) -> bool:
-    """Whether an error, or one that caused it, is the hub's that a licence must be accepted first."""
+    """Whether an error, or one that caused it, is the hub's that a licence must be accepted first.
+
+    Args:
+        error: what a library raised.
+    """
     from huggingface_hub.errors import GatedRepoError
 
     return any(isinstance(found, GatedRepoError) for found in _chain(error))

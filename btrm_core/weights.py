@@ -29,6 +29,10 @@ _AGAIN = "download or copy it anew"
 def check_config(config: Any, name: str) -> None:
     """Refuse a checkpoint whose weights are quantised: they cannot be trained, nor scored with as they stand.
 
+    Args:
+        config: The checkpoint's transformers configuration.
+        name: The checkpoint, for the error.
+
     Raises:
         CheckpointError: names the method.
     """
@@ -48,6 +52,9 @@ def check_config(config: Any, name: str) -> None:
 
 def check_files(directory: Path) -> None:
     """Look at every weight file of a directory, and at the index if there is one.
+
+    Args:
+        directory: The checkpoint; one without `model.safetensors` and index passes, unless a JSON file is a pointer.
 
     Raises:
         CheckpointError: one is missing, no weights at all, or cut off; it says which.
@@ -71,6 +78,9 @@ def check_files(directory: Path) -> None:
 
 def tensors_of(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a safetensors file, from its header.
+
+    Args:
+        file: Of it, only the header is read.
 
     Reference: https://github.com/huggingface/safetensors#format
 
@@ -129,6 +139,9 @@ def other_head(directory: Path) -> str | None:
     """Where a trained head stands under a name that transformers does not read, in words; None if there is none.
 
     TRL's value head and LLaMA-Factory's file are such; a directory with `score.weight` has its head where it belongs.
+
+    Args:
+        directory: The checkpoint; only the index or a header is read.
     """
     names: set[str] = set()
     if (directory / INDEX).is_file():
@@ -144,13 +157,20 @@ def other_head(directory: Path) -> str | None:
 
 
 def head_among(names: Iterable[str]) -> str | None:
-    """The first of some tensors' names that is a trained head's, in words; None if none is."""
+    """The first of some tensors' names that is a trained head's, in words; None if none is.
+
+    Args:
+        names: Of all tensors of a checkpoint, or of those that found no place in the model.
+    """
     found = sorted(name for name in names if _OTHER_HEAD.search(name))
     return f"as {found[0]}" if found else None
 
 
 def refuse_other_head(directory: Path) -> None:
     """Refuse a trained head under another name, which a random one would take the place of without a word.
+
+    Args:
+        directory: The checkpoint.
 
     Raises:
         CheckpointError: says where the head is and what to do with it.
@@ -160,7 +180,12 @@ def refuse_other_head(directory: Path) -> None:
 
 
 def unread_head(name: str, place: str) -> CheckpointError:
-    """The error that says where a trained head is and what to do with it."""
+    """The error that says where a trained head is and what to do with it.
+
+    Args:
+        name: The checkpoint, as the user knows it.
+        place: As `other_head` and `head_among` say it.
+    """
     return CheckpointError(
         f"{name} holds a trained head {place}, where nothing reads it; expected a linear head of one output "
         f"called {HEAD}: save it under this name in {WEIGHTS}, or remove it to start with a new head"

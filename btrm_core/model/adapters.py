@@ -40,6 +40,14 @@ def add_adapters(hf: Any, lora: LoraConfig, seed: int) -> Any:
 
     Adapters start equal on every process for equal seeds; they change no reward before the first step (B is zero).
 
+    Args:
+        hf: A transformers sequence-classification model with its head `score`; its layers are replaced in place.
+        lora: Rank, alpha (None is twice the rank), dropout, and the layers by the ends of their names.
+        seed: Of the adapters' random half (A); the caller's random state is left as it was.
+
+    Returns:
+        The peft model around `hf`, its adapters in the type of the base weights.
+
     Raises:
         ConfigError: peft is not installed, or a target is no linear layer of the backbone.
     """
@@ -88,6 +96,13 @@ def merged_weights(hf: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
 
     Works on gathered tensors, so it is the same under every ZeRO stage. The head is the trained copy. Packed weights
     are unpacked one at a time.
+
+    Args:
+        hf: The wrapped model: its scalings and packed weights are read, the other weights are not.
+        state_dict: Whole weights by the wrapped model's names, without the `hf.` of `RewardModel`.
+
+    Returns:
+        Weights by the names of the model without adapters; none of it is the adapters' or the untrained head's.
     """
     out: dict[str, Tensor] = {}
     adapted = dict(_adapted(hf))
@@ -111,6 +126,9 @@ def as_merged(hf: Any) -> Iterator[None]:
     """While active, the wrapped model gives the rewards that its merged checkpoint will give, rounding included.
 
     Each layer makes its merged weight when it is called, so no second model is held. For evaluation only.
+
+    Args:
+        hf: The wrapped model, whose layers give other results until the block ends.
     """
     changed: list[nn.Module] = []
     for _, layer in _adapted(hf):
@@ -156,7 +174,15 @@ def save_adapters(hf: Any, directory: Path, state_dict: Mapping[str, Tensor], wh
 
 
 def plain_model(hf: Any) -> Any:
-    """The transformers model whose class and configuration merged weights are saved with: never a quantised one."""
+    """The transformers model whose class and configuration merged weights are saved with: never a quantised one.
+
+    Args:
+        hf: The wrapped model.
+
+    Returns:
+        The model inside `hf`; where that is packed, an empty one of its class, on the meta device and without the
+        quantisation settings.
+    """
     base = hf.get_base_model()
     if not is_quantized(base):
         return base

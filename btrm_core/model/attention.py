@@ -77,6 +77,9 @@ def masks_for(visibility: Visibility) -> Iterator[None]:
 
     Only building needs it: the mask then travels with the layers' arguments, so backward passes and
     recomputed layers never look here.
+
+    Args:
+        visibility: who sees whom in the packed row that is computed inside the block.
     """
     token = _VISIBILITY.set(visibility)
     try:
@@ -188,7 +191,14 @@ def _own_attention(module: torch.nn.Module, softcap: float | None, more: Mapping
 
 
 def registered_name(kernel: str) -> str:
-    """The name under which transformers knows a kernel."""
+    """The name under which transformers knows a kernel.
+
+    Args:
+        kernel: one of `KERNELS`; "padded" is none of them.
+
+    Returns:
+        A name for `set_attn_implementation`, free of the words that transformers gives a meaning.
+    """
     return _REGISTERED[kernel]
 
 
@@ -202,7 +212,14 @@ _register()
 
 
 def uses_softcap(config: Any) -> bool:
-    """Whether a model config asks for attention soft-capping."""
+    """Whether a model config asks for attention soft-capping.
+
+    Args:
+        config: a transformers configuration; of a multimodal one, its text part is read.
+
+    Returns:
+        True if `attn_logit_softcapping` is set, as in Gemma 2 (arXiv:2408.00118, section 2).
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "attn_logit_softcapping", None) is not None
 

@@ -35,12 +35,20 @@ _NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other fo
 
 
 def is_finished(directory: Path) -> bool:
-    """True if `directory` holds a finished model (`btrm.json` is the last file that is written)."""
+    """True if `directory` holds a finished model (`btrm.json` is the last file that is written).
+
+    Args:
+        directory: The model directory itself, not the run's output directory above it; it may be missing.
+    """
     return (directory / MANIFEST).exists()
 
 
 def refuse_overwrite(directory: Path, overwrite: bool) -> None:
     """Raise unless `directory` is free, or may be replaced.
+
+    Args:
+        directory: Where a model is to be written; missing or empty is free.
+        overwrite: Allows replacing a finished model; what btrm did not write is never replaced.
 
     Raises:
         CheckpointError: a finished model, or something that btrm did not write, is there.
@@ -89,7 +97,14 @@ def write_model(
 
 
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file's content; `btrm.json` holds those of all files that rewards depend on."""
+    """The SHA-256 of a file's content; `btrm.json` holds those of all files that rewards depend on.
+
+    Args:
+        file: Read in pieces, so it may be larger than the memory.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -108,6 +123,9 @@ def _save_tokenizer(chat: ChatFormat, max_length: int | None, directory: Path) -
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The content of `btrm.json`, or an empty mapping if the directory has none (another trainer's model).
 
+    Args:
+        directory: A model directory.
+
     Raises:
         CheckpointError: the file is not valid JSON.
     """
@@ -124,6 +142,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def model_directory(path: str) -> Path:
     """The model directory a user means: the path itself, or `model/` in a run's output directory.
 
+    Args:
+        path: What the user typed; a directory counts as a model if it holds `config.json`.
+
     Raises:
         CheckpointError: neither is there.
     """
@@ -138,6 +159,12 @@ def model_directory(path: str) -> Path:
 
 def find_model(name: str) -> Path:
     """Return the model directory that a user means: a path, a run's output directory, or a hub id (downloaded).
+
+    Args:
+        name: What exists on this machine is taken as a path first; only then may it be a hub id, OWNER/NAME.
+
+    Returns:
+        A directory on this machine, of a hub model the snapshot in the hub's cache.
 
     Raises:
         CheckpointError: there is no such directory, and no such model on the hub or in its cache.
@@ -170,6 +197,9 @@ def write_for_older_readers(directory: Path) -> None:
     transformers 5 moved the rotary base and its scaling into `rope_parameters`, renamed `torch_dtype`, and gave the
     generic fast tokenizer another name. A 4.x that does not know these takes its defaults without a word, and with a
     rotary base of 10000 every reward is another one. Both ways of saying it stand side by side; they say the same.
+
+    Args:
+        directory: A model directory that is still being written; a file that is not there is passed over.
     """
     config, tokenizer = directory / "config.json", directory / "tokenizer_config.json"
     if config.is_file():

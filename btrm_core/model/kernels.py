@@ -1,19 +1,8 @@
 """The attention kernels, each a plain function of queries, keys, values and a `Visibility`.
 
-All take `query` [1, heads, T, D], `key` and `value` [1, kv_heads, T, D] of one packed row, as
-transformers hands them over, and return [1, T, heads, D]. All compute the same numbers; they differ
-in where they are fast. Which one is used is decided in `attention`.
-
-* `run_loop` (CPU; and float32 on a GPU): PyTorch's own fused attention, run by run.
-* `varlen`: torch's variable-length flash attention, one asymmetric call for the row.
-* `flash`: the same call through the flash-attn package, which also knows soft-capping.
-* `flex`: FlexAttention with a block mask built on the host; soft-capping as a score function.
-* `dense`: PyTorch's attention with the T x T mask; the plainest reference.
-* `eager`: explicit softmax, run by run, with soft-capping.
-
-Two traps this module avoids. Merging separate attention calls by their log-sum-exp is not
-differentiable through torch's kernels (the backward ignores it, silently); one call over gathered
-keys needs no merging. And slicing queries, keys and values per run makes autograd add up one
+All return [1, T, heads, D] and compute the same numbers; which one is used is decided in `attention`. Two traps are
+avoided. Merging separate attention calls by their log-sum-exp is not differentiable through torch's kernels (silently);
+one call over gathered keys needs no merging. And slicing queries, keys and values per run makes autograd add up one
 full-size gradient per slice, twice the time of the attention itself; `split` does not.
 """
 
@@ -33,8 +22,6 @@ if TYPE_CHECKING:
     from btrm_core.packing import Visibility
 
 Tensor = torch.Tensor
-
-
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -84,6 +71,14 @@ def run_loop(
 
     Plain causal runs need no mask. A run with a path before it has more keys than queries, where PyTorch aligns
     `is_causal` to the top left, so it gets a small mask, built once and used by all layers.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D].
+        visibility: the row's runs: how many queries, which keys, which mask.
+        window: tokens that a token sees, itself included; None sees all.
+        scaling: factor on the scores; None is 1/sqrt(D).
     """
     query_lengths = [run.queries for run in visibility.runs]
     key_lengths = [run.keys for run in visibility.runs]
@@ -115,7 +110,16 @@ def run_loop(
 def dense(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
-    """PyTorch's attention with the whole T x T mask."""
+    """PyTorch's attention with the whole T x T mask.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D].
+        visibility: gives the mask of the whole row; the plainest reference, whose memory grows with T squared.
+        window: tokens that a token sees, itself included; None sees all.
+        scaling: factor on the scores; None is 1/sqrt(D).
+    """
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -137,7 +141,17 @@ def eager(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention written out run by run: scores, soft-cap, softmax in at least float32, sum."""
+    """Attention written out run by run: scores, soft-cap, softmax in at least float32, sum.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D].
+        visibility: the row's runs, each with its mask.
+        window: tokens that a token sees, itself included; None sees all.
+        scaling: factor on the scores; None is 1/sqrt(D).
+        softcap: c of c * tanh(score / c), Gemma 2's cap on scores (arXiv:2408.00118, section 2); None is none.
+    """
     query_lengths = [run.queries for run in visibility.runs]
     key_lengths = [run.keys for run in visibility.runs]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -170,7 +184,16 @@ def eager(
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
-    """Torch's variable-length flash attention on half-precision CUDA tensors, else the run loop."""
+    """Torch's variable-length flash attention on half-precision CUDA tensors, else the run loop.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D].
+        visibility: where the queries and keys of each run begin, on the device.
+        window: tokens that a token sees, itself included; None sees all.
+        scaling: factor on the scores; None is 1/sqrt(D).
+    """
     if not query.is_cuda or query.dtype not in HALF:
         return run_loop(query, key, value, visibility, window=window, scaling=scaling)
     from torch.nn.attention.varlen import varlen_attn
@@ -199,10 +222,8 @@ def varlen(
 def varlen_options(parameters: frozenset[str], window: int | None) -> tuple[dict[str, Any], bool]:
     """How to ask this torch's `varlen_attn` for causal attention with a window.
 
-    Its interface moved: `is_causal` first, then `window_size`, then `enable_gqa`.
-
     Args:
-        parameters: the names of its parameters.
+        parameters: the names of its parameters: `is_causal` came first, then `window_size`, then `enable_gqa`.
         window: the sliding window as transformers counts it (the token itself included), or None.
 
     Returns:
@@ -230,7 +251,17 @@ def flash(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The flash-attn package's variable-length call; half precision on CUDA only."""
+    """The flash-attn package's variable-length call; half precision on CUDA only.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D].
+        visibility: where the queries and keys of each run begin, on the device.
+        window: tokens that a token sees, itself included; None sees all.
+        scaling: factor on the scores; None is 1/sqrt(D).
+        softcap: c of c * tanh(score / c), Gemma 2's cap on scores (arXiv:2408.00118, section 2); None is none.
+    """
     from flash_attn import flash_attn_varlen_func
 
     extra = {} if softcap is None else {"softcap": softcap}
@@ -263,12 +294,10 @@ def flash_version() -> tuple[int, ...] | None:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled.
+    """FlexAttention, compiled even where it could run without.
 
-    Compiled even where it could run without: un-compiled, a non-linear score function under
-    gradient checkpointing gives wrong gradients, silently. The second row length makes the graph
-    dynamic, so a run compiles two graphs for training and at most two for evaluation. Asking for
-    dynamic shapes at once would save one, but turns the soft-cap into a symbol, which fails.
+    Un-compiled, a non-linear score function under checkpointing gives wrong gradients, silently. The second row length
+    makes the graph dynamic (four graphs in all); asking for that at once makes the soft-cap a symbol, which fails.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -298,7 +327,17 @@ def flex(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """FlexAttention over the row's block mask; T must be a multiple of 128."""
+    """FlexAttention over the row's block mask; T must be a multiple of 128.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, D].
+        visibility: gives the block mask, which the host builds.
+        window: tokens that a token sees, itself included; None sees all.
+        scaling: factor on the scores; None is 1/sqrt(D).
+        softcap: c of c * tanh(score / c), Gemma 2's cap on scores (arXiv:2408.00118, section 2); None is none.
+    """
     output = _compiled_flex()(
         query,
         key,

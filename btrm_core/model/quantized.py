@@ -35,6 +35,9 @@ LARGEST_PARTITION = 2**31 - 1
 def require(config: RunConfig) -> None:
     """Refuse a run whose settings need a bitsandbytes, or a device, that is not there.
 
+    Args:
+        config: the run's settings, of which `model.quantize` and `train.optimizer` are looked at.
+
     Raises:
         ConfigError: says what is missing.
     """
@@ -74,6 +77,13 @@ def library(flag: str) -> Any:
 def loading_options(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
     """What `from_pretrained` is told for a setting of `model.quantize`; nothing for none.
 
+    Args:
+        quantize: "none" or "4bit".
+        dtype: the type that unpacked weights are multiplied in.
+
+    Returns:
+        Keyword arguments; the head is left whole.
+
     Raises:
         ConfigError: bitsandbytes is missing.
     """
@@ -98,6 +108,9 @@ def settle(hf: Any) -> None:
     On some CPUs bitsandbytes would lay them out anew at the first forward pass for evaluation, in a way that cannot be
     unpacked and that takes no layer narrower than 64. And it writes the scales into a state dict, but does not read
     them from one: they are those of the base model, which is loaded and packed at every start.
+
+    Args:
+        hf: a model just loaded, changed in place; one without packed weights is left as it is.
     """
     for module in hf.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -112,12 +125,23 @@ def _leave_out_scales(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a model with packed weights, or for such a layer."""
+    """True for a model with packed weights, or for such a layer.
+
+    Args:
+        module: packed weights are known by the `quant_state` that bitsandbytes gives them.
+    """
     return any(hasattr(parameter, "quant_state") for parameter in module.parameters())
 
 
 def whole_weight(weight: Tensor) -> Tensor:
-    """The weight as it is multiplied with: (out, in) in the type it was loaded in, whether packed or not."""
+    """The weight as it is multiplied with: (out, in) in the type it was loaded in, whether packed or not.
+
+    Args:
+        weight: a weight; one that bitsandbytes packed is unpacked into new memory.
+
+    Returns:
+        `weight` itself if it is not packed.
+    """
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight
@@ -129,6 +153,14 @@ def optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig, world: int) 
     """AdamW with its two moments in 8 bits, over parameter groups.
 
     ZeRO hands it each group of a process as one flat fp32 tensor; blocks of 256 elements have a scale of their own.
+
+    Args:
+        groups: parameters with their weight decay, as `parameter_groups` returns them.
+        train: names the optimizer (a key of `OPTIMIZERS`), and learning rate, betas and epsilon.
+        world: how many processes share each group under ZeRO.
+
+    Returns:
+        The optimizer that DeepSpeed is handed, with the settings' learning rate, not yet that of a step.
 
     Raises:
         ConfigError: bitsandbytes is missing, or one process would hold more elements than it can count.

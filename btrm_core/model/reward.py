@@ -41,7 +41,11 @@ class RewardHead(nn.Linear):
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return [..., out] rewards of [..., H] hidden states, at least float32, autocast or not."""
+        """Return [..., out] rewards of [..., H] hidden states, at least float32, autocast or not.
+
+        Args:
+            input: hidden states in any floating type; H is the head's `in_features`.
+        """
         dtype = torch.promote_types(input.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(input.device.type, enabled=False):
@@ -136,6 +140,9 @@ class RewardModel(nn.Module):
         "padded" selects the model's own attention: eager where it soft-caps scores (some versions of
         transformers would choose one that drops the cap), else PyTorch's fused attention.
 
+        Args:
+            kernel: one of `attention.KERNELS`, or "padded".
+
         Raises:
             ConfigError: the model cannot change its attention.
         """
@@ -173,7 +180,11 @@ class RewardModel(nn.Module):
         return rewards.squeeze(-1)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Return the backbone's last hidden states [B, T, H] of a batch; raises as `forward` does."""
+        """Return the backbone's last hidden states [B, T, H] of a batch; raises as `forward` does.
+
+        Args:
+            batch: a packed row (B is 1), or padded lines; hidden states at padding mean nothing.
+        """
         if batch.layout is None:
             return self._line_by_line(batch) if self.one_by_one else self._backbone(batch, batch.attention_mask)
         if self.kernel == PADDED:

@@ -134,6 +134,12 @@ def expected_first_loss(margin_P: np.ndarray) -> tuple[float, float]:
     times the variance of the reward margin: ln 2 + var / 8. The margins of one head share its direction, hence their
     mean may be off by about their spread; more than that is not explained.
 
+    Args:
+        margin_P: reward margins of the pairs under the fresh head.
+
+    Returns:
+        The mean loss to expect, and the distance from it, either way, that is still explained.
+
     >>> import numpy as np
     >>> expected, slack = expected_first_loss(np.array([-0.4, 0.4, -0.4, 0.4]))
     >>> round(expected - 0.6931, 3)
@@ -165,6 +171,13 @@ def check_first_loss(rewards_P2: np.ndarray, ids: list[str]) -> FirstLoss:
 
     A loss far from it is only remarked on: sound data may have one side that is always the same text, and whether
     tokens leak between the sides is tested by itself.
+
+    Args:
+        rewards_P2: rewards of each pair, chosen then rejected, before any step.
+        ids: names of the P pairs, for the error.
+
+    Returns:
+        The mean loss of the pairs, what was to be expected, and a warning if they are far apart.
 
     Raises:
         TrainingError: a reward is not finite, the head is all zeros, or all margins are zero.

@@ -99,9 +99,6 @@ def flops_per_token(parameters: Parameters, shape: Shape, sequence: float) -> fl
         parameters: the counts.
         shape: the widths.
         sequence: tokens of a typical conversation, of which a token sees half on average.
-
-    Returns:
-        Floating-point operations per token.
     """
     return training_flops(parameters, shape, 1, [min(sequence, window or sequence) / 2 for window in shape.windows])
 
@@ -112,9 +109,6 @@ def causal_entries(length: int, window: int | None = None) -> int:
     Args:
         length: its tokens.
         window: tokens that a token sees, itself included; None is all before it.
-
-    Returns:
-        How many there are.
 
     >>> causal_entries(4), causal_entries(4, window=2)
     (10, 7)
@@ -323,13 +317,23 @@ def check_vocabulary(tokenizer: Any, config: Any, name: str, written: Iterable[i
 
 
 def check_ids(chat: ChatFormat, config: Any, name: str) -> None:
-    """Refuse a format whose ids a model has no embeddings for; see `check_vocabulary`."""
+    """Refuse a format whose ids a model has no embeddings for; see `check_vocabulary`.
+
+    Args:
+        chat: the format; the beginning, terminal and anchor tokens that its template writes are looked up.
+        config: the model's transformers configuration.
+        name: the model, for the message.
+    """
     written = {chat.bos_id, chat.terminal_id, *(chat.encoder.controls[anchor] for anchor in chat.anchors)}
     check_vocabulary(chat.tokenizer, config, name, written)
 
 
 def positions_problem(config: Any, longest: int) -> tuple[bool, str] | None:
     """Compare the longest conversation with the positions that a model knows.
+
+    Args:
+        config: the model's transformers configuration.
+        longest: tokens of the longest conversation.
 
     Returns:
         None if all is well; else whether it is impossible (learned positions: there are no more) or only unwise

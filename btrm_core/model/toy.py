@@ -37,6 +37,11 @@ VOCABULARY = 2048
 def toy_model(family: Family, cache_dir: Path) -> Path:
     """Directory of a tiny causal language model in the family's shape, with random weights; made once, then reused.
 
+    Args:
+        family: gives the tiny shape, in its recipe.
+        cache_dir: the root of btrm's cache; the model lies under `toy/`, its name a digest of shape and sample, so that
+            a change of either makes a new one.
+
     Raises:
         FamilyError: the family's recipe gives no `tiny` shape.
     """
@@ -60,7 +65,13 @@ def _is_whole(directory: Path) -> bool:
 
 
 def build_toy(tiny: Any, directory: Path, **overrides: Any) -> None:
-    """Write a tiny random causal language model and its tokenizer, trained on the sample, to `directory`."""
+    """Write a tiny random causal language model and its tokenizer, trained on the sample, to `directory`.
+
+    Args:
+        tiny: the family's `TinyShape`: model type, settings of its configuration, control tokens.
+        directory: where model and tokenizer are written; it must exist.
+        **overrides: settings of the configuration, over those of `SHAPE` and of `tiny`.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -49,6 +49,10 @@ class AsyncClient:
     async def rewards(self, conversations: Sequence[Conversation], *, normalize: bool = False) -> list[float]:
         """Return the rewards of finished conversations.
 
+        Args:
+            conversations: each a list of messages that ends with the response; all go in one request.
+            normalize: return standard deviations from the mean of the model's reference set.
+
         Raises:
             DataError: one cannot be scored.
             BtrmError: the server cannot be reached, or refuses.
@@ -58,6 +62,10 @@ class AsyncClient:
 
     async def group_rewards(self, groups: Sequence[Responses], *, normalize: bool = False) -> list[list[float]]:
         """Return the rewards of N responses to each prompt.
+
+        Args:
+            groups: prompts as messages, each with the texts of its responses; all go in one request.
+            normalize: return standard deviations from the mean of the model's reference set.
 
         Raises:
             DataError: a response cannot be scored.
@@ -103,6 +111,9 @@ def trl_reward_func(model: str, *, normalize: bool = False, **options: Any) -> C
         model: a model directory, which is loaded here, or the URL of a `btrm serve`.
         normalize: rewards in standard deviations of the model's reference set.
         options: of `Scorer`, or of `AsyncClient`.
+
+    Raises:
+        DataError: normalised rewards are asked for, and the model directory holds no calibration.
     """
     if model.startswith(("http://", "https://")):
 

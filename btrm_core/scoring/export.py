@@ -96,6 +96,10 @@ def export(
 def refuse(directory: Path, target: str | None) -> None:
     """Refuse a reader that would score a model wrongly without saying so.
 
+    Args:
+        directory: the model; only its configuration is read.
+        target: one of `TARGETS`; None refuses nothing.
+
     Raises:
         CheckpointError: says why.
         ConfigError: the target is unknown.

@@ -16,6 +16,14 @@ from btrm_core.training.processes import Runtime
 def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
     """Wrap the reward model in DeepSpeed with AdamW over two parameter groups.
 
+    Args:
+        model: The reward model on the host, adapters and frozen weights settled; the engine moves it to its device.
+        config: Resolved settings: weight decay, learning rate, optimizer.
+        runtime: This process; its Accelerate holds the DeepSpeed configuration.
+
+    Returns:
+        The DeepSpeed engine; its `module` is `model`, and calling it computes rewards.
+
     Raises:
         ConfigError: an 8-bit optimizer cannot be had.
     """

@@ -197,6 +197,15 @@ def train_step(session: Session, step: StepBatches, around: Around, *, stop: boo
     """One optimiser step; returns the sums over the pairs of all processes, and whether one of them was asked to stop.
 
     A gradient that is not finite leaves the weights as they were (see `applied`).
+
+    Args:
+        session: The run; its engine's weights are changed.
+        step: The micro-batches of this process, as many as on every other.
+        around: Profiler and the place of activations.
+        stop: Whether this process was asked to stop.
+
+    Returns:
+        Sums by the names of `metrics.FIELDS`, from the weights before the update; and whether to stop.
     """
     engine, runtime, config = session.engine, session.runtime, session.config
     sums = PairSums(runtime.device)
@@ -216,12 +225,24 @@ def train_step(session: Session, step: StepBatches, around: Around, *, stop: boo
 
 
 def applied(engine: Any) -> bool:
-    """False if DeepSpeed found the gradient not finite and left the weights as they were (then it cleared it)."""
+    """False if DeepSpeed found the gradient not finite and left the weights as they were (then it cleared it).
+
+    Args:
+        engine: The DeepSpeed engine, just after its step.
+    """
     return not getattr(engine.optimizer, "overflow", False)
 
 
 def not_finite(session: Session, step: StepBatches) -> str:
-    """Say which pairs of a step have a reward that is not finite; all processes look at theirs."""
+    """Say which pairs of a step have a reward that is not finite; all processes look at theirs.
+
+    Args:
+        session: The run; all processes take part, and its weights are those before the step.
+        step: Computed once more, without gradients.
+
+    Returns:
+        One line, equal on every process, with the ids of at most five pairs.
+    """
     engine, runtime, pairs = session.engine, session.runtime, session.data.train
     bad: list[str] = []
     with torch.no_grad():
@@ -265,7 +286,15 @@ def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSum
 def step_figures(
     sums: dict[str, float], engine: Any, step: StepBatches, schedule: Schedule, seconds: float
 ) -> dict[str, Any]:
-    """Everything logged of a training step, under stable names."""
+    """Everything logged of a training step, under stable names.
+
+    Args:
+        sums: What `train_step` returned.
+        engine: Knows the norm of the gradient before it was clipped; NaN where it knows none.
+        step: Its index and micro-batches on this process.
+        schedule: Learning rate and length of an epoch.
+        seconds: Wall time of the step.
+    """
     norm = engine.get_global_grad_norm()
     return {
         **summarise(sums),

@@ -50,7 +50,15 @@ class PairSums:
         weight_P: Tensor,
         probability_P: Tensor | None = None,
     ) -> None:
-        """Add the rewards and losses of P pairs; a pair with probability 0.5 is a tie whatever its rewards."""
+        """Add the rewards and losses of P pairs; a pair with probability 0.5 is a tie whatever its rewards.
+
+        Args:
+            chosen_P: Rewards of the chosen conversations, in any floating type; gradients are not followed.
+            rejected_P: Likewise of the rejected ones.
+            loss_P: Loss of each pair, not yet weighted.
+            weight_P: Weight of each pair in the loss; accuracy and means of rewards count every pair once.
+            probability_P: How likely it is that chosen is the better one; None is 1 for all.
+        """
         chosen_P, rejected_P = chosen_P.detach().double(), rejected_P.detach().double()
         margin_P, weight_P = chosen_P - rejected_P, weight_P.double()
         won_P = margin_P if probability_P is None else margin_P * (probability_P > 0.5)
@@ -70,7 +78,13 @@ class PairSums:
         self.rewards += torch.stack(columns).sum(1)
 
     def add_tokens(self, *, computed: int, useful: int, shared: int) -> None:
-        """Add one row's tokens: all computed, those of its sequences by themselves, and of these the shared ones."""
+        """Add one row's tokens: all computed, those of its sequences by themselves, and of these the shared ones.
+
+        Args:
+            computed: Tokens that pass through the layers, padding included.
+            useful: Tokens of all sequences, as if none shared any; a dummy row has none.
+            shared: Those of `useful` that another sequence of the row has computed already.
+        """
         for i, count in enumerate((computed, useful, shared, computed + shared - useful)):
             self.tokens[i] += count
 
@@ -80,15 +94,23 @@ class PairSums:
 
 
 def named(vector: Tensor) -> dict[str, float]:
-    """The sums by name; this copies them to the host."""
+    """The sums by name; this copies them to the host.
+
+    Args:
+        vector: Sums in the order of `FIELDS`, as `PairSums.vector` gives them and added up over processes.
+    """
     return dict(zip(FIELDS, vector.tolist(), strict=True))
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:
     """Turn sums over pairs into the logged figures; ties count half in the accuracy and are reported.
 
-    Returns keys: loss, accuracy, ties, reward_margin, reward_margin_std, chosen_mean, chosen_std, rejected_mean,
-    rejected_std, pairs.
+    Args:
+        sums: Sums by the names of `FIELDS`.
+
+    Returns:
+        Keys: loss, accuracy, ties, reward_margin, reward_margin_std, chosen_mean, chosen_std, rejected_mean,
+        rejected_std, pairs; without pairs, `pairs` alone.
     """
     n = sums["pairs"]
     if n == 0:
@@ -119,6 +141,13 @@ def token_figures(sums: dict[str, float], seconds: float) -> dict[str, float]:
 
     Useful tokens are those of all sequences, each counted by itself: what separate passes would compute. The shared
     ones among them are not computed again.
+
+    Args:
+        sums: Sums of the step over all processes, by the names of `FIELDS`.
+        seconds: Wall time of the step.
+
+    Returns:
+        Keys: tokens_per_second, useful_tokens_per_second, pairs_per_second, padding_percent, shared_percent.
     """
     return {
         "tokens_per_second": sums["computed_tokens"] / seconds,

@@ -60,11 +60,22 @@ class MicroBatch:
     pair_ids_P: np.ndarray
 
     def sides(self, rewards_S: Tensor) -> tuple[Tensor, Tensor]:
-        """The rewards of the chosen and of the rejected sequence of every pair."""
+        """The rewards of the chosen and of the rejected sequence of every pair.
+
+        Args:
+            rewards_S: Rewards of all sequences of `batch`, in its order; gradients flow through.
+
+        Returns:
+            Two tensors of P rewards, chosen first; for a dummy, those of its stand-in pair.
+        """
         return rewards_S.index_select(0, self.chosen_P), rewards_S.index_select(0, self.rejected_P)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`; without waiting where the memory is pinned."""
+        """The same micro-batch with its tensors on `device`; without waiting where the memory is pinned.
+
+        Args:
+            device: Where the step computes; pair ids stay on the host.
+        """
         return self._moved(
             self.batch.to(device, non_blocking=True), lambda tensor: tensor.to(device, non_blocking=True)
         )
@@ -110,7 +121,11 @@ class _ByValue(pickle.Pickler):
 
 
 def to_bytes(step: StepBatches) -> bytes:
-    """A step as bytes, from which `pickle.loads` makes it again."""
+    """A step as bytes, from which `pickle.loads` makes it again.
+
+    Args:
+        step: A step whose tensors are on the host.
+    """
     buffer = io.BytesIO()
     _ByValue(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(step)
     return buffer.getvalue()
@@ -162,6 +177,14 @@ def build_micro_batch(store: TokenStore, row: np.ndarray, form: RowForm) -> Micr
 
     An empty row gives a dummy: the first pair with weight 0, so that every process runs the same number of forward
     and backward passes.
+
+    Args:
+        store: The encoded pairs.
+        row: Indices of pairs in `store`, in any order; the micro-batch has them in the order of their groups.
+        form: Shared, packed or padded, for which kernel, and to which multiple lengths are rounded up.
+
+    Returns:
+        The micro-batch on the host.
     """
     ids_P = np.asarray(row if len(row) else [0], dtype=np.int64)
     ids_P = ids_P[np.argsort(store.group_P[ids_P], kind="stable")]
@@ -225,7 +248,17 @@ def _rankings(
 def steps(
     pairs: TokenStore, plans: Sequence[EpochPlan], *, rank: int, form: RowForm, first: int, last: int, workers: int
 ) -> Iterator[StepBatches]:
-    """The steps `first` to `last` (exclusive) of this process, built by `workers` processes ahead of their use."""
+    """The steps `first` to `last` (exclusive) of this process, built by `workers` processes ahead of their use.
+
+    Args:
+        pairs: The encoded training pairs.
+        plans: One for each epoch, all with the same number of steps.
+        rank: Of this process, whose rows are built.
+        form: How rows are laid out.
+        first: Index over all epochs of the first step.
+        last: One past the index of the last step.
+        workers: Loader processes; 0 builds each step when it is asked for.
+    """
     source = _Steps(pairs, plans, rank, form, first, last)
     if workers == 0 or last - first < 2:
         yield from (source.build(index) for index in range(first, last))

@@ -56,5 +56,13 @@ class Activations:
 
 
 def activation_context(model: nn.Module, asked: bool) -> Callable[[], AbstractContextManager[Any]]:
-    """What to put around a forward pass: activations on the CPU if asked for, else nothing."""
+    """What to put around a forward pass: activations on the CPU if asked for, else nothing.
+
+    Args:
+        model: Its weights stay where they are.
+        asked: The setting `model.activation_offload`.
+
+    Returns:
+        Called before each forward pass, it makes the context for that pass.
+    """
     return Activations(model).on_cpu if asked else nullcontext

@@ -84,6 +84,12 @@ def choose(config: RunConfig) -> Job:
 def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     """Find the family and fill the settings; returns the base model's transformers configuration as well.
 
+    Args:
+        config: The settings as the user gave them.
+
+    Returns:
+        The family; the settings with nothing left open; the configuration, in which no weight was read.
+
     Raises:
         FamilyError: the family is unknown or broken, or does not claim the checkpoint; without `--family`, not exactly
             one claims it.
@@ -205,6 +211,15 @@ def _prompts_text(store: TokenStore, group_by: str) -> list[str]:
 def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> RowForm:
     """The rows asked for; if they are not exact for this model, the next that are, with the reason said.
 
+    Args:
+        job: Settings, family and chat format.
+        model: The reward model on its device; its kernel may be changed to another, or to "padded".
+        data: Its longest groups are what is checked.
+        runtime: All processes take part, and agree.
+
+    Returns:
+        The form of rows in which training and evaluation compute.
+
     Raises:
         ConfigError: no way of computing the model is exact here.
     """
@@ -228,7 +243,14 @@ def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> R
 
 
 def check_first(session: Session) -> float:
-    """The loss before the first step over some pairs of the training data; warns if it is not near ln 2."""
+    """The loss before the first step over some pairs of the training data; warns if it is not near ln 2.
+
+    Args:
+        session: The run, its engine untrained and its head new; all processes take part.
+
+    Returns:
+        The mean Bradley-Terry loss of at most `CHECKED_PAIRS` pairs.
+    """
     pairs, budget = session.data.train, session.tokens_per_batch
     ids, rewards_P2 = some_rewards(
         session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget, count=CHECKED_PAIRS
@@ -244,6 +266,9 @@ def expected_form(job: Job) -> RowForm:
 
     What the self-check decides is left out: it needs the weights.
 
+    Args:
+        job: Settings, family and chat format; the kernel asked for, or the first one usable here.
+
     Raises:
         ConfigError: the attention asked for cannot be used here.
     """
@@ -255,7 +280,12 @@ def expected_form(job: Job) -> RowForm:
 
 
 def output_directory(config: RunConfig, family: Family) -> Path:
-    """Where the run writes: `--output`, else runs/<family>-<base model>."""
+    """Where the run writes: `--output`, else runs/<family>-<base model>.
+
+    Args:
+        config: Settings with the base model named.
+        family: Gives its name.
+    """
     if config.output.dir:
         return Path(config.output.dir)
     return Path("runs") / f"{family.name}-{Path(str(config.model.name)).name}"
@@ -272,7 +302,19 @@ SETTINGS: dict[str, Any] = {
 
 
 def embedded_settings(config: RunConfig, family: Family, cache_dir: Path) -> RunConfig:
-    """Fill in the toy base model, the sample and settings that suit them, where the run says nothing."""
+    """Fill in the toy base model, the sample and settings that suit them, where the run says nothing.
+
+    Args:
+        config: Settings of a run without `--model`; what they say is kept.
+        family: Whose tiny shape the toy has.
+        cache_dir: The root of btrm's cache, where the toy is kept.
+
+    Returns:
+        Settings in which base model, data, output directory and the keys of `SETTINGS` are filled in.
+
+    Raises:
+        FamilyError: the family's recipe gives no `tiny` shape.
+    """
     current = flat(config)
     values: dict[str, Any] = {"model.name": str(toy_model(family, cache_dir))}
     if not config.data.train:

@@ -75,7 +75,11 @@ class Profiler:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Charge the time inside the block to a part of the step (`PARTS`)."""
+        """Charge the time inside the block to a part of the step (`PARTS`).
+
+        Args:
+            name: One of `PARTS`; outside the recorded steps nothing is timed and the GPU is not waited for.
+        """
         if not self._recording:
             yield
             return
@@ -87,7 +91,11 @@ class Profiler:
         self.seconds[name] += time.perf_counter() - started
 
     def waiting_for(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; the time until each is there is charged to "data"."""
+        """The same items; the time until each is there is charged to "data".
+
+        Args:
+            items: The steps, taken one at a time as the loop asks for them.
+        """
         iterator = iter(items)
         while True:
             with self.part("data"):
@@ -129,7 +137,14 @@ class Profiler:
         self.say(f"trace of these steps: {self.directory / TRACE} (open it in https://ui.perfetto.dev)")
 
     def table(self, communication: float) -> str:
-        """Time of a step by part; `communication` is in the parts already."""
+        """Time of a step by part; `communication` is in the parts already.
+
+        Args:
+            communication: Seconds in collective operations over all recorded steps; 0 leaves its line out.
+
+        Returns:
+            A line for the whole step, then one for each part: milliseconds a step, and its share of the whole.
+        """
         steps = max(1, self.steps)
         rest = max(0.0, self.whole - sum(self.seconds.values()))
         rows = {**self.seconds, "other (figures, evaluation)": rest}

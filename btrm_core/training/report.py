@@ -31,6 +31,12 @@ RUN_ID = ".run_id"
 def trackers(report_to: str) -> list[str]:
     """The trackers named by `--report-to`.
 
+    Args:
+        report_to: Names separated by commas; "none" and nothing name no tracker.
+
+    Returns:
+        The names in the order given.
+
     Raises:
         ConfigError: one of them is unknown.
     """
@@ -43,6 +49,12 @@ def trackers(report_to: str) -> list[str]:
 
 def start_trackers(runtime: Runtime, directory: Path, first_step: int, config: RunConfig) -> None:
     """Start the trackers that Accelerate was told of, with the whole configuration; a resumed run goes on in its own.
+
+    Args:
+        runtime: This process, whose Accelerate was told which trackers there are.
+        directory: The run's output directory; wandb's files and the id of its run are kept there.
+        first_step: Steps done before; above 0 an earlier run is gone on with.
+        config: Resolved settings; those that are None are not logged.
 
     Raises:
         ConfigError: a tracker does not start.
@@ -85,6 +97,10 @@ class Reporter:
     def open(self, total_steps: int, first_step: int) -> None:
         """Begin to show and write, or go on after `first_step`.
 
+        Args:
+            total_steps: Steps of the whole run, which is the length of the bar.
+            first_step: Steps done before; 0 begins `metrics.jsonl` anew.
+
         Raises:
             ConfigError: a tracker does not start.
         """
@@ -107,7 +123,13 @@ class Reporter:
         )
 
     def log(self, split: str, step: int, figures: Mapping[str, Any]) -> None:
-        """Write one line of `metrics.jsonl`, tell the trackers, and move the bar."""
+        """Write one line of `metrics.jsonl`, tell the trackers, and move the bar.
+
+        Args:
+            split: "train" or "eval".
+            step: Steps done so far.
+            figures: What is written; trackers get its numbers, and the accuracy of each entry of `subsets`.
+        """
         numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
         numbers |= {f"{row['name']}/accuracy": row["accuracy"] for row in figures.get("subsets", ())}
         self.runtime.accelerator.log({f"{split}/{k}": v for k, v in numbers.items()}, step=step)
@@ -134,6 +156,9 @@ class Reporter:
 
 def bar_text(figures: Mapping[str, Any]) -> str:
     """The right end of the progress bar.
+
+    Args:
+        figures: Those of a training step (`loop.step_figures`).
 
     >>> speed = {"tokens_per_second": 1234.0, "useful_tokens_per_second": 2000.0, "pairs_per_second": 5.0}
     >>> bar_text({"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-5, **speed})

@@ -149,7 +149,11 @@ def _whole_weights(state: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def plainly_named(directory: Path) -> Iterator[Path]:
-    """A link to a directory whose path has no special letters: DeepSpeed takes paths for patterns."""
+    """A link to a directory whose path has no special letters: DeepSpeed takes paths for patterns.
+
+    Args:
+        directory: It must exist; the link is removed at the end of the block, the directory stays.
+    """
     with tempfile.TemporaryDirectory(prefix="btrm") as place:
         link = Path(place) / "link"
         link.symlink_to(directory.resolve())

@@ -85,7 +85,15 @@ def save(session: Session, progress: Progress, write_model: Callable[[Path], Non
 
 
 def digests(directory: Path, runtime: Runtime) -> dict[str, list[Any]]:
-    """Size and SHA-256 of every file by its path in `directory`, on every process; they share the reading."""
+    """Size and SHA-256 of every file by its path in `directory`, on every process; they share the reading.
+
+    Args:
+        directory: A checkpoint that all processes see; nobody writes to it meanwhile.
+        runtime: This process; all take part.
+
+    Returns:
+        Path -> [bytes, 64 hexadecimal digits].
+    """
     paths = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     mine = {}
     for path in paths[runtime.rank :: runtime.world]:
@@ -96,7 +104,11 @@ def digests(directory: Path, runtime: Runtime) -> dict[str, list[Any]]:
 
 
 def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints under `directory`, oldest first."""
+    """The complete checkpoints under `directory`, oldest first.
+
+    Args:
+        directory: Where the checkpoints of a run lie; it may be missing.
+    """
     return sorted(path.parent for path in directory.glob(f"step-*/{COMPLETE}"))
 
 
@@ -115,6 +127,11 @@ def clean(directory: Path) -> None:
 def refuse_restart(output: Path, resume: str, overwrite: bool) -> None:
     """Raise rather than begin anew where a stopped run has left checkpoints; with `overwrite` a new run removes them.
 
+    Args:
+        output: The run's output directory.
+        resume: What `--resume` says; "no" begins anew.
+        overwrite: Whether what is there may go.
+
     Raises:
         CheckpointError: there are such checkpoints, and it is not said what becomes of them.
     """
@@ -127,13 +144,22 @@ def refuse_restart(output: Path, resume: str, overwrite: bool) -> None:
 
 
 def forget(output: Path) -> None:
-    """Remove what an earlier run has left in the output directory of a run that begins anew."""
+    """Remove what an earlier run has left in the output directory of a run that begins anew.
+
+    Args:
+        output: The run's output directory; its checkpoints and its best model go, the finished model stays.
+    """
     for left in ("resume", "best"):
         shutil.rmtree(output / left, ignore_errors=True)
 
 
 def find(resume: str, directory: Path, runtime: Runtime) -> Path | None:
     """The undamaged checkpoint a `--resume` value means, found by all processes together; None means to begin anew.
+
+    Args:
+        resume: "no"; "auto", the newest one; "latest-good", the newest undamaged one; or a checkpoint's directory.
+        directory: Where the checkpoints of the run lie.
+        runtime: This process.
 
     Raises:
         CheckpointError: the checkpoint asked for is not there, is not complete, or is damaged.
@@ -162,7 +188,12 @@ def find(resume: str, directory: Path, runtime: Runtime) -> Path | None:
 
 
 def damaged(path: Path, runtime: Runtime) -> str | None:
-    """What is wrong with the files of a checkpoint, as one line on every process; None if they are as written."""
+    """What is wrong with the files of a checkpoint, as one line on every process; None if they are as written.
+
+    Args:
+        path: A complete checkpoint.
+        runtime: This process; all take part, each reading some of the files.
+    """
     try:
         text = (path / RECORD).read_text(encoding="utf-8")
         written = json.loads(text)["files"]
@@ -266,7 +297,12 @@ def _forget_what_is_gone(session: Session, progress: Progress, *, same_evaluatio
 
 
 def rewind(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that were done after the checkpoint: they are done, and written, again."""
+    """Drop the lines of steps that were done after the checkpoint: they are done, and written, again.
+
+    Args:
+        metrics: The run's `metrics.jsonl`; it is replaced as a whole, and may be missing.
+        step: Steps done at the checkpoint; their lines are kept.
+    """
     if not metrics.exists():
         return
     kept = []

@@ -25,6 +25,13 @@ def pair_rewards(
     """Rewards (chosen, rejected) of all pairs, (P, 2) float64, equal on every process.
 
     Every process runs the same number of forward passes, as ZeRO-3 needs.
+
+    Args:
+        model: The reward model or its engine; it is set to evaluation, and back to what it was.
+        pairs: The encoded pairs.
+        runtime: This process; all take part.
+        form: How rows are laid out.
+        tokens_per_batch: The token budget of a row.
     """
     rewards_P2, _ = _rewards(model, pairs, runtime, form, tokens_per_batch, CHUNK, None)
     return rewards_P2
@@ -33,7 +40,19 @@ def pair_rewards(
 def some_rewards(
     model: Any, pairs: TokenStore, runtime: Runtime, form: RowForm, *, tokens_per_batch: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of `count` pairs of a seeded order: which pairs, and their rewards (P, 2), as in `pair_rewards`."""
+    """Rewards of `count` pairs of a seeded order: which pairs, and their rewards (P, 2), as in `pair_rewards`.
+
+    Args:
+        model: As in `pair_rewards`.
+        pairs: What is chosen from.
+        runtime: This process; all take part.
+        form: How rows are laid out.
+        tokens_per_batch: The token budget of a row.
+        count: How many; pairs that stay together in a step count as one, and fewer are given if there are fewer.
+
+    Returns:
+        Indices of the pairs in `pairs`, and their rewards, chosen then rejected, float64.
+    """
     rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count, 1)
     return ids, rewards_P2[ids]
 

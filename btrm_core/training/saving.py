@@ -103,7 +103,14 @@ def _self_test(session: Session) -> tuple[list[dict[str, Any]], dict[str, Any] |
 
 @torch.no_grad()
 def self_test_vectors(session: Session) -> list[dict[str, Any]]:
-    """A few conversations as ids with the model's reward, each computed alone: what any reader must reproduce."""
+    """A few conversations as ids with the model's reward, each computed alone: what any reader must reproduce.
+
+    Args:
+        session: The run; all processes take part, and its engine is in training mode afterwards.
+
+    Returns:
+        Both sides of the first `SELF_TEST_PAIRS` held-out (else training) pairs: keys `input_ids` and `reward`.
+    """
     pairs, engine, form = session.data.eval or session.data.train, session.engine, session.form
     engine.eval()
     vectors = []

@@ -47,7 +47,14 @@ class Schedule:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to zero (arXiv:1608.03983, equation 5, without restarts)."""
+        """Linear warm-up, then a cosine down to zero (arXiv:1608.03983, equation 5, without restarts).
+
+        Args:
+            step: Index of the step over the whole run, from 0.
+
+        Returns:
+            The rate, `peak` at the end of the warm-up.
+        """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         span = max(1, self.total_steps - self.warmup_steps)

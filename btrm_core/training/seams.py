@@ -72,13 +72,24 @@ def _log(session: Session, split: str, step: int, figures: dict[str, Any]) -> No
 
 
 def profiler_of(session: Session) -> Profiler:
-    """Measures some steps of the main process, if that is asked for."""
+    """Measures some steps of the main process, if that is asked for.
+
+    Args:
+        session: The run, in whose output directory the trace is written.
+    """
     wanted = session.config.output.profile and session.runtime.is_main
     return Profiler(session.job.output if wanted else None, lambda text: say(session.runtime, text))
 
 
 def mfu_rate(session: Session) -> float | None:
-    """What `tokens_per_second` is multiplied with for the MFU; None on a CPU."""
+    """What `tokens_per_second` is multiplied with for the MFU; None on a CPU.
+
+    Args:
+        session: The run: its model's configuration, GPU, number of processes and mean length of conversations.
+
+    Returns:
+        Percent for one token a second; None as well where the GPU or the architecture is not known.
+    """
     runtime, pairs = session.runtime, session.data.train
     if runtime.device.type != "cuda":
         return None
@@ -89,7 +100,15 @@ def mfu_rate(session: Session) -> float | None:
 
 
 def evaluate_now(session: Session, step: int) -> dict[str, Any] | None:
-    """Evaluate the live model after a step, once; None if there are no pairs to evaluate on."""
+    """Evaluate the live model after a step, once; None if there are no pairs to evaluate on.
+
+    Args:
+        session: The run; it keeps the rewards, so that a second call for the same step computes nothing.
+        step: Steps done so far.
+
+    Returns:
+        The figures of the held-out pairs.
+    """
     pairs = session.data.eval
     if pairs is None:
         return None

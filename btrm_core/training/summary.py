@@ -26,7 +26,11 @@ EXAMPLE_WIDTH = 96
 
 
 def introduce(session: Session) -> None:
-    """Say in a few lines what is about to happen."""
+    """Say in a few lines what is about to happen.
+
+    Args:
+        session: The run, before its first step.
+    """
     job, runtime, data, config = session.job, session.runtime, session.data, session.config
     for line in data.lines:
         say(runtime, line)
@@ -56,7 +60,13 @@ def introduce(session: Session) -> None:
 
 
 def rows_text(data: Data, epoch: EpochPlan, form: RowForm) -> str:
-    """How much the rows of the first epoch waste and save, in one line."""
+    """How much the rows of the first epoch waste and save, in one line.
+
+    Args:
+        data: The encoded pairs.
+        epoch: The plan of the first epoch.
+        form: How its rows are laid out.
+    """
     places = data.train.places
     separate = int(places.tokens_P.sum())
     text = (
@@ -70,7 +80,17 @@ def rows_text(data: Data, epoch: EpochPlan, form: RowForm) -> str:
 
 
 def describe_run(job: Job, data: Data, epoch: EpochPlan, schedule: Schedule) -> str:
-    """Everything a run would do, resolved, as text for `--dry-run`."""
+    """Everything a run would do, resolved, as text for `--dry-run`.
+
+    Args:
+        job: Settings, family, chat format and output directory.
+        data: The pairs, and what is to be said of them.
+        epoch: The plan of the first epoch.
+        schedule: Steps and learning rates.
+
+    Returns:
+        Lines for a person, then the settings as TOML and the DeepSpeed configuration as JSON.
+    """
     chat, family = job.chat, job.family
     answers = ", ".join(f"{hook} by {who}" for hook, who in chat.answers.items())
     evaluation = len(data.eval) if data.eval is not None else 0
@@ -93,7 +113,11 @@ def describe_run(job: Job, data: Data, epoch: EpochPlan, schedule: Schedule) -> 
 
 
 def closing_text(outcome: Outcome) -> str:
-    """What a finished run prints: how good it is, scored examples, where it is, what to do next."""
+    """What a finished run prints: how good it is, scored examples, where it is, what to do next.
+
+    Args:
+        outcome: What the run left.
+    """
     lines: list[str] = []
     if outcome.evaluation is not None:
         lines += [evaluation_text(outcome.evaluation), subset_table(outcome.evaluation.get("subsets", []))]
@@ -135,7 +159,14 @@ EXAMPLES = 3
 
 
 def examples(session: Session) -> tuple[dict[str, Any], ...]:
-    """The first held-out pairs with their rewards in the last evaluation, to be shown to a person."""
+    """The first held-out pairs with their rewards in the last evaluation, to be shown to a person.
+
+    Args:
+        session: The run, after an evaluation.
+
+    Returns:
+        At most `EXAMPLES` mappings: `prompt` (its last message), `chosen` and `rejected` (reward, text).
+    """
     data = session.data
     if data.eval is None or data.eval_rows is None or session.evaluated is None:
         return ()

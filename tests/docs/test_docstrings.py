@@ -25,18 +25,11 @@ EXCUSED: frozenset[str] = frozenset(
     evaluation/scores.py evaluation/statistics.py evaluation/suites/base.py evaluation/suites/judgebench.py
     evaluation/suites/llmbar.py evaluation/suites/ppe.py evaluation/suites/registry.py
     evaluation/suites/rewardbench.py evaluation/suites/rewardbench2.py evaluation/suites/rm_bench.py
-    evaluation/text.py model/adapters.py model/attention.py model/base.py model/directory.py model/kernels.py
-    model/leakage/positions.py model/leakage/structure.py model/load.py model/older.py model/quantized.py
-    model/reward.py model/selfcheck.py model/sound.py model/toy.py packing/bundles.py packing/forest.py
-    packing/rows.py packing/steps.py packing/trees.py packing/visibility.py run.py scoring/bulk.py
-    scoring/evaluate.py scoring/judge.py scoring/partial.py scoring/records.py scoring/responses.py
-    scoring/results.py scoring/scorer.py serving/app.py serving/backend.py serving/batching.py serving/guard.py
-    serving/limits.py serving/metrics.py serving/native.py serving/preparing.py serving/service.py
-    serving/trainers.py training/engine.py training/loop.py training/metrics.py training/micro_batches.py
-    training/offload.py training/prepare.py training/processes/agreement.py training/processes/failure.py
-    training/processes/runtime.py training/processes/zero.py training/profiling.py training/report.py
-    training/reshard.py training/resume.py training/rewards.py training/saving.py training/schedule.py
-    training/seams.py training/summary.py
+    evaluation/text.py model/base.py model/load.py packing/bundles.py packing/forest.py packing/rows.py
+    packing/steps.py packing/trees.py packing/visibility.py run.py scoring/bulk.py scoring/evaluate.py
+    scoring/judge.py scoring/partial.py scoring/records.py scoring/responses.py scoring/results.py
+    scoring/scorer.py serving/app.py serving/backend.py serving/batching.py serving/guard.py serving/limits.py
+    serving/metrics.py serving/native.py serving/preparing.py serving/service.py serving/trainers.py
     """.split()
 )
 """Modules that are not there yet; one that is must leave this list."""

@@ -38,6 +38,12 @@ def batch_dependent_lengths(config: Any) -> dict[int, str]:
     """The lengths from which on rotary frequencies depend on the batch, each with its rotary type; empty for most.
 
     A sequence of up to that many tokens has the frequencies of the original model whatever else is in its batch.
+
+    Args:
+        config: a transformers configuration; of a multimodal one, its text part is read.
+
+    Returns:
+        Tokens -> rotary type; 0 tokens where the configuration names no length.
     """
     text = config.get_text_config()
     found: dict[int, str] = {}
@@ -126,7 +132,11 @@ def _restore(module: Any) -> None:
 
 @contextlib.contextmanager
 def fresh_positions(model: nn.Module) -> Iterator[None]:
-    """While active, rotary embeddings know nothing of earlier batches; they forget this one's as well."""
+    """While active, rotary embeddings know nothing of earlier batches; they forget this one's as well.
+
+    Args:
+        model: any module; only its rotary embeddings of the `BATCH_DEPENDENT` types are touched.
+    """
     changing = [m for m in model.modules() if hasattr(m, "rope_type") and hasattr(m, "original_max_seq_len")]
     changing = [m for m in changing if any(name in str(m.rope_type) for name in BATCH_DEPENDENT)]
     for module in changing:
@@ -140,6 +150,9 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
 
 def position_limit(hf: Any) -> tuple[int | None, bool]:
     """How many positions a model has, and whether they are learned: none exists beyond them.
+
+    Args:
+        hf: a transformers model; learned positions are recognised by the names of its embedding tables.
 
     Returns:
         The number, None if the model sets no limit; and True for a table of learned positions.
@@ -158,6 +171,10 @@ def position_limit(hf: Any) -> tuple[int | None, bool]:
 
 def check_max_length(hf: Any, max_length: int | None) -> str | None:
     """Compare the longest conversation with what the model has positions for.
+
+    Args:
+        hf: the base model.
+        max_length: tokens of the longest conversation that is kept; None compares nothing.
 
     Returns:
         A warning if rotary positions would be new to the model; None if all is well.

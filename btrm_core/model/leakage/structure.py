@@ -22,7 +22,14 @@ _MIXERS = re.compile(
 
 
 def token_mixers(hf: Any) -> str | None:
-    """Name what mixes the tokens of a row and knows no masks: a convolution, a scan, another kind of layer; or None."""
+    """Name what mixes the tokens of a row and knows no masks: a convolution, a scan, another kind of layer; or None.
+
+    Args:
+        hf: a transformers model; its configuration is read first, then the classes of its modules.
+
+    Returns:
+        The end of a sentence that says why rows cannot be packed, for the first such thing found.
+    """
     config = hf.config.get_text_config()
     for name in _LAYER_LISTS:
         kinds = getattr(config, name, None)
@@ -43,6 +50,12 @@ def without_dropout(hf: Any) -> list[str]:
     """Set every dropout of a model to 0, under whatever name; returns what was changed, as `name=value`.
 
     Not for a model with adapters, whose dropout is asked for by a setting.
+
+    Args:
+        hf: a transformers model; its text configuration and its modules are changed in place.
+
+    Returns:
+        The settings of the configuration that were above 0, with their old values.
     """
     config = hf.config.get_text_config()
     changed = [

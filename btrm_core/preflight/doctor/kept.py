@@ -41,7 +41,15 @@ def messages_kept(reports: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def positions(impossible: bool, what: str) -> Check:
-    """A conversation that is longer than what the model has positions for, or has seen."""
+    """A conversation that is longer than what the model has positions for, or has seen.
+
+    Args:
+        impossible: whether the model has no such positions, or has only never seen them.
+        what: the problem, a colon, and what to do about it, as `positions_problem` says it.
+
+    Returns:
+        A failure where it is impossible, else a warning.
+    """
     problem, _, advice = what.rpartition(": ")
     why = "the model cannot be asked about it" if impossible else "rewards there are extrapolated"
     return Check("positions", "fail" if impossible else "warn", problem, why, advice)

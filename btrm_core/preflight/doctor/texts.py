@@ -64,7 +64,11 @@ def truncation(reports: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def shared_tokens(reports: Sequence[Mapping[str, Any]]) -> Check:
-    """What computing a prompt's conversations as one tree saves, if all its pairs share a step."""
+    """What computing a prompt's conversations as one tree saves, if all its pairs share a step.
+
+    Args:
+        reports: what became of the pairs of each part of the data, from the token store.
+    """
     pairs, groups = _total(reports, "encoded"), _total(reports, "groups")
     separate, own = _total(reports, "pair_tokens"), _total(reports, "tokens")
     what = (

@@ -166,7 +166,13 @@ def _self_test(model: str, dtype: str, opened: list[Scorer]) -> Check:
 
 
 def compared(name: str, off: float, allowed: float) -> Check:
-    """A verdict on the largest difference of rewards; NaN is no agreement."""
+    """A verdict on the largest difference of rewards; NaN is no agreement.
+
+    Args:
+        name: of the check.
+        off: the largest difference, in units of reward.
+        allowed: the largest that rounding explains, likewise.
+    """
     figures = {"largest_difference": off, "tolerance": allowed}
     what = f"rewards differ by up to {off:.2g}; rounding explains {allowed:.2g}"
     if off <= allowed:

@@ -49,7 +49,18 @@ class Server:
             raise ConfigError(f"{self.url}{path}: {first_line(error)}") from error
 
     def of(self, inputs: Sequence[Any], **options: Any) -> list[list[float]]:
-        """What the server answers to texts or lists of ids, one list of numbers each."""
+        """What the server answers to texts or lists of ids, one list of numbers each.
+
+        Args:
+            inputs: texts or lists of ids, all of one kind.
+            **options: more keys of the request; SGLang is sent none.
+
+        Returns:
+            Numbers of each input in order: its reward alone if the server applies the head.
+
+        Raises:
+            ConfigError: the server cannot be reached, or refuses.
+        """
         if self.kind == "sglang":
             key = "text" if isinstance(inputs[0], str) else "input_ids"
             return [entry["embedding"] for entry in self._asked("POST", "/classify", {key: list(inputs)})]
@@ -57,7 +68,17 @@ class Server:
         return [entry["probs"] for entry in self._asked("POST", "/classify", body)["data"]]
 
     def of_messages(self, messages: Sequence[dict[str, str]]) -> list[float]:
-        """What the server answers to a conversation that it writes with its own template."""
+        """What the server answers to a conversation that it writes with its own template.
+
+        Args:
+            messages: the conversation, its last message the response; not for SGLang, which takes none.
+
+        Returns:
+            Its reward alone if the server applies the head.
+
+        Raises:
+            ConfigError: the server cannot be reached, or refuses.
+        """
         found: list[float] = self._asked("POST", "/classify", {"model": self.model, "messages": list(messages)})[
             "data"
         ][0]["probs"]

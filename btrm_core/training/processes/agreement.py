@@ -36,7 +36,15 @@ SEEN_WITHIN_SECONDS = 5.0
 
 
 def software(config: RunConfig, family: Family) -> dict[str, str]:
-    """Versions, origin of the family and resolved settings of this process, by name."""
+    """Versions, origin of the family and resolved settings of this process, by name.
+
+    Args:
+        config: Resolved settings; those of `OWN_TO_A_MACHINE` are left out.
+        family: Its origin is distribution and version.
+
+    Returns:
+        Facts for `agree`.
+    """
     facts = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     facts[f"family {family.name}"] = family.origin
     for key, value in flat(config).items():
@@ -74,6 +82,10 @@ def agree(runtime: Runtime, facts: Mapping[str, str]) -> None:
 def require_shared(directory: Path, runtime: Runtime) -> None:
     """Raise unless every process sees what the main process writes to a run's directory; all take part.
 
+    Args:
+        directory: Where checkpoints are written.
+        runtime: This process.
+
     Raises:
         CheckpointError: one does not, and the checkpoints of the run would lack its part.
     """
@@ -86,7 +98,15 @@ def require_shared(directory: Path, runtime: Runtime) -> None:
 
 
 def strangers(directory: Path, runtime: Runtime) -> str | None:
-    """Which process does not see what the main process writes to `directory`, as one line; None if all see it."""
+    """Which process does not see what the main process writes to `directory`, as one line; None if all see it.
+
+    Args:
+        directory: Where the main process can write; it may be missing elsewhere.
+        runtime: This process; all take part.
+
+    Returns:
+        The lowest such rank with its host, the same on every process.
+    """
     if runtime.world == 1:
         return None
     first = first_that_shares(directory, runtime, SEEN_WITHIN_SECONDS)
@@ -129,7 +149,12 @@ def first_that_shares(directory: Path, runtime: Runtime, patience_seconds: float
 
 
 def gather(runtime: Runtime, own: Any) -> list[Any]:
-    """The small value of every process, on every process, by rank."""
+    """The small value of every process, on every process, by rank.
+
+    Args:
+        runtime: This process; all take part.
+        own: What can be pickled; it may differ in type and size between processes.
+    """
     values = [own] * runtime.world
     if runtime.world > 1:
         torch.distributed.all_gather_object(values, own)

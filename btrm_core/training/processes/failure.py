@@ -40,6 +40,9 @@ speaks: bool | None = None
 def shared(world: int) -> Iterator[None]:
     """While active, a failure of this process ends all, and a failure of another ends this one.
 
+    Args:
+        world: Number of processes; with one alone nothing is watched.
+
     Raises:
         TrainingError: another process is gone, in place of what torch says about connections.
     """

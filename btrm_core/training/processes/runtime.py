@@ -48,13 +48,24 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add a tensor up over all processes, in place."""
+        """Add a tensor up over all processes, in place.
+
+        Args:
+            tensor: Of equal shape and type everywhere, on this process's device; all processes take part.
+
+        Returns:
+            `tensor` itself.
+        """
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """True on every process if it is true on one."""
+        """True on every process if it is true on one.
+
+        Args:
+            flag: What holds on this process; all processes take part.
+        """
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
@@ -66,6 +77,9 @@ def group(config: RunConfig) -> Iterator[None]:
 
     A process that no launcher started becomes a world of one without opening a port, so that two runs on one machine
     never clash.
+
+    Args:
+        config: Of the settings, how many seconds processes wait for each other at the start.
 
     Raises:
         ConfigError: the launcher's variables are wrong, or the processes do not find each other in time.

@@ -220,7 +220,11 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """The compute type a setting names: auto is bf16 on a GPU and fp32 on a CPU."""
+    """The compute type a setting names: auto is bf16 on a GPU and fp32 on a CPU.
+
+    Args:
+        name: "auto", "bf16" or "fp32", as in `model.dtype`.
+    """
     if name == "auto":
         name = "bf16" if torch.cuda.is_available() else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
