@@ -294,10 +294,10 @@ def flash_version() -> tuple[int, ...] | None:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled even where it could run without.
+    """FlexAttention, compiled.
 
     Un-compiled, a non-linear score function under checkpointing gives wrong gradients, silently. The second row length
-    makes the graph dynamic (four graphs in all); asking for that at once makes the soft-cap a symbol, which fails.
+    makes the graph dynamic (at most four graphs); asking for that at once makes the soft-cap a symbol, which fails.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
