@@ -8,9 +8,8 @@ from btrm_core.model.base import (
     expected_kernel,
     gathered,
     load_tokenizer,
-    parameter_groups,
 )
-from btrm_core.model.card import Trained, model_card, run_manifest
+from btrm_core.model.card import Trained, model_card, run_manifest, template_difference
 from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, sha256_of, write_model
 from btrm_core.model.leakage import Trust, Use, trusted
 from btrm_core.model.load import (
@@ -21,11 +20,10 @@ from btrm_core.model.load import (
     load_chat,
     load_weights,
     saved_config,
-    template_difference,
     tolerance,
 )
 from btrm_core.model.quantized import OPTIMIZERS, optimizer, require
-from btrm_core.model.reward import RewardModel, choose_for
+from btrm_core.model.reward import RewardModel, choose_for, parameter_groups
 from btrm_core.model.selfcheck import FirstLoss, check_first_loss
 from btrm_core.model.shape import (
     GPUS,

@@ -28,7 +28,7 @@ from btrm_core.hub import hub_problem
 from btrm_core.model import adapters
 from btrm_core.model.leakage import check_max_length, require_head_class, without_dropout
 from btrm_core.model.quantized import loading_options, settle
-from btrm_core.model.reward import RewardModel, choose_for
+from btrm_core.model.reward import RewardModel, choose_for, recompute_activations, use_kernels
 from btrm_core.settings import ModelConfig, RunConfig
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -44,6 +44,9 @@ class BaseModel:
 
 def base_config(model: ModelConfig) -> Any:
     """The transformers configuration of the base model, without weights.
+
+    Args:
+        model: Names the directory or hub id and its revision.
 
     Raises:
         CheckpointError: there is no such directory or hub id, it holds no configuration, or its weights are damaged,
@@ -67,7 +70,14 @@ def base_config(model: ModelConfig) -> Any:
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The base model's tokenizer as it comes, before any family has set it up."""
+    """The base model's tokenizer as it comes, before any family has set it up.
+
+    Args:
+        model: As for `base_config`.
+
+    Raises:
+        CheckpointError: it is not there, or transformers cannot read it.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -81,6 +91,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
     """Load the weights under a one-output head, packed if the settings say so.
+
+    Args:
+        model: Names the base model, and says whether it is packed.
+        dtype: Type of the weights; of packed ones, the type they are computed in.
 
     Raises:
         ConfigError: no base model is named, or packed weights need a bitsandbytes that is not there.
@@ -122,7 +136,12 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
 
 
 def set_reward_config(hf: Any, pad_id: int) -> None:
-    """Write into the configuration what makes every reader return the raw reward: labels, problem type, pad."""
+    """Write into the configuration what makes every reader return the raw reward: labels, problem type, pad.
+
+    Args:
+        hf: The model, whose configuration is changed.
+        pad_id: Id of the chat format's pad token.
+    """
     hf.config.id2label, hf.config.label2id = {0: "reward"}, {"reward": 0}
     hf.config.problem_type = "regression"
     hf.config.get_text_config().pad_token_id = pad_id
@@ -134,6 +153,11 @@ def add_embedding_row(hf: Any, num_tokens: int, new_ids: list[int]) -> None:
 
     Resizes only if the vocabulary does not reach so far. The backbone's input embedding is the only one a reward model
     has, so tied embeddings need nothing more.
+
+    Args:
+        hf: The model, also spread over processes by ZeRO-3.
+        num_tokens: Length of the tokenizer, new tokens included.
+        new_ids: Ids whose rows are set; they are no part of the mean.
     """
     old = hf.get_input_embeddings().weight
     rows = getattr(old, "ds_shape", old.shape)[0]
@@ -148,6 +172,11 @@ def add_embedding_row(hf: Any, num_tokens: int, new_ids: list[int]) -> None:
 
 def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
     """Fill the head with the hook's initialiser, the same values on every process for the same seed.
+
+    Args:
+        hf: The model; its head is `score`.
+        initialise: Fills a (1, H) fp32 tensor of NaN in place.
+        seed: Of its random numbers; the caller's random state is left as it was.
 
     Raises:
         ConfigError: the initialiser left values that are not finite, or only zeros.
@@ -174,7 +203,15 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
 
 
 def freeze(hf: Any, model: ModelConfig) -> None:
-    """Freeze what the settings say: embeddings, or all but the last layers; final norm and head always train."""
+    """Freeze what the settings say: embeddings, or all but the last layers; final norm and head always train.
+
+    Args:
+        hf: The model, without adapters.
+        model: `freeze_embeddings`, and `train_last_layers`, which freezes the embeddings too.
+
+    Raises:
+        ConfigError: more layers are to be trained than there are.
+    """
     backbone = getattr(hf, hf.base_model_prefix)
     if model.freeze_embeddings or model.train_last_layers is not None:
         hf.get_input_embeddings().requires_grad_(False)
@@ -185,51 +222,6 @@ def freeze(hf: Any, model: ModelConfig) -> None:
         raise ConfigError(f"model.train_last_layers = {model.train_last_layers}: the model has {len(layers)} layers")
     for layer in layers[: len(layers) - model.train_last_layers]:
         layer.requires_grad_(False)
-
-
-def recompute_activations(hf: Any) -> None:
-    """Keep only the input of each layer, and compute the rest again in the backward pass (arXiv:1604.06174)."""
-    options = {"use_reentrant": False}
-    if hasattr(hf, "activation_checkpointing_enable"):  # what newer versions of transformers call it
-        hf.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def use_kernels(hf: Any, kernels: str) -> None:
-    """Replace norms, rotary embedding and MLP by Liger's fused kernels, if asked for (arXiv:2410.10989).
-
-    `auto` keeps torch's: no gain has been measured yet.
-
-    Raises:
-        ConfigError: liger is asked for and not installed, or there is no GPU.
-    """
-    if kernels != "liger":
-        return
-    if not torch.cuda.is_available():
-        raise ConfigError("--kernels liger needs a GPU, and torch sees none; use --kernels torch")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError as error:
-        raise ConfigError("--kernels liger needs liger-kernel; pip install 'btrm[liger]'") from error
-    _apply_liger_kernel_to_instance(model=hf)
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: decayed matrices, and norms, biases and the head without decay."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        is_plain = dimensions < 2 or "score." in name or "norm" in name.lower()
-        (plain if is_plain else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 @contextlib.contextmanager
@@ -280,7 +272,19 @@ def _check_weights(path: Path) -> None:
 def build_model(
     config: RunConfig, family: Family, chat: ChatFormat, dtype: torch.dtype, device: torch.device
 ) -> tuple[RewardModel, bool]:
-    """Load the base model, give it its head and settings; returns the reward model and whether its head is new."""
+    """Load the base model, give it its head and settings; returns the reward model and whether its head is new.
+
+    Args:
+        config: Resolved settings.
+        family: Initialises a new head, and says which attention kernels are allowed.
+        chat: Its pad token gets a row if it is new.
+        dtype: Type of the weights.
+        device: Where the model will compute; only the choice of the kernel looks at it.
+
+    Raises:
+        ConfigError: as `load_base`, `init_head`, `freeze` and `use_kernels`, or settings do not go with the model.
+        CheckpointError: as `load_base`.
+    """
     base = load_base(config.model, dtype)
     hf = base.hf
     notes = [check_max_length(hf, config.data.max_length)]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from btrm_core import families
 from btrm_core.chat import ChatFormat
 from btrm_core.config import flat
+from btrm_core.errors import FamilyError
 from btrm_core.families import Family
+from btrm_core.files import text_sha256
 from btrm_core.settings import RunConfig
 
 CARD = """---
@@ -184,3 +188,28 @@ def _is_number(value: Any) -> bool:
 
 def _short(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | None:
+    """Say so if the family that trained a model is installed and now writes its conversations differently.
+
+    None as well if the family is not installed or broken, or if the run brought its own template.
+
+    Args:
+        manifest: Content of `btrm.json`.
+        chat: The model's own chat format.
+    """
+    name = manifest.get("family")
+    if name is None or manifest.get("answers", {}).get("chat_template") == "run settings":
+        return None
+    try:
+        family = families.load(str(name))
+        template = family.chat_template(chat.tokenizer)
+    except FamilyError:
+        return None
+    if text_sha256(template) == chat.template_sha256:
+        return None
+    return (
+        f"the installed family '{name}' ({family.origin}) has another chat template than the one this model was "
+        f"trained with ({manifest.get('origin', 'unknown origin')}); the model's own is used"
+    )

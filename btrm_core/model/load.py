@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from btrm_core import families
 from btrm_core.chat import ChatFormat, free_pad, install_pad, settle
 from btrm_core.console import quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError, first_line
 from btrm_core.families import PadToken
-from btrm_core.files import digest, text_sha256
+from btrm_core.files import digest
 from btrm_core.model import adapters
 from btrm_core.model import base as base_module
 from btrm_core.model.directory import MANIFEST, read_manifest
@@ -34,13 +33,8 @@ from btrm_core.weights import check_config, check_files, refuse_other_head
 
 _log = logging.getLogger("btrm")
 
-
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 HEAD = "score.weight"
-
-
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 
 
@@ -49,6 +43,9 @@ def load_chat(directory: Path) -> ChatFormat:
 
     A model that btrm made must have a pad token of its own. For one of another trainer it is said where other programs
     would read its reward in another place; btrm reads it at the conversation's own last token, whatever the pad token.
+
+    Args:
+        directory: a model directory, of btrm or of another trainer.
 
     Raises:
         CheckpointError: something is missing; or btrm made the model and its pad token is the end-of-sequence token,
@@ -90,6 +87,9 @@ def _pad_trouble(directory: Path) -> str:
 def saved_config(directory: Path) -> Any:
     """The transformers configuration.
 
+    Args:
+        directory: a model directory; only `config.json` is read.
+
     Raises:
         CheckpointError: transformers cannot read it without running code of the checkpoint's.
     """
@@ -106,6 +106,9 @@ def saved_config(directory: Path) -> Any:
 
 def check_head(directory: Path) -> None:
     """Refuse a directory whose weights hold no reward head of one output, before any weight is read.
+
+    Args:
+        directory: a model directory, of whole weights or of adapters.
 
     Raises:
         CheckpointError: says what is missing.
@@ -124,12 +127,19 @@ def check_head(directory: Path) -> None:
 
 
 def is_adapters(directory: Path) -> bool:
-    """True if a model directory holds adapters and a head, without the base model's weights."""
+    """True if a model directory holds adapters and a head, without the base model's weights.
+
+    Args:
+        directory: a model directory; it may be missing.
+    """
     return (directory / adapters.SETTINGS).is_file()
 
 
 def weight_names(directory: Path) -> set[str]:
     """The names of all tensors in the safetensors files.
+
+    Args:
+        directory: a model directory; of its weights, only the index or a header is read.
 
     Raises:
         CheckpointError: there are none, or they are damaged.
@@ -236,7 +246,14 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
 
 
 def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> str:
-    """A SHA-256 that changes when the rewards may: configuration, template, training run, head, compute type."""
+    """A SHA-256 that changes when the rewards may: configuration, template, training run, head, compute type.
+
+    Args:
+        directory: the model directory; of whole weights the file of weights itself is not read, only the head below.
+        chat: its chat format.
+        hf: its loaded model, for the head.
+        dtype: what it computes in.
+    """
     names = ("config.json", MANIFEST, "tokenizer.json", adapters.SETTINGS, adapters.WEIGHTS)
     files = [directory / name for name in names]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
@@ -248,31 +265,14 @@ def tolerance(manifest: Mapping[str, Any], dtype: torch.dtype) -> float:
     """The largest difference of a self-test reward that rounding explains, for a model that computes in `dtype`.
 
     It is larger where the reward was or is computed in half precision, and relative where rewards exceed 1.
+
+    Args:
+        manifest: content of `btrm.json`, with the type and the self-test of training.
+        dtype: what the model computes in now.
     """
     half = manifest.get("dtype") == "bfloat16" or dtype.itemsize == 2
     rewards = [abs(float(vector["reward"])) for vector in manifest.get("self_test", ())]
     return max(1.0, *rewards, 0.0) * (HALF_TOLERANCE if half else TOLERANCE)
-
-
-def template_difference(manifest: Mapping[str, Any], chat: ChatFormat) -> str | None:
-    """Say so if the family that trained a model is installed and now writes its conversations differently.
-
-    None as well if the family is not installed or broken, or if the run brought its own template.
-    """
-    name = manifest.get("family")
-    if name is None or manifest.get("answers", {}).get("chat_template") == "run settings":
-        return None
-    try:
-        family = families.load(str(name))
-        template = family.chat_template(chat.tokenizer)
-    except FamilyError:
-        return None
-    if text_sha256(template) == chat.template_sha256:
-        return None
-    return (
-        f"the installed family '{name}' ({family.origin}) has another chat template than the one this model was "
-        f"trained with ({manifest.get('origin', 'unknown origin')}); the model's own is used"
-    )
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -231,3 +231,64 @@ class RewardModel(nn.Module):
             yield
         finally:
             self.use_kernel(kernel)
+
+
+def recompute_activations(hf: Any) -> None:
+    """Keep only the input of each layer, and compute the rest again in the backward pass (arXiv:1604.06174).
+
+    Args:
+        hf: a transformers model, set to do so whenever it is in training mode.
+    """
+    options = {"use_reentrant": False}
+    if hasattr(hf, "activation_checkpointing_enable"):  # what newer versions of transformers call it
+        hf.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def use_kernels(hf: Any, kernels: str) -> None:
+    """Replace norms, rotary embedding and MLP by Liger's fused kernels, if asked for (arXiv:2410.10989).
+
+    `auto` keeps torch's: no gain has been measured yet.
+
+    Args:
+        hf: a transformers model, whose modules are changed in place.
+        kernels: the setting `model.kernels`: "auto", "torch" or "liger".
+
+    Raises:
+        ConfigError: liger is asked for and not installed, or there is no GPU.
+    """
+    if kernels != "liger":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError("--kernels liger needs a GPU, and torch sees none; use --kernels torch")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ConfigError("--kernels liger needs liger-kernel; pip install 'btrm[liger]'") from error
+    _apply_liger_kernel_to_instance(model=hf)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: decayed matrices, and norms, biases and the head without decay.
+
+    Args:
+        module: the reward model, under ZeRO-3 too; frozen parameters are in no group.
+        weight_decay: of AdamW (arXiv:1711.05101), for the first group.
+
+    Returns:
+        Groups as torch's optimizers take them; an empty one is left out.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        is_plain = dimensions < 2 or "score." in name or "norm" in name.lower()
+        (plain if is_plain else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -6,8 +6,7 @@ import pytest
 import torch
 from support.tiny_models import awkward_groups, tiny_model
 
-from btrm_core.model.base import use_kernels
-from btrm_core.model.reward import RewardModel
+from btrm_core.model.reward import RewardModel, use_kernels
 from btrm_core.packing.rows import collate
 
 pytestmark = pytest.mark.gpu
