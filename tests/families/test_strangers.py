@@ -113,7 +113,7 @@ def test_the_checks_of_a_family_that_exits_say_so(install, line):
     done = btrm("families", "foo", "--check", "--json")
     assert done.returncode == 1
     first = json.loads(done.stdout)[0]
-    assert (first["name"], first["status"]) == ("entry point resolves", "fail")
+    assert (first["name"], first["verdict"]) == ("entry point resolves", "fail")
     assert "family 'foo' (btrm-foo 1.0) is broken: " in first["what"]
 
 
@@ -155,6 +155,7 @@ def test_the_users_own_ctrl_c_stays_what_it_is():
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     handler = signal.getsignal(signal.SIGINT)
     presser = threading.Thread(target=press)
     presser.start()
@@ -163,6 +164,7 @@ def test_the_users_own_ctrl_c_stays_what_it_is():
     presser.join()
     assert signal.getsignal(signal.SIGINT) is handler
     assert os._exit.__module__ == "posix"
+    signal.signal(signal.SIGINT, before)
 
 
 def test_claims_may_look_at_the_config_as_transformers_gives_it(install):

@@ -87,7 +87,7 @@ def test_installed_it_trains_and_evaluates_and_uninstalled_its_models_score_the_
     assert (manifest["terminal_token"], manifest["pad_token"]) == TOKENS[name]
     assert manifest["answers"] == dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), f"family {name}")
     evaluated = json.loads(done_well(environment.btrm("eval", str(output), "--data", str(SAMPLE), "--json")))
-    assert evaluated["sources"][str(SAMPLE)]["pairs"] == 131
+    assert evaluated["evaluations"][0]["accuracy"]["pairs"] == 131
 
     environment.uninstall(f"btrm-{name}")
     assert name not in listed(environment)

@@ -137,7 +137,7 @@ def test_score_eval_and_doctor_take_adapters(root: Path, apart: Outcome, tmp_pat
     result = CliRunner().invoke(main, ["eval", str(apart.directory), *data, "--json"])
     assert result.exit_code == 0, result.output
     assert apart.evaluation is not None
-    assert f'"accuracy": {apart.evaluation["accuracy"]}' in result.stdout
+    assert json.loads(result.stdout)["evaluations"][0]["accuracy"]["half"] == apart.evaluation["accuracy"]
 
     result = CliRunner().invoke(main, ["doctor", str(apart.directory), *data, "--json"])
     checks = {entry["name"]: entry["verdict"] for entry in json.loads(result.stdout)["checks"]}
@@ -248,9 +248,7 @@ def test_the_revision_of_a_base_model_of_the_hub_is_pinned(root: Path, apart: Ou
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         said = refusal(model)
-    assert said.startswith(
-        f"{model} holds adapters, and their base model cannot be loaded: cannot load the base model "
-    )
+    assert said.startswith(f"{model} holds adapters, and their base model cannot be loaded: ")
     assert "someone/base" in said
 
 

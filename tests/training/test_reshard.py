@@ -26,6 +26,7 @@ from btrm_core.errors import CheckpointError
 from btrm_core.model.base import gathered
 from btrm_core.settings import OutputConfig
 from btrm_core.training import reshard, resume
+from btrm_core.training.identity import refuse_changes
 from btrm_core.training.processes import join
 
 EXACT = 1e-5
@@ -232,8 +233,8 @@ def test_moments_of_eight_bits_are_not_cut_anew(tmp_path: Path) -> None:
         ({**now, "train.optimizer": "adamw"}, "train.optimizer: 'adamw' -> 'adamw-8bit'"),
     ):
         with pytest.raises(CheckpointError, match=f": {message}; the optimiser's state cannot be taken over"):
-            resume._refuse_changes(tmp_path, before, now, OutputConfig(force_resume=True))
-        resume._refuse_changes(tmp_path, before, now, OutputConfig(restart_optimizer=True))
+            refuse_changes(tmp_path, before, now, OutputConfig(force_resume=True))
+        refuse_changes(tmp_path, before, now, OutputConfig(restart_optimizer=True))
 
 
 def on_a_small_disk(root: str, output: str, values: dict[str, Any]) -> None:
