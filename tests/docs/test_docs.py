@@ -16,12 +16,12 @@ import click
 import pytest
 import yaml
 from support.architectures import ARCHITECTURES
-from support.scorer_samples import reward_model
+from support.scorer_samples import FAMILIES, reward_model
 from support.serving import serving
 
 from btrm_core.cli import main
 from btrm_core.cli.flags import _docstrings
-from btrm_core.config import flat, read_settings
+from btrm_core.config import check, flat, read_settings
 from btrm_core.scoring import Scorer
 from btrm_core.settings import RunConfig, declared
 from btrm_core.training.processes.launch import SHUTDOWN_SECONDS
@@ -341,7 +341,9 @@ def test_every_python_block_runs(code, model, monkeypatch):
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda file: file.stem)
 def test_settings_of_the_examples(file):
     settings = read_settings(str(file))
-    assert settings, "or nothing is set"
+    check(settings)
+    assert settings.family in FAMILIES
+    assert settings.model.name
     (line,) = [line[2:] for line in file.read_text().splitlines() if line.startswith("# btrm ")]
     words = shlex.split(line)
     parse(words[1:])
