@@ -279,9 +279,10 @@ def settings_page():
             lines += ["|---|---|---|---|---|"]
         flag = f"`--{setting.flag.name or key.rpartition('.')[2].replace('_', '-')}`" if setting.flag else ""
         kind = getattr(setting.kind, "__name__", "list of texts") if not isinstance(setting.kind, tuple) else "list"
-        values = ", ".join(str(rule) for rule in setting.rules) or {"str": "text", "bool": "true, false"}.get(
-            kind, kind
-        )
+        values = ", ".join(str(rule).rstrip(".") for rule in setting.rules) or {
+            "str": "text",
+            "bool": "true, false",
+        }.get(kind, kind)
         value = defaults[key]
         default = "none" if value is None else json.dumps(value)
         meaning = cell(" ".join(_docstrings()[key].split()))
