@@ -1,20 +1,29 @@
 """What the documents say a user can type can be typed."""
 
 import dataclasses
+import importlib.util
 import itertools
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import click
 import pytest
 import yaml
+from support.architectures import ARCHITECTURES
+from support.scorer_samples import FAMILIES, reward_model
+from support.serving import serving
 
 from btrm_core.cli import main
-from btrm_core.config import read_settings
-from btrm_core.settings import RunConfig
+from btrm_core.cli.flags import _docstrings
+from btrm_core.config import check, flat, read_settings
+from btrm_core.scoring import Scorer
+from btrm_core.settings import RunConfig, declared
 from btrm_core.training.processes.launch import SHUTDOWN_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +44,17 @@ def settings_by_name():
     }
 
 
+def read(name):
+    """A document as its site shows it: what it includes stands in it."""
+    return re.sub(
+        r'^--8<-- "(.+)"$', lambda found: (ROOT / found[1]).read_text().rstrip(), (ROOT / name).read_text(), flags=re.M
+    )
+
+
 def blocks(name, language):
     """The fenced blocks of a document, its lines joined where they end in a backslash."""
-    text = (ROOT / name).read_text()
-    return [block.replace("\\\n", " ") for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)]
+    found = re.findall(rf"```{language}\n(.*?)```", read(name), flags=re.DOTALL)
+    return [block.replace("\\\n", " ") for block in found]
 
 
 def commands(*programs):
@@ -107,7 +123,7 @@ def test_all_launchers_are_shown():
 
 
 def test_the_slurm_script():
-    (script,) = blocks("README.md", "slurm")
+    script = (ROOT / "examples/slurm.sh").read_text().replace("\\\n", " ")
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash", "or sbatch refuses it"
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -140,7 +156,7 @@ def test_the_slurm_script_passes_the_signal_on_and_queues_the_job_again(tmp_path
         'trap "echo told >> calls; sleep 0.2; echo saved >> calls; exit 1" TERM; echo up; while :; do sleep 0.05; done'
     )
     stand_ins(tmp_path, waits if stopped else "echo up; exit 0")
-    (tmp_path / "job").write_text(blocks("README.md", "slurm")[0])
+    (tmp_path / "job").write_text((ROOT / "examples/slurm.sh").read_text())
     variables = {"SLURM_JOB_NODELIST": "host[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
     shell = subprocess.Popen(
         ["/bin/bash", "job"],
@@ -162,7 +178,7 @@ def test_the_slurm_script_passes_the_signal_on_and_queues_the_job_again(tmp_path
 
 
 def test_the_kubernetes_manifest():
-    (text,) = blocks("README.md", "yaml")
+    text = (ROOT / "examples/pytorchjob.yaml").read_text()
     job = yaml.safe_load(text)
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
@@ -208,7 +224,7 @@ def test_links_exist():
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_examples_of_toml_can_be_read(name, tmp_path):
     """A file of settings is read as `--config` reads it; a package's description is TOML."""
-    for block in re.findall(r"```toml\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL):
+    for block in re.findall(r"```toml\n(.*?)```", read(name), flags=re.DOTALL):
         if "project" not in tomllib.loads(block):
             (tmp_path / "run.toml").write_text(block)
             read_settings(str(tmp_path / "run.toml"))
@@ -235,3 +251,148 @@ def test_commands_and_settings_inside_a_sentence_exist(code):
     for word, value in itertools.pairwise(words):
         if word == "--set" and not value.startswith("section."):
             assert value.split("=")[0] in settings_by_name(), f"no setting {value}"
+
+
+def test_the_landing_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def cell(text):
+    """Text for a cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def settings_page():
+    """The reference of settings, from what is declared beside each of them."""
+    defaults = flat(RunConfig())
+    lines = ["# Settings", "", "Generated from `btrm_core/settings.py`. Each can be given with `--config RUN.toml` or"]
+    lines += [
+        "`--set section.key=value`; those with a flag, by it as well. A default of `none` is filled by the family's"
+    ]
+    lines += ["recipe or derived.", ""]
+    section = None
+    for key, setting in declared().items():
+        name = key.rpartition(".")[0] or "run"
+        if name != section:
+            section = name
+            lines += ["" if lines[-1] else None, f"## {name}", "", "| setting | flag | values | default | meaning |"]
+            lines += ["|---|---|---|---|---|"]
+        flag = f"`--{setting.flag.name or key.rpartition('.')[2].replace('_', '-')}`" if setting.flag else ""
+        kind = getattr(setting.kind, "__name__", "list of texts") if not isinstance(setting.kind, tuple) else "list"
+        values = ", ".join(str(rule).rstrip(".") for rule in setting.rules) or {
+            "str": "text",
+            "bool": "true, false",
+        }.get(kind, kind)
+        value = defaults[key]
+        default = "none" if value is None else json.dumps(value)
+        meaning = cell(" ".join(_docstrings()[key].split()))
+        lines.append(f"| `{key}` | {flag} | {cell(values)} | `{cell(default)}` | {meaning} |")
+    return "\n".join(line for line in lines if line is not None) + "\n"
+
+
+def architectures_page():
+    """What the sequences of each architecture get; test_leakage holds each line to the computation."""
+    words = {"shared": "packed, prompts shared", "padded": "padded", "one by one": "computed one by one"}
+    lines = [
+        "# Architectures",
+        "",
+        "Generated from the tiny configurations with which the tests compare every reward and",
+    ]
+    lines += [
+        "gradient with a separate pass, on a CPU.",
+        "",
+        "| configuration | model type | sequences are | because |",
+    ]
+    lines += ["|---|---|---|---|"]
+    for name, of in sorted(ARCHITECTURES.items()):
+        lines.append(f"| {name} | {of.model_type} | {words[of.form]} | {cell(of.reason)} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(("name", "page"), [("settings", settings_page), ("architectures", architectures_page)])
+def test_a_generated_page_is_current(name, page, update_golden):
+    file = ROOT / "docs" / f"{name}.md"
+    if update_golden:
+        file.write_text(page())
+    assert file.read_text() == page(), "run pytest tests/docs/test_docs.py --update-golden"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A place to stand in where OUTPUT/model is a reward model."""
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "OUTPUT").mkdir()
+    return reward_model(folder / "OUTPUT" / "model", "llama3")
+
+
+def python_blocks():
+    for name in DOCUMENTS:
+        if name != "CONTRIBUTING.md":  # its package is written, installed and tested as a whole
+            for number, block in enumerate(blocks(name, "python"), start=1):
+                yield pytest.param(block, id=f"{name}: {number}")
+
+
+@pytest.mark.parametrize("code", list(python_blocks()))
+def test_every_python_block_runs(code, model, monkeypatch):
+    monkeypatch.chdir(model.parents[1])
+    with serving(Scorer(str(model), device="cpu")) as running:
+        exec(compile(code.replace("http://127.0.0.1:8080", running.url), "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda file: file.stem)
+def test_settings_of_the_examples(file):
+    settings = read_settings(str(file))
+    check(settings)
+    assert settings.family in FAMILIES
+    assert settings.model.name
+    (line,) = [line[2:] for line in file.read_text().splitlines() if line.startswith("# btrm ")]
+    words = shlex.split(line)
+    parse(words[1:])
+    assert words[words.index("--config") + 1] == f"examples/{file.name}"
+    assert set(flat_keys(tomllib.loads(file.read_text()))) <= settings_by_name()
+
+
+def flat_keys(table, before=""):
+    for key, value in table.items():
+        yield from flat_keys(value, f"{before}{key}.") if isinstance(value, dict) else [before + key]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_the_grpo_example_trains(model, tmp_path):
+    prompt = {"prompt": [{"role": "user", "content": "Is tea hot?"}]}
+    (tmp_path / "prompts.jsonl").write_text((json.dumps(prompt) + "\n") * 4)
+    words = [
+        "--policy",
+        f"{model}-base",
+        "--tokenizer",
+        str(model),
+        "--reward",
+        str(model),
+        "--prompts",
+        "prompts.jsonl",
+    ]
+    words += ["--output", "policy", "--steps", "1", "--responses", "2", "--length", "4", "--cpu"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/grpo.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'plugins'}", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rewards/btrm_reward/mean" in done.stdout
+    assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed")
+def test_the_site_builds_in_strict_mode(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "settings" / "index.html").exists()
