@@ -187,6 +187,12 @@ def assess(rewards: PairRewards) -> Evaluation:
 def judged_places(rewards: PairRewards) -> tuple[IntArray, int, int]:
     """Where the pairs are that can be judged, and how many are undecided and how many unscored.
 
+    Args:
+        rewards: of any pairs; one is judged if its probability is above 0.5 and both rewards are finite.
+
+    Returns:
+        The places in ascending order, the number of ties in the data, and of decided pairs without two finite rewards.
+
     Raises:
         DataError: there is none.
     """
@@ -248,7 +254,11 @@ def _length(kept: PairRewards, margin_P: FloatArray, prompt_P: IntArray) -> tupl
 
 
 def spread(value_P: FloatArray) -> Spread:
-    """Mean, standard deviation and quantiles of at least one number."""
+    """Mean, standard deviation and quantiles of at least one number.
+
+    Args:
+        value_P: finite rewards or margins [P].
+    """
     quantiles = tuple(float(q) for q in np.quantile(value_P, _QUANTILES))
     return Spread(float(value_P.mean()), float(value_P.std()), float(value_P.min()), float(value_P.max()), quantiles)
 

@@ -105,6 +105,14 @@ def expected_best(reward_N: FloatArray, gold_N: FloatArray, largest: int) -> Flo
     The answer of rank i (from 0, lowest reward first) is the best of comb(i, n - 1) of all comb(N, n) choices. Among
     answers of equal reward each is as likely to be taken, so each stands for their mean gold value.
 
+    Args:
+        reward_N: rewards [N] of the answers to one prompt.
+        gold_N: what the answers are worth [N], in the same order.
+        largest: the largest n, at most N.
+
+    Returns:
+        One expected gold value per n [largest].
+
     >>> expected_best(np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.0]), 3).round(4).tolist()
     [0.3333, 0.3333, 0.0]
     """

@@ -70,13 +70,22 @@ class Calibration:
 
 
 def sigmoid(value_P: FloatArray) -> FloatArray:
-    """1 / (1 + exp(-x)) without overflow."""
+    """1 / (1 + exp(-x)) without overflow.
+
+    Args:
+        value_P: any numbers [P], infinite ones included.
+    """
     out_P: FloatArray = np.exp(-np.logaddexp(0.0, -value_P))
     return out_P
 
 
 def loss_P(margin_P: FloatArray, probability_P: FloatArray | None = None) -> FloatArray:
-    """Negative log-likelihood of every pair in nats, with soft labels where there are."""
+    """Negative log-likelihood of every pair in nats, with soft labels where there are.
+
+    Args:
+        margin_P: reward of chosen minus reward of rejected [P].
+        probability_P: how likely chosen is the better one [P], 0 to 1; None is 1 everywhere.
+    """
     lost_P: FloatArray = np.logaddexp(0.0, -margin_P)
     if probability_P is not None:
         lost_P = probability_P * lost_P + (1 - probability_P) * np.logaddexp(0.0, margin_P)
@@ -113,7 +122,12 @@ def reliability(margin_P: FloatArray, probability_P: FloatArray | None = None, b
 
 
 def fit_temperature(margin_P: FloatArray, probability_P: FloatArray | None = None) -> float | None:
-    """The temperature with the lowest negative log-likelihood; None where the best is 0, infinite or anything."""
+    """The temperature with the lowest negative log-likelihood; None where the best is 0, infinite or anything.
+
+    Args:
+        margin_P: reward margins [P]; the temperature is what they are divided by.
+        probability_P: how likely chosen is the better one [P]; None is 1 everywhere.
+    """
     from scipy.optimize import minimize_scalar
 
     spread = float(np.sqrt(np.mean(margin_P**2))) if len(margin_P) else 0.0
@@ -135,7 +149,16 @@ def fit_temperature(margin_P: FloatArray, probability_P: FloatArray | None = Non
 def calibrate(
     margin_P: FloatArray, prompt_P: NDArray[Any] | None = None, probability_P: FloatArray | None = None
 ) -> Calibration:
-    """Reliability before and after a temperature that is fitted on other prompts than it is judged on."""
+    """Reliability before and after a temperature that is fitted on other prompts than it is judged on.
+
+    Args:
+        margin_P: reward margins [P].
+        prompt_P: prompts [P]; pairs of one prompt stay in one half. None: each pair has its own.
+        probability_P: how likely chosen is the better one [P]; None is 1 everywhere.
+
+    Returns:
+        `after` is None where a half has no best temperature; `temperature` is that of all pairs.
+    """
     halves_P, temperatures = temperatures_of_halves(margin_P, prompt_P, probability_P)
     after = None
     if temperatures is not None:
@@ -151,7 +174,17 @@ def calibrate(
 def temperatures_of_halves(
     margin_P: FloatArray, prompt_P: NDArray[Any] | None, probability_P: FloatArray | None = None
 ) -> tuple[NDArray[np.int64], tuple[float, float] | None]:
-    """Which half every pair is in, and the temperatures to judge the halves with: each is fitted on the other one."""
+    """Which half every pair is in, and the temperatures to judge the halves with: each is fitted on the other one.
+
+    Args:
+        margin_P: reward margins [P].
+        prompt_P: prompts [P], which are never split; None: each pair has its own.
+        probability_P: how likely chosen is the better one [P]; None is 1 everywhere.
+
+    Returns:
+        0 or 1 for every pair [P], the same at every call; and the temperature for half 0 and for half 1, or None if
+        either half has no best one.
+    """
     cluster_P = clusters(prompt_P, len(margin_P))
     shuffled_G = np.random.default_rng(0).permutation(int(cluster_P.max()) + 1)
     half_P: NDArray[np.int64] = shuffled_G[cluster_P] % 2

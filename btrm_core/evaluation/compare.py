@@ -135,6 +135,10 @@ class Comparison:
 def compare(first: PairRewards, second: PairRewards) -> Comparison:
     """Compare two models on the pairs that both have rewards for.
 
+    Args:
+        first: one model's rewards, with the pairs' ids.
+        second: the other's, in any order; differences are first minus second.
+
     Raises:
         DataError: they share no pair that can be judged.
     """
@@ -166,6 +170,13 @@ def compare(first: PairRewards, second: PairRewards) -> Comparison:
 def matched(first: PairRewards, second: PairRewards) -> tuple[IntArray, IntArray]:
     """Places of the pairs that both models can be judged on: equal ids, the first of several with the first, and so on.
 
+    Args:
+        first: one model's rewards.
+        second: the other's.
+
+    Returns:
+        Two arrays of equal length: places in `first` and in `second`.
+
     Raises:
         DataError: there is none.
     """
@@ -196,7 +207,14 @@ def _keys(rewards: PairRewards, places: IntArray) -> list[tuple[str, int]]:
 
 
 def difference(name: str, first_P: FloatArray, second_P: FloatArray, prompt_P: IntArray) -> Difference:
-    """The difference between two models' accuracies from their reward margins of the same pairs."""
+    """The difference between two models' accuracies from their reward margins of the same pairs.
+
+    Args:
+        name: the subset, "" for all pairs.
+        first_P: one model's reward margins [P].
+        second_P: the other's [P].
+        prompt_P: number of every pair's prompt [P]; the bootstrap draws whole prompts.
+    """
     cluster_P = clusters(prompt_P, len(first_P))
     gain_P = wins(first_P) - wins(second_P)
     only_first = int(((first_P > 0) & ~(second_P > 0)).sum())
@@ -234,6 +252,13 @@ def _corrected(parts: list[Difference]) -> tuple[Difference, ...]:
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """McNemar's exact test: how likely so uneven a split of the pairs is on which only one model is right.
+
+    Args:
+        only_first: pairs that only the first model has right.
+        only_second: pairs that only the second has right.
+
+    Returns:
+        The two-sided p value; 1 if there are no such pairs.
 
     Reference:
         McNemar 1947, Note on the sampling error of the difference between correlated proportions or percentages.
@@ -287,7 +312,12 @@ def _detectable(gain_P: FloatArray, drawn_B: FloatArray | None, differing: int) 
 
 
 def kappa(first_P: FloatArray, second_P: FloatArray) -> float | None:
-    """Cohen's kappa of two lists of labels; None where chance alone agrees always."""
+    """Cohen's kappa of two lists of labels; None where chance alone agrees always.
+
+    Args:
+        first_P: one rater's labels [P].
+        second_P: the other's [P], of the same things.
+    """
     labels = np.union1d(first_P, second_P)
     observed = float((first_P == second_P).mean())
     chance = float(sum((first_P == label).mean() * (second_P == label).mean() for label in labels))

@@ -42,7 +42,11 @@ class Judged:
 
     @staticmethod
     def joined(parts: Sequence[Judged]) -> Judged:
-        """Pairs of several sources one after another."""
+        """Pairs of several sources one after another.
+
+        Args:
+            parts: at least one; their order is kept.
+        """
         return Judged(
             np.concatenate([part.longer_by_P for part in parts]),
             np.concatenate([part.probability_P for part in parts]),
@@ -119,7 +123,15 @@ class SubsetResult:
 
 
 def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
-    """Accuracy per subset name from the reward margins of the pairs in the same order; ties count half."""
+    """Accuracy per subset name from the reward margins of the pairs in the same order; ties count half.
+
+    Args:
+        names: subset of every pair.
+        margin_P: reward margins [P].
+
+    Returns:
+        One result per subset, sorted by name; losses in nats.
+    """
     out = []
     labels = np.array(names, dtype=object)
     for name in sorted(set(names)):
@@ -154,7 +166,12 @@ def check_figure(name: str, subsets: Sequence[str]) -> None:
 
 
 def badness(figures: Mapping[str, Any], name: str) -> float:
-    """A figure turned so that lower is better; `name` is one that `check_figure` lets through."""
+    """A figure turned so that lower is better; `name` is one that `check_figure` lets through.
+
+    Args:
+        figures: an evaluation as JSON values.
+        name: a figure, or SUBSET.FIGURE.
+    """
     if name in LOWER_IS_BETTER:
         return float(figures[name]) if LOWER_IS_BETTER[name] else -float(figures[name])
     subset, _, figure = name.rpartition(".")

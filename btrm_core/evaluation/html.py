@@ -85,6 +85,10 @@ class Table:
 def write_report(report: Report, directory: str | Path) -> Path:
     """Write `report.html`, `report.json` and the pictures as PNG; returns the page.
 
+    Args:
+        report: what is shown.
+        directory: made if it is missing; files of these names in it are replaced.
+
     Raises:
         ConfigError: matplotlib is not installed.
         DataError: the directory cannot be written.
@@ -105,7 +109,11 @@ def write_report(report: Report, directory: str | Path) -> Path:
 
 
 def to_json(report: Report) -> str:
-    """All figures of a report."""
+    """All figures of a report.
+
+    Args:
+        report: its numbers must be finite or None.
+    """
     values = {
         "title": report.title,
         "facts": dict(report.facts),
@@ -117,7 +125,12 @@ def to_json(report: Report) -> str:
 
 
 def render(report: Report, directory: Path) -> str:
-    """The page as text; its pictures are written to `directory` on the way."""
+    """The page as text; its pictures are written to `directory` on the way.
+
+    Args:
+        report: what is shown; texts in it are escaped.
+        directory: must exist.
+    """
     import jinja2
 
     folder = resources.files("btrm_core") / "evaluation" / "report"
@@ -200,13 +213,21 @@ def _shown(text: PairText) -> dict[str, Any]:
 
 
 def shortened(text: str) -> str:
-    """A text for the page, with a remark where it is cut."""
+    """A text for the page, with a remark where it is cut.
+
+    Args:
+        text: kept whole up to `LONGEST_TEXT` characters.
+    """
     rest = len(text) - LONGEST_TEXT
     return text if rest <= 0 else f"{text[:LONGEST_TEXT]} … ({rest:,} more characters)"
 
 
 def report_text(report: Report) -> str:
-    """A report for the terminal."""
+    """A report for the terminal.
+
+    Args:
+        report: its overview, details, comparisons and tables are shown, in this order.
+    """
     parts = []
     if report.evaluations:
         evaluations = [evaluation for evaluation, _ in report.evaluations]

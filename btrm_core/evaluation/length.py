@@ -59,12 +59,22 @@ class LengthBias:
 
 
 def longer_wins(chosen_P: IntArray, rejected_P: IntArray) -> float:
-    """Accuracy of always preferring the longer answer; equal lengths count half."""
+    """Accuracy of always preferring the longer answer; equal lengths count half.
+
+    Args:
+        chosen_P: lengths of the chosen answers [P], in any unit.
+        rejected_P: lengths of the rejected ones [P], in the same.
+    """
     return float(wins((chosen_P - rejected_P).astype(np.float64)).mean())
 
 
 def length_buckets(chosen_P: IntArray, rejected_P: IntArray) -> IntArray:
-    """1 where the chosen answer is longer by more than 10 %, -1 where it is shorter, 0 for similar lengths."""
+    """1 where the chosen answer is longer by more than 10 %, -1 where it is shorter, 0 for similar lengths.
+
+    Args:
+        chosen_P: lengths of the chosen answers [P].
+        rejected_P: lengths of the rejected ones [P]; the 10 % are of the longer of both.
+    """
     difference_P = chosen_P - rejected_P
     is_similar_P = np.abs(difference_P) <= SIMILAR * np.maximum(chosen_P, rejected_P)
     bucket_P: IntArray = np.where(is_similar_P, 0, np.sign(difference_P)).astype(np.int64)
@@ -113,6 +123,10 @@ def preference_regression(margin_P: FloatArray, difference_P: FloatArray) -> tup
 
     The outcome is that chosen was preferred, which is true of every pair; without intercept this is the regression of
     the preference between two answers in any order. Newton's method on a convex function.
+
+    Args:
+        margin_P: reward of chosen minus reward of rejected [P].
+        difference_P: length of chosen minus length of rejected [P].
 
     Returns:
         None where there is no finite optimum (a direction separates all pairs), or one of both does not vary.

@@ -61,7 +61,11 @@ class Plot:
 
 
 def require_matplotlib() -> None:
-    """Raise a ConfigError that says what to install, if matplotlib is missing."""
+    """Raise a ConfigError that says what to install, if matplotlib is missing.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -96,7 +100,14 @@ def themed(svg: str, name: str, caption: str) -> str:
 
 
 def plots_of(evaluation: Evaluation, rewards: PairRewards, prefix: str, directory: Path) -> list[Plot]:
-    """All pictures of one evaluation; `prefix` makes their names different from another evaluation's."""
+    """All pictures of one evaluation; `prefix` makes their names different from another evaluation's.
+
+    Args:
+        evaluation: what was found of the pairs.
+        rewards: the pairs; ties and pairs without two finite rewards are left out.
+        prefix: put before every file name.
+        directory: must exist.
+    """
     kept = rewards.reward_P2[np.isfinite(rewards.reward_P2).all(axis=1) & (rewards.probability_P > 0.5)]
     calibration = evaluation.calibration
 
@@ -133,13 +144,24 @@ def plots_of(evaluation: Evaluation, rewards: PairRewards, prefix: str, director
 
 
 def plot_of_models(rows: Sequence[tuple[str, Accuracy]], directory: Path) -> Plot:
-    """Accuracy of several models side by side."""
+    """Accuracy of several models side by side.
+
+    Args:
+        rows: name and accuracy each, from the top.
+        directory: must exist.
+    """
     caption = "Accuracy of every model with 95 % intervals; on the same pairs, read the paired comparison instead"
     return draw("models", caption, lambda axes: _dots(axes, rows), directory, _height_of(len(rows)))
 
 
 def plot_of_comparison(comparison: Comparison, name: str, directory: Path) -> Plot:
-    """Differences between two models, all pairs and each subset."""
+    """Differences between two models, all pairs and each subset.
+
+    Args:
+        comparison: of two models on the same pairs.
+        name: of the file, without ending.
+        directory: must exist.
+    """
     rows = [comparison.overall, *comparison.subsets]
 
     def paint(axes: Axes) -> None:
@@ -158,7 +180,12 @@ def plot_of_comparison(comparison: Comparison, name: str, directory: Path) -> Pl
 
 
 def plot_of_training(lines: Sequence[Mapping[str, Any]], directory: Path) -> Plot | None:
-    """Loss over the steps of a run, from the lines of its `metrics.jsonl`; None if they hold no loss."""
+    """Loss over the steps of a run, from the lines of its `metrics.jsonl`; None if they hold no loss.
+
+    Args:
+        lines: with `split`, `step` and `loss` (nats).
+        directory: must exist.
+    """
 
     def points(split: str) -> tuple[list[int], list[float]]:
         rows = [row for row in lines if row.get("split") == split and isinstance(row.get("loss"), int | float)]
@@ -185,7 +212,12 @@ def plot_of_training(lines: Sequence[Mapping[str, Any]], directory: Path) -> Plo
 
 
 def plots_of_lengths(length_P2: np.ndarray, directory: Path) -> list[Plot]:
-    """How long the answers of a data set are, and by how much the chosen ones are longer."""
+    """How long the answers of a data set are, and by how much the chosen ones are longer.
+
+    Args:
+        length_P2: characters of chosen and rejected answers [P, 2].
+        directory: must exist.
+    """
 
     def both(axes: Axes) -> None:
         edges = np.geomspace(1, max(2, int(length_P2.max())), 40).tolist()

@@ -38,6 +38,10 @@ def _tail(words: str) -> Edit:
 def markdown(prompt: str, answer: str) -> str:
     r"""A heading, and every sentence (or line) as a bullet with its first word in bold.
 
+    Args:
+        prompt: not looked at; every edit is given it.
+        answer: what is edited.
+
     >>> markdown("", "Yes, it is. It was.")
     '## Answer\n\n- **Yes,** it is.\n- **It** was.'
     """
@@ -48,6 +52,10 @@ def markdown(prompt: str, answer: str) -> str:
 
 def typos(prompt: str, answer: str) -> str:
     """Two letters of about every eighth longer word change places; which ones depends on the words alone.
+
+    Args:
+        prompt: not looked at; every edit is given it.
+        answer: words of at least four letters may change.
 
     >>> typos("", "several ordinary sentences without mistakes") != "several ordinary sentences without mistakes"
     True
@@ -66,6 +74,10 @@ def typos(prompt: str, answer: str) -> str:
 
 def truncated(prompt: str, answer: str) -> str:
     """The first half of an answer, by words.
+
+    Args:
+        prompt: not looked at; every edit is given it.
+        answer: of an odd number of words the middle one stays.
 
     >>> truncated("", "one two three four")
     'one two'

@@ -1,9 +1,6 @@
 """The reward of every pair: what an evaluation is computed from, kept as JSON Lines or Parquet.
 
-Decides: the names in such a file. `id`, `subset`, `prompt`, `text_chosen`, `text_rejected`, `scores_chosen`,
-`scores_rejected` and `results` are those of RewardBench's per-example files, which can be read as well.
-
-Shapes: P pairs.
+Decides: the names in such a file; those RewardBench's per-example files have are theirs, and such files can be read.
 """
 
 from __future__ import annotations
@@ -83,7 +80,11 @@ class PairRewards:
         return margin_P
 
     def select(self, places: IntArray) -> PairRewards:
-        """The pairs at these places, in this order."""
+        """The pairs at these places, in this order.
+
+        Args:
+            places: indices into the P pairs; one may come again.
+        """
         text = self.text
         return replace(
             self,
@@ -95,7 +96,11 @@ class PairRewards:
 
     @staticmethod
     def joined(parts: Sequence[PairRewards]) -> PairRewards:
-        """Pairs of several sources one after another, all by one model."""
+        """Pairs of several sources one after another, all by one model.
+
+        Args:
+            parts: at least one; texts are kept if all have them.
+        """
         starts = np.cumsum([0, *(len(part) for part in parts)])
 
         def text(place: int) -> PairText:
@@ -120,7 +125,9 @@ _ARRAYS = ("prompt_P", "reward_P2", "tokens_P2", "characters_P2", "probability_P
 def write_scores(rewards: Sequence[PairRewards], path: str | Path) -> None:
     """Write one line or row per pair: JSON Lines, gzipped if the name ends in .gz, or Parquet by its ending.
 
-    Several models and sources go into one file, which appears when it is complete.
+    Args:
+        rewards: one per model and source, all written into this one file.
+        path: appears when it is complete; its directory is made if it is missing.
 
     Raises:
         DataError: it cannot be written.
@@ -206,6 +213,9 @@ def _sound(value: Any) -> Any:
 def read_scores(path: str | Path) -> list[PairRewards]:
     """Read a file of `write_scores`, or RewardBench's per-example file (JSON Lines, also gzipped, or Parquet).
 
+    Args:
+        path: its ending says which format it is in.
+
     Returns:
         One per model and source of pairs that the file names, in the order of their first rows.
 
@@ -272,7 +282,6 @@ def _parquet_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _kept(row: Any, source: Path, number: int) -> dict[str, Any]:
-    """What is taken of one row."""
     where = f"{source}, line {number}"
     if not isinstance(row, dict):
         raise DataError(f"{where} is {type(row).__name__}, expected an object with scores_chosen and scores_rejected")

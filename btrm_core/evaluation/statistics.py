@@ -80,6 +80,9 @@ class Accuracy:
 def z_value(level: float = LEVEL) -> float:
     """Standard normal quantile of a two-sided interval.
 
+    Args:
+        level: how often the interval should hold the truth, above 0 and below 1.
+
     >>> round(z_value(0.95), 4)
     1.96
     """
@@ -88,6 +91,11 @@ def z_value(level: float = LEVEL) -> float:
 
 def wilson(successes: float, number: int, level: float = LEVEL) -> Interval:
     """Wilson's score interval of a share; half successes (ties) are allowed.
+
+    Args:
+        successes: 0 to `number`.
+        number: observations.
+        level: how often the interval should hold the truth.
 
     Reference:
         Wilson 1927, Probable inference, the law of succession, and statistical inference.
@@ -110,12 +118,21 @@ def wilson(successes: float, number: int, level: float = LEVEL) -> Interval:
 
 
 def standard_error(accuracy: float, pairs: int) -> float:
-    """Standard error of a share of `pairs` independent pairs, sqrt(p (1 - p) / n); NaN without a pair."""
+    """Standard error of a share of `pairs` independent pairs, sqrt(p (1 - p) / n); NaN without a pair.
+
+    Args:
+        accuracy: 0 to 1.
+        pairs: n.
+    """
     return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / pairs) if pairs else math.nan
 
 
 def wins(margin_P: FloatArray) -> FloatArray:
-    """1 where the chosen answer has the higher reward, 0.5 for equal rewards, else 0."""
+    """1 where the chosen answer has the higher reward, 0.5 for equal rewards, else 0.
+
+    Args:
+        margin_P: reward of chosen minus reward of rejected [P]; NaN counts as 0 won.
+    """
     won_P: FloatArray = (margin_P > 0) + 0.5 * (margin_P == 0)
     return won_P
 
@@ -149,7 +166,12 @@ def accuracy(margin_P: FloatArray, prompt_P: NDArray[Any] | None = None, *, draw
 
 
 def clusters(prompt_P: NDArray[Any] | None, pairs: int) -> IntArray:
-    """Number the prompts from 0; without prompts every pair is its own."""
+    """Number the prompts from 0; without prompts every pair is its own.
+
+    Args:
+        prompt_P: anything that can be sorted [P], equal for equal prompts.
+        pairs: P, for when there are no prompts.
+    """
     if prompt_P is None:
         return np.arange(pairs, dtype=np.int64)
     number_P: IntArray = np.unique(prompt_P, return_inverse=True)[1].astype(np.int64)
@@ -157,7 +179,13 @@ def clusters(prompt_P: NDArray[Any] | None, pairs: int) -> IntArray:
 
 
 def bootstrap_mean(value_P: FloatArray, cluster_P: IntArray, *, draws: int = DRAWS) -> Interval | None:
-    """Percentile interval of a mean, whole prompts drawn with replacement; None for fewer than two prompts."""
+    """Percentile interval of a mean, whole prompts drawn with replacement; None for fewer than two prompts.
+
+    Args:
+        value_P: the numbers [P].
+        cluster_P: number of each one's prompt [P], from 0 without gaps.
+        draws: how many samples.
+    """
     means_B = bootstrap_means(value_P, cluster_P, draws=draws)
     return None if means_B is None else percentiles(means_B)
 
@@ -166,6 +194,11 @@ def bootstrap_means(value_P: FloatArray, cluster_P: IntArray, *, draws: int = DR
     """Means [B] of samples of whole prompts; None for fewer than two prompts.
 
     Only the sums of each prompt are drawn, so the time does not depend on the pairs a prompt has.
+
+    Args:
+        value_P: the numbers [P].
+        cluster_P: number of each one's prompt [P], from 0 without gaps.
+        draws: B; the seed is always the same.
     """
     sum_G = np.bincount(cluster_P, weights=value_P)
     count_G = np.bincount(cluster_P).astype(np.float64)
@@ -212,13 +245,24 @@ def bootstrap(
 
 
 def percentiles(values_B: FloatArray, level: float = LEVEL) -> Interval:
-    """The middle `level` of values."""
+    """The middle `level` of values.
+
+    Args:
+        values_B: what was drawn [B].
+        level: share of the values between both ends.
+    """
     low, high = np.quantile(values_B, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
 def holm(p_values: list[float]) -> list[float]:
     """P values of several tests, corrected so that the chance of a single false finding stays below the level.
+
+    Args:
+        p_values: uncorrected, in any order.
+
+    Returns:
+        Corrected ones in the same order, at most 1.
 
     Reference:
         Holm 1979, A simple sequentially rejective multiple test procedure.
@@ -235,7 +279,13 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def correlation(first_P: FloatArray, second_P: FloatArray, *, ranks: bool = False) -> float | None:
-    """Pearson's correlation, or Spearman's of the ranks; None where one side does not vary."""
+    """Pearson's correlation, or Spearman's of the ranks; None where one side does not vary.
+
+    Args:
+        first_P: numbers [P].
+        second_P: numbers of the same things [P].
+        ranks: Spearman's; equal numbers share their mean rank.
+    """
     if ranks:
         from scipy.stats import rankdata
 

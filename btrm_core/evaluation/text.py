@@ -12,7 +12,11 @@ from btrm_core.evaluation.statistics import Interval
 
 
 def evaluation_text(figures: Mapping[str, Any]) -> str:
-    """One line about an evaluation."""
+    """One line about an evaluation.
+
+    Args:
+        figures: an evaluation as training keeps it in its log.
+    """
     ties = f", {figures['ties']} ties" if figures["ties"] else ""
     ties += f", {figures['undecided']} without a better answer left out" if figures.get("undecided") else ""
     return (
@@ -23,7 +27,11 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
 
 
 def subset_table(rows: list[Mapping[str, Any]]) -> str:
-    """Accuracy per subset, one line each."""
+    """Accuracy per subset, one line each.
+
+    Args:
+        rows: subsets with name, accuracy, reward_margin and pairs.
+    """
     cells = [
         (
             "",
@@ -40,6 +48,10 @@ def subset_table(rows: list[Mapping[str, Any]]) -> str:
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for the terminal: the first column to the left, the others to the right.
 
+    Args:
+        columns: headings.
+        rows: as many cells each; line breaks in them become spaces.
+
     >>> print(aligned(("name", "pairs"), [("a", "1,000"), ("long", "2")]))
     name  pairs
     a     1,000
@@ -52,6 +64,10 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def percent(share: float | None, digits: int = 1) -> str:
     """A share for the reader.
 
+    Args:
+        share: 0 to 1; None is a dash.
+        digits: after the point.
+
     >>> percent(0.8647), percent(None)
     ('86.5 %', '–')
     """
@@ -59,17 +75,30 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number for the reader."""
+    """A number for the reader.
+
+    Args:
+        value: None is a dash.
+        digits: after the point.
+    """
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """A number with its sign."""
+    """A number with its sign.
+
+    Args:
+        value: None is a dash.
+        digits: after the point.
+    """
     return "–" if value is None else f"{value:+,.{digits}f}"
 
 
 def short(name: str) -> str:
     """The last part of a path or hub id that tells something.
+
+    Args:
+        name: of a model or a set of pairs.
 
     >>> short("runs/llama3/model"), short("data/held_out.jsonl"), short("org/name")
     ('llama3', 'held_out.jsonl', 'name')
@@ -81,7 +110,11 @@ def short(name: str) -> str:
 
 
 def overview(evaluations: Sequence[Evaluation]) -> str:
-    """Several models and sets of pairs in one table."""
+    """Several models and sets of pairs in one table.
+
+    Args:
+        evaluations: one row each.
+    """
     rows = []
     for found in evaluations:
         by_unit = {bias.unit: bias for bias in found.length}
@@ -108,12 +141,20 @@ def overview(evaluations: Sequence[Evaluation]) -> str:
 
 
 def interval_text(interval: Interval | None) -> str:
-    """An interval of a share, in percent."""
+    """An interval of a share, in percent.
+
+    Args:
+        interval: of a share from 0 to 1; None is a dash.
+    """
     return "–" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def evaluation_details(found: Evaluation) -> str:
-    """What the overview of one evaluation leaves out, in a few lines."""
+    """What the overview of one evaluation leaves out, in a few lines.
+
+    Args:
+        found: of one model on one set of pairs.
+    """
     accuracy, calibration = found.accuracy, found.calibration
     lines = [f"{short(found.model)} on {found.data}"]
     left_out = [(found.undecided, "without a better answer"), (found.unscored, "without two finite rewards")]
@@ -158,7 +199,11 @@ def evaluation_details(found: Evaluation) -> str:
 
 
 def comparison_text(found: Comparison) -> str:
-    """What may be said of two models on the same pairs."""
+    """What may be said of two models on the same pairs.
+
+    Args:
+        found: of two models on the same pairs.
+    """
     overall = found.overall
     verdict = "no difference shown"
     if overall.shown:

@@ -245,6 +245,13 @@ def _chunks(work: _Work, skip: int, budget: int) -> Iterator[_Chunk]:
 def summary(done: Tally, new_lines: int, units: int, seconds: float, target: Path) -> str:
     """One line about a finished file.
 
+    Args:
+        done: the whole file, lines from before included.
+        new_lines: lines written this time.
+        units: rewards computed this time, two for a pair.
+        seconds: what they took.
+        target: the finished file.
+
     >>> from collections import Counter
     >>> tally = Tally(Counter(pair=1200), failed=2, truncated=3, first_error="line 7: not JSON")
     >>> summary(tally, 1202, 2400, 12.0, Path("out.jsonl"))

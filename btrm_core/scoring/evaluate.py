@@ -72,6 +72,11 @@ def source_rewards(scorer: Scorer, source: str, naming: Naming | None = None) ->
 def encoded_rewards(scorer: Scorer, pairs: TokenStore, name: str = "") -> np.ndarray:
     """Rewards [P, 2] (chosen, rejected) of encoded pairs, float64, on the rows that scoring uses.
 
+    Args:
+        scorer: the model; its `tokens_per_batch` bounds a row.
+        pairs: encoded with the scorer's tokenizer and template.
+        name: what the progress bar is called.
+
     Raises:
         CheckpointError: a reward is not a finite number.
     """

@@ -100,6 +100,10 @@ class ModelResult:
 def judge(scorer: Scorer, request: Request) -> ModelResult:
     """Ask a model everything.
 
+    Args:
+        scorer: the model.
+        request: sources of pairs, suites, best-of-N sources, and whether to probe; probes need a source of pairs.
+
     Raises:
         DataError: a source cannot be read or holds nothing.
         ConfigError: there is no such suite.
@@ -139,6 +143,10 @@ def judge(scorer: Scorer, request: Request) -> ModelResult:
 def suite_items(suite: Suite, sources: Sequence[str]) -> Iterator[Item]:
     """The items of a suite's rows.
 
+    Args:
+        suite: what makes items of rows.
+        sources: ids or files as after `--data`, read one after another.
+
     Raises:
         DataError: a source cannot be read, or a row is not of the suite's form; says where.
     """
@@ -151,7 +159,16 @@ def suite_items(suite: Suite, sources: Sequence[str]) -> Iterator[Item]:
 
 
 def responses_rewards(scorer: Scorer, groups: Sequence[Any], name: str = "") -> list[list[float]]:
-    """Rewards of the responses to every prompt, with progress; NaN where one cannot be scored."""
+    """Rewards of the responses to every prompt, with progress; NaN where one cannot be scored.
+
+    Args:
+        scorer: the model.
+        groups: prompt and responses each.
+        name: what the progress bar is called.
+
+    Returns:
+        One list per group, in the order of its responses.
+    """
     from tqdm import tqdm
 
     chunks = [groups[start : start + _TOGETHER] for start in range(0, len(groups), _TOGETHER)]
@@ -165,6 +182,10 @@ def responses_rewards(scorer: Scorer, groups: Sequence[Any], name: str = "") -> 
 
 def best_of_source(scorer: Scorer, source: str) -> BestOfN:
     """Best of N on rows with a prompt (text or messages), `responses` and their `gold` values.
+
+    Args:
+        scorer: the model.
+        source: as after `--data`; `scores` is read where there is no `gold`.
 
     Raises:
         DataError: a row has something else.
@@ -185,7 +206,15 @@ def best_of_source(scorer: Scorer, source: str) -> BestOfN:
 
 
 def probe(parts: Sequence[PairRewards], scorer: Scorer) -> tuple[list[ProbeResult], Invariance]:
-    """Edit the answers of some pairs, spread evenly over all, and compare the rewards."""
+    """Edit the answers of some pairs, spread evenly over all, and compare the rewards.
+
+    Args:
+        parts: rewards of the unedited pairs, all with their texts; at most `PROBED_PAIRS` pairs of all are edited.
+        scorer: the model that gave them.
+
+    Returns:
+        One result per edit; and how far rewards depend on what is scored with them, from the first of these pairs.
+    """
     every = PairRewards.joined(parts)
     assert every.text is not None
     places = np.unique(np.linspace(0, len(every) - 1, min(PROBED_PAIRS, len(every))).round().astype(np.int64))
@@ -208,6 +237,13 @@ def invariance_of(scorer: Scorer, groups: Sequence[tuple[Any, list[str]]]) -> In
     """Score the same answers together, each alone, and in the opposite order.
 
     Prompts that were cut are left out: how much is cut depends, rightly, on the longest answer to a prompt.
+
+    Args:
+        scorer: the model.
+        groups: prompt and responses each.
+
+    Returns:
+        The largest differences in reward, and the rewards' standard deviation; all 0 if every prompt was cut or failed.
     """
     scored = scorer.score(groups)
     whole = [group for group, one in zip(groups, scored, strict=True) if not one.truncated and not any(one.errors)]

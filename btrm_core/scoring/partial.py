@@ -42,7 +42,11 @@ class Tally:
         return sum(self.kinds.values()) + self.failed
 
     def add(self, line: dict[str, Any]) -> None:
-        """Count one line of the output."""
+        """Count one line of the output.
+
+        Args:
+            line: as `written` makes it.
+        """
         added = what_was_added(line)
         self.truncated += bool(added.get("truncated"))
         self.renamed += any(key.startswith(OWN_NAME) and key.removeprefix(OWN_NAME) in added for key in line)
@@ -54,7 +58,11 @@ class Tally:
 
 
 def header_file(target: Path) -> Path:
-    """Where it is written what a partial output belongs to."""
+    """Where it is written what a partial output belongs to.
+
+    Args:
+        target: the finished output; nothing need exist yet.
+    """
     return target.with_name(target.name + ".partial.json")
 
 

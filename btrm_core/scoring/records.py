@@ -133,7 +133,14 @@ def _kind(row: dict[str, Any]) -> str:
 def written(
     record: Record, rewards: tuple[float | None, ...], errors: tuple[str | None, ...], truncated: bool
 ) -> dict[str, Any]:
-    """The output object of a record: its row, then the rewards of its responses and what the user should know."""
+    """The output object of a record: its row, then the rewards of its responses and what the user should know.
+
+    Args:
+        record: the input line; its own values stay, and where a name is taken the reward's gets `btrm_` before it.
+        rewards: of its responses (chosen before rejected), None where there is none; empty if nothing was scored.
+        errors: why a reward is missing, as many.
+        truncated: whether the prompt was cut.
+    """
     added: dict[str, Any] = {}
     short = [None if reward is None else shortest(reward) for reward in rewards]
     if record.kind == CONVERSATION:
@@ -156,6 +163,9 @@ def written(
 
 def what_was_added(line: dict[str, Any]) -> dict[str, Any]:
     """The part of an output line that `written` added, under its plain names: it stands at the end.
+
+    Args:
+        line: an output line, its keys in the order of the file.
 
     >>> what_was_added({"error": "mine", "reward": 7, "btrm_reward": 0.5, "truncated": True})
     {'reward': 0.5, 'truncated': True}
@@ -184,7 +194,11 @@ def _reason(kind: str, errors: tuple[str | None, ...]) -> str | None:
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal number that is the same in float32: what a reward is worth printing."""
+    """The shortest decimal number that is the same in float32: what a reward is worth printing.
+
+    Args:
+        value: a reward.
+    """
     import numpy as np
 
     return float(str(np.float32(value)))

@@ -34,7 +34,12 @@ class Rewards:
 
 
 def plain_responses(prompt: Any, responses: Any) -> Responses:
-    """A prompt and its responses as lists, also from the arrays of numpy and the columns of pandas."""
+    """A prompt and its responses as lists, also from the arrays of numpy and the columns of pandas.
+
+    Args:
+        prompt: messages in any sequence.
+        responses: texts in any sequence; other things in it become text.
+    """
     if not isinstance(prompt, list):
         prompt = plain(prompt)
     return prompt, responses if isinstance(responses, list) else [str(response) for response in responses]
@@ -57,7 +62,15 @@ def as_responses(conversation: Conversation, index: int) -> Responses:
 
 
 def rewards_of(encoded: Encoded, values: Iterator[float]) -> Rewards:
-    """Put rewards in the places of the responses without error; `values` goes on where this group ends."""
+    """Put rewards in the places of the responses without error; `values` goes on where this group ends.
+
+    Args:
+        encoded: a group's ids and one error or None per response.
+        values: rewards of the sequences without error, of this group and those after it.
+
+    Returns:
+        None and a reason in the place of every response without a finite reward.
+    """
     result, errors = encoded
     rewards: list[float | None] = []
     reasons = list(errors)

@@ -15,7 +15,11 @@ from btrm_core.scoring.judge import ModelResult
 
 
 def from_scores(parts: Sequence[PairRewards]) -> list[ModelResult]:
-    """Results of the models that a file of rewards names."""
+    """Results of the models that a file of rewards names.
+
+    Args:
+        parts: one per model and source; models keep the order of their first.
+    """
     models: dict[str, list[SourceRewards]] = {}
     for part in parts:
         models.setdefault(part.model, []).append(SourceRewards(part, {}, {}, (), 0, 0.0))
@@ -24,6 +28,11 @@ def from_scores(parts: Sequence[PairRewards]) -> list[ModelResult]:
 
 def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (), title: str = "") -> Report:
     """Evaluate every model on every source and on all together, and compare each with those it stands against.
+
+    Args:
+        results: the models asked about.
+        against: models that they are compared with; evaluated and shown as well.
+        title: of the page; "" makes one of the models' names.
 
     Raises:
         DataError: a source holds no pair that can be judged, or two models share none.
@@ -47,13 +56,24 @@ def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (
 
 
 def notes(results: Sequence[ModelResult]) -> list[str]:
-    """What the reader should know of rows left out and conversations cut, once for each source."""
+    """What the reader should know of rows left out and conversations cut, once for each source.
+
+    Args:
+        results: equal notes of several models are told once.
+    """
     told = [(source.rewards.data, note) for result in results for source in result.sources for note in source.notes]
     return [f"{data}: {note}" for data, note in dict.fromkeys(told)]
 
 
 def write_suites(results: Sequence[ModelResult], directory: str | Path) -> list[Path]:
     """Write the results of suites in their own forms, as `NAME.json`, one number more for each further model.
+
+    Args:
+        results: models that were asked no suite write nothing.
+        directory: made if it is missing; files of these names in it are replaced.
+
+    Returns:
+        The files, in the order of models and suites.
 
     Raises:
         DataError: the directory cannot be written.

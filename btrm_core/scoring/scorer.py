@@ -179,6 +179,11 @@ class Scorer:
     ) -> np.ndarray:
         """Return the rewards [P, 2] of two responses to each prompt, float32.
 
+        Args:
+            prompts: messages each.
+            chosen: the first response to each.
+            rejected: the second.
+
         Raises:
             DataError: a pair cannot be scored, or the three lists are of different lengths.
         """
@@ -193,6 +198,9 @@ class Scorer:
         """Return the rewards of N responses to each prompt, one float32 array per group.
 
         If a conversation of a group is over the maximum length, all of the group get the same shortened prompt.
+
+        Args:
+            groups: prompt and responses each.
 
         Raises:
             DataError: a response cannot be scored; `score` gives the others' rewards nevertheless.
@@ -222,7 +230,11 @@ class Scorer:
         return [scored for window in self.stream(windows) for scored in window]
 
     def stream(self, chunks: Iterable[Sequence[Responses]]) -> Iterator[list[Rewards]]:
-        """Score chunk after chunk, each as `score` does; the next one is encoded while the model computes."""
+        """Score chunk after chunk, each as `score` does; the next one is encoded while the model computes.
+
+        Args:
+            chunks: groups to score together; read one ahead.
+        """
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting: tuple[Sequence[Responses], Future[list[Encoded]]] | None = None
             for chunk in chunks:
@@ -234,7 +246,11 @@ class Scorer:
                 yield self._score(waiting[0], waiting[1].result())
 
     def encode(self, groups: Sequence[Responses]) -> list[Encoded]:
-        """Return ids and one error or None per response; the ids are those of the responses without error, in order."""
+        """Return ids and one error or None per response; the ids are those of the responses without error, in order.
+
+        Args:
+            groups: prompt and responses each.
+        """
         encoded: list[Encoded] = []
         for group, result in zip(groups, self.chat.encode_groups(groups, self.max_length), strict=True):
             prompt, responses = group
@@ -268,6 +284,9 @@ class Scorer:
 
     def bundle_rewards(self, found: Sequence[Bundle]) -> np.ndarray:
         """Return the rewards [S] of bundles that hold the places 0 to S - 1 together, float32.
+
+        Args:
+            found: what is larger than `tokens_per_batch` divided already; each place once.
 
         Raises:
             ConfigError: GPU memory ran out.

@@ -43,12 +43,20 @@ class Answer(JSONResponse):
     """JSON that is ASCII, so that broken Unicode of a client's cannot break the answer, and knows no NaN."""
 
     def render(self, content: Any) -> bytes:
-        """Return the bytes."""
+        """Return the bytes.
+
+        Args:
+            content: JSON values; NaN and infinity are a ValueError.
+        """
         return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def create_app(service: Service) -> FastAPI:
-    """Return the application that serves a model; it runs the self-test when it starts, and drains when it ends."""
+    """Return the application that serves a model; it runs the self-test when it starts, and drains when it ends.
+
+    Args:
+        service: not started yet.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -76,6 +76,13 @@ class Backend:
     def sequence_rewards(self, sequences: Sequence[Sequence[int]], together: Sequence[Hashable]) -> np.ndarray:
         """Return the rewards [S] of finished id sequences, float32; the server shares beginnings by itself.
 
+        Args:
+            sequences: ids with the terminal token at their end.
+            together: not needed here; the server finds equal beginnings.
+
+        Returns:
+            NaN where the server gives null.
+
         Raises:
             ConfigError: the server fails, or its answer is no reward.
         """

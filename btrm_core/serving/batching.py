@@ -32,7 +32,12 @@ class Engine(Protocol):
         """Tokens of a row."""
 
     def sequence_rewards(self, sequences: Sequence[Sequence[int]], together: Sequence[Hashable]) -> np.ndarray:
-        """Return the rewards [S] of finished id sequences; see `Scorer.sequence_rewards`."""
+        """Return the rewards [S] of finished id sequences; see `Scorer.sequence_rewards`.
+
+        Args:
+            sequences: ids with the terminal token at their end.
+            together: one key each; sequences of equal keys begin alike and share that beginning.
+        """
 
 
 @dataclass(eq=False)
@@ -86,6 +91,9 @@ class Batcher:
 
     def submit(self, works: Sequence[Work]) -> None:
         """Put works into the queue, all or none.
+
+        Args:
+            works: those of one request; each is done when its `rewards` future is.
 
         Raises:
             Refused: they are larger than the whole queue (422), or there is no room at the moment (503).
@@ -191,6 +199,9 @@ def together(batch: Sequence[Work]) -> list[Hashable]:
 
     Works with a key keep it. Of the others, neighbours in sorted order that share at least half of the shorter one get
     a key together: several responses to one prompt, sent by a client that does not say what the prompt is.
+
+    Args:
+        batch: works that are computed at once.
 
     >>> together([Work([[1, 2, 3, 4]]), Work([[9, 9]]), Work([[1, 2, 3, 5]])])
     [('ids', 0), ('ids', 1), ('ids', 0)]

@@ -25,7 +25,12 @@ _log = logging.getLogger("btrm.serving")
 
 
 def error_body(text: str, reason: str) -> dict[str, Any]:
-    """The body of every refusal, in the shape of OpenAI's errors, and `detail` for clients of FastAPI servers."""
+    """The body of every refusal, in the shape of OpenAI's errors, and `detail` for clients of FastAPI servers.
+
+    Args:
+        text: one line for people.
+        reason: one word for programs, such as `queue_full`.
+    """
     return {"error": {"message": text, "type": reason}, "detail": text}
 
 

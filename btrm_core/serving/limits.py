@@ -64,12 +64,30 @@ class Refused(BtrmError):
 
 
 def too_many(what: str, found: int, limit: int) -> Refused:
-    """The refusal of a request that is larger than a limit."""
+    """The refusal of a request that is larger than a limit.
+
+    Args:
+        what: the unit, in the plural.
+        found: how many the request has.
+        limit: how many are allowed.
+
+    Returns:
+        To be raised; status 422.
+    """
     return Refused(422, "too_large", f"{found} {what} are more than the limit of {limit}; send fewer at a time")
 
 
 def too_long(which: str, tokens: int, limit: int) -> Refused:
-    """The refusal of a conversation over the maximum length."""
+    """The refusal of a conversation over the maximum length.
+
+    Args:
+        which: its place in the request.
+        tokens: its length.
+        limit: the maximum length, in tokens.
+
+    Returns:
+        To be raised; status 422.
+    """
     return Refused(
         422,
         "too_long",

@@ -43,7 +43,11 @@ class Metrics:
         self._queue = Gauge("btrm_queue_tokens", "Tokens that wait for the device.", registry=registry)
 
     def watch_queue(self, tokens: Callable[[], float]) -> None:
-        """Read the length of the queue from `tokens` whenever somebody asks."""
+        """Read the length of the queue from `tokens` whenever somebody asks.
+
+        Args:
+            tokens: returns the tokens that wait; called from the thread that answers `/metrics`.
+        """
         self._queue.set_function(tokens)
 
     def text(self) -> bytes:

@@ -15,7 +15,11 @@ router = APIRouter(tags=["btrm"])
 
 
 def service_of(request: Request) -> Service:
-    """The service that a request's application stands for."""
+    """The service that a request's application stands for.
+
+    Args:
+        request: of an application that `create_app` made.
+    """
     service: Service = request.app.state.service
     return service
 
@@ -56,7 +60,13 @@ class Item(BaseModel):
         return len(self.responses) if self.responses is not None else 1
 
     def prepare(self, preparer: Preparer, truncate: bool | None, which: str) -> Prepared:
-        """Make its ids."""
+        """Make its ids.
+
+        Args:
+            preparer: of the model that is served.
+            truncate: whether to cut what is too long; None is the server's own setting.
+            which: its place in the request, for refusals.
+        """
         if self.messages is not None:
             *prompt, last = _plain(self.messages)
             return preparer.responses(prompt, [last["content"]], truncate, which)
@@ -202,6 +212,9 @@ async def models(service: Serving) -> dict[str, Any]:
 
 def finite(answer: Answered) -> list[float]:
     """The rewards of an answer whose shape has no room for errors.
+
+    Args:
+        answer: to one item.
 
     Raises:
         Refused: 422 for a conversation that cannot be encoded, 500 for a reward that is not finite.

@@ -51,6 +51,16 @@ class Preparer:
     ) -> Prepared:
         """Prepare the responses to a prompt.
 
+        Args:
+            prompt: messages.
+            responses: the assistant's last words, one conversation each.
+            truncate: whether to cut what is too long; None is the server's own setting.
+            which: its place in the request, for the refusal.
+
+        Returns:
+            One sequence per response that can be encoded, and an error or None for each; if one is cut, all share the
+            cut prompt.
+
         Raises:
             Refused: a conversation is too long and must not be cut.
         """
@@ -76,6 +86,12 @@ class Preparer:
     def text(self, text: str, truncate: bool | None = None, which: str = "text", key: Hashable = None) -> Prepared:
         """Prepare a conversation that was rendered by a chat template, control tokens and all.
 
+        Args:
+            text: with its terminal token; a BOS in front is put there if it is missing.
+            truncate: whether to cut what is too long; None is the server's own setting.
+            which: its place in the request, for the refusal.
+            key: equal for conversations with the same beginning; None leaves it to the batcher to find out.
+
         Raises:
             Refused: it is too long and must not be cut, or is not valid Unicode.
         """
@@ -90,6 +106,11 @@ class Preparer:
 
     def ids(self, ids: Sequence[int], truncate: bool | None = None, which: str = "input_ids") -> Prepared:
         """Prepare ids, a doubled BOS at their beginning made one.
+
+        Args:
+            ids: one conversation, control tokens and all.
+            truncate: whether to cut the beginning after BOS; None is the server's own setting.
+            which: its place in the request, for the refusal.
 
         Raises:
             Refused: there are none, one is not in the vocabulary, or they are too long and must not be cut.
@@ -113,6 +134,11 @@ class Preparer:
     def answer(self, prompt: str | Conversation, response: str, truncate: bool | None = None) -> Prepared:
         """Prepare a prompt and a response, the prompt as messages, as a user's words, or rendered already.
 
+        Args:
+            prompt: a text with control tokens counts as rendered, another as a user's words.
+            response: a terminal token after a rendered prompt is put there if it is missing.
+            truncate: whether to cut what is too long; None is the server's own setting.
+
         Raises:
             Refused: see `responses` and `text`.
         """
@@ -123,5 +149,9 @@ class Preparer:
         return self.responses(messages, [response], truncate)
 
     def unterminated(self, prepared: Prepared) -> int:
-        """How many sequences do not end in the terminal token, where training read the reward."""
+        """How many sequences do not end in the terminal token, where training read the reward.
+
+        Args:
+            prepared: of one item.
+        """
         return sum(ids[-1] != self.chat.terminal_id for ids in prepared.sequences)

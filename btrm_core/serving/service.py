@@ -90,7 +90,14 @@ class Calibration:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Calibration:
-        """Read it from a manifest; numbers that make no sense count as not there."""
+        """Read it from a manifest; numbers that make no sense count as not there.
+
+        Args:
+            manifest: `btrm.json` as read.
+
+        Returns:
+            No mean and standard deviation unless both are numbers and the latter is above 0; temperature 1 if none.
+        """
         found = manifest.get("calibration") or {}
         mean, std, temperature = (_number(found.get(key)) for key in ("mean", "std", "temperature"))
         if mean is None or std is None or std <= 0:
@@ -98,7 +105,14 @@ class Calibration:
         return cls(mean, std, temperature if temperature is not None and temperature > 0 else 1.0)
 
     def normalized(self, reward: float) -> float:
-        """The reward in standard deviations from the mean of the reference set."""
+        """The reward in standard deviations from the mean of the reference set.
+
+        Args:
+            reward: as the model gives it.
+
+        Raises:
+            Refused: 422 if the model has no calibration.
+        """
         if self.mean is None or self.std is None:
             raise Refused(
                 422,
@@ -108,7 +122,11 @@ class Calibration:
         return (reward - self.mean) / self.std
 
     def probability(self, difference: float) -> float:
-        """Probability that the response whose reward is larger by `difference` is the better one."""
+        """Probability that the response whose reward is larger by `difference` is the better one.
+
+        Args:
+            difference: of two rewards, not normalized; divided by the temperature first.
+        """
         scaled = difference / self.temperature
         return 1 / (1 + math.exp(-scaled)) if scaled > -700 else 0.0
 

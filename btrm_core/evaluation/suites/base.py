@@ -97,17 +97,40 @@ class Suite(Protocol):
     """Where its rows are published: hub ids as after `--data`."""
 
     def items(self, row: Row, where: str) -> list[Item]:
-        """What a row asks; `where` is the short name of the file it is from. Raises DataError if it is no such row."""
+        """What a row asks; `where` is the short name of the file it is from. Raises DataError if it is no such row.
+
+        Args:
+            row: as it is published.
+            where: short name of its file; the subset where the row names none.
+        """
 
     def score(self, items: Sequence[Item], rewards: Rewards) -> SuiteScores:
-        """The published score."""
+        """The published score.
+
+        Args:
+            items: all, or a resample of them.
+            rewards: one list per item, in the order of its responses.
+        """
 
     def results(self, items: Sequence[Item], rewards: Rewards, model: str) -> Any:
-        """The results as JSON in the suite's own form."""
+        """The results as JSON in the suite's own form.
+
+        Args:
+            items: all of the suite.
+            rewards: one list per item.
+            model: the name to enter where the form has one.
+        """
 
 
 def run_suite(suite: Suite, items: Sequence[Item], rewards: Rewards, model: str, *, draws: int = DRAWS) -> SuiteResult:
     """Score a suite, with intervals of its total and sections.
+
+    Args:
+        suite: the module.
+        items: all that were asked, in any order.
+        rewards: one list per item; NaN where a response could not be scored.
+        model: its name in the result.
+        draws: resamples for the intervals; a section some resample lacks gets none.
 
     Raises:
         DataError: there are no items.
@@ -146,14 +169,24 @@ def _samples(items: Sequence[Item], rewards: Rewards, draws: int) -> Any:
 
 
 def right(item: Item, rewards: Sequence[float]) -> bool:
-    """Whether every right response has a higher reward than every wrong one; a tie is wrong."""
+    """Whether every right response has a higher reward than every wrong one; a tie is wrong.
+
+    Args:
+        item: `correct` says how many of its first responses are right.
+        rewards: of its responses; one that is not finite makes the item wrong.
+    """
     if not all(math.isfinite(r) for r in rewards):
         return False
     return min(rewards[: item.correct]) > max(rewards[item.correct :])
 
 
 def shares(items: Sequence[Item], rewards: Rewards) -> dict[str, float]:
-    """Share of right items per subset, in the order of their first items."""
+    """Share of right items per subset, in the order of their first items.
+
+    Args:
+        items: at least one response right and one wrong each.
+        rewards: one list per item.
+    """
     won: dict[str, list[bool]] = {}
     for item, given in zip(items, rewards, strict=True):
         won.setdefault(item.subset, []).append(right(item, given))
@@ -161,12 +194,20 @@ def shares(items: Sequence[Item], rewards: Rewards) -> dict[str, float]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of at least one number."""
+    """The mean of at least one number.
+
+    Args:
+        values: must not be empty.
+    """
     return sum(values) / len(values)
 
 
 def text(row: Row, name: str) -> str:
     """A text that a row must have.
+
+    Args:
+        row: as it is published.
+        name: its field.
 
     Raises:
         DataError: it has none.
@@ -181,6 +222,10 @@ def text(row: Row, name: str) -> str:
 def texts(row: Row, name: str) -> list[str]:
     """A list of texts that a row must have.
 
+    Args:
+        row: as it is published.
+        name: its field; an empty list counts as none.
+
     Raises:
         DataError: it has none.
     """
@@ -191,17 +236,31 @@ def texts(row: Row, name: str) -> list[str]:
 
 
 def question(value: str) -> list[dict[str, str]]:
-    """A prompt of one message."""
+    """A prompt of one message.
+
+    Args:
+        value: the user's words.
+    """
     return [{"role": "user", "content": value}]
 
 
 def unit_of(subset: str, name: str, prompt: Sequence[Mapping[str, str]]) -> str:
-    """What items of one row have in common: its id, or its prompt where it has none."""
+    """What items of one row have in common: its id, or its prompt where it has none.
+
+    Args:
+        subset: equal ids in two subsets are different rows.
+        name: the row's id, "" if it has none.
+        prompt: messages; the last one's content stands for all.
+    """
     return f"{subset}:{name or prompt[-1]['content']}"
 
 
 def is_standard(row: Row) -> bool:
-    """Whether a row is in btrm's standard form: chosen and rejected as lists of messages."""
+    """Whether a row is in btrm's standard form: chosen and rejected as lists of messages.
+
+    Args:
+        row: as it is published.
+    """
     return all(isinstance(row.get(side), list) and row[side] and isinstance(row[side][0], dict) for side in _SIDES)
 
 
@@ -209,7 +268,12 @@ _SIDES = ("chosen", "rejected")
 
 
 def standard(row: Row, subset: str) -> Item:
-    """The item of a row in the standard form."""
+    """The item of a row in the standard form.
+
+    Args:
+        row: one that `is_standard` accepts; both sides begin with the prompt and end with the answer.
+        subset: where the item belongs.
+    """
     *prompt, chosen = row["chosen"]
     name = str(row.get("id", ""))
     responses = (chosen["content"], row["rejected"][-1]["content"])

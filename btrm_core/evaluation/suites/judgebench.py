@@ -23,7 +23,15 @@ PARTS = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
 
 
 def items(row: Row, where: str) -> list[Item]:
-    """One pair; the responses stay A and B, because a tie means B."""
+    """One pair; the responses stay A and B, because a tie means B.
+
+    Args:
+        row: question, response_A, response_B, label, source, pair_id.
+        where: not needed; the source is the subset.
+
+    Raises:
+        DataError: the label is neither A>B nor B>A, or a text is missing.
+    """
     label = text(row, "label")
     if label not in ("A>B", "B>A"):
         raise DataError(f"'label' is '{label}', expected A>B or B>A")
@@ -37,7 +45,12 @@ def items(row: Row, where: str) -> list[Item]:
 
 
 def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
-    """Accuracy per source and overall, over pairs."""
+    """Accuracy per source and overall, over pairs.
+
+    Args:
+        items: pairs.
+        rewards: of A and B for each pair.
+    """
     won: dict[str, list[bool]] = {}
     for item, given in zip(items, rewards, strict=True):
         won.setdefault(item.subset, []).append(_right(item, given))
@@ -50,12 +63,25 @@ def _right(item: Item, rewards: Sequence[float]) -> bool:
 
 
 def decision(rewards: Sequence[float]) -> str:
-    """What a reward model says."""
+    """What a reward model says.
+
+    Args:
+        rewards: of A and of B.
+
+    Returns:
+        A>B or B>A; a tie or NaN is B>A.
+    """
     return "A>B" if rewards[0] > rewards[1] else "B>A"
 
 
 def results(items: Sequence[Item], rewards: Rewards, model: str) -> Any:
-    """The rows with the model's judgement."""
+    """The rows with the model's judgement.
+
+    Args:
+        items: pairs.
+        rewards: of A and B for each pair.
+        model: entered as `judge_model`.
+    """
     return [
         {
             **item.row,

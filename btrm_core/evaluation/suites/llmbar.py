@@ -38,7 +38,15 @@ SOURCES = tuple(
 
 
 def items(row: Row, where: str) -> list[Item]:
-    """One pair."""
+    """One pair.
+
+    Args:
+        row: input, output_1, output_2 and label (1 or 2), or btrm's standard form.
+        where: the subset, if the row names none.
+
+    Raises:
+        DataError: the label is neither 1 nor 2, or a text is missing.
+    """
     if is_standard(row):
         return [standard(row, subset_of(str(row.get("subset") or where)))]
     label = row.get("label")
@@ -53,6 +61,12 @@ def items(row: Row, where: str) -> list[Item]:
 def subset_of(name: str) -> str:
     """The subset that a name means.
 
+    Args:
+        name: of a file, or a row's own.
+
+    Returns:
+        A name of `SUBSETS`, or the same name if it holds none of them.
+
     >>> subset_of("llmbar-adver-neighbor"), subset_of("Adversarial_GPTOut"), subset_of("other")
     ('Neighbor', 'GPTOut', 'other')
     """
@@ -60,7 +74,12 @@ def subset_of(name: str) -> str:
 
 
 def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
-    """Natural, adversarial and the mean of all five subsets."""
+    """Natural, adversarial and the mean of all five subsets.
+
+    Args:
+        items: pairs, the right answer first.
+        rewards: two for each pair; a tie is wrong.
+    """
     subsets = shares(items, rewards)
     sections = {"Natural": subsets["Natural"]} if "Natural" in subsets else {}
     hard = [subsets[name] for name in ADVERSARIAL if name in subsets]
@@ -71,7 +90,13 @@ def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
 
 
 def results(items: Sequence[Item], rewards: Rewards, model: str) -> Any:
-    """The rows with whether each was right."""
+    """The rows with whether each was right.
+
+    Args:
+        items: pairs, the right answer first.
+        rewards: two for each pair.
+        model: not entered; the rows have no place for it.
+    """
     return [
         {**item.row, "scores": list(given), "correct": right(item, given)}
         for item, given in zip(items, rewards, strict=True)

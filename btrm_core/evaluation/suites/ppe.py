@@ -32,7 +32,15 @@ _WINNERS = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0)}
 
 
 def items(row: Row, where: str) -> list[Item]:
-    """One vote, or one prompt with K answers; none for a vote that is a tie, or answers that are all alike."""
+    """One vote, or one prompt with K answers; none for a vote that is a tie, or answers that are all alike.
+
+    Args:
+        row: prompt, response_1, response_2, ... with a winner (a vote) or scores (right or wrong).
+        where: the subset of a row with scores.
+
+    Raises:
+        DataError: there is neither a winner nor two scores, or a text is missing.
+    """
     prompt = question(text(row, "prompt"))
     name = str(row.get("question_id", row.get("id", "")))
     if "winner" in row:
@@ -52,7 +60,12 @@ def items(row: Row, where: str) -> list[Item]:
 
 
 def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
-    """Accuracy of every data set, and best of K where there are K answers."""
+    """Accuracy of every data set, and best of K where there are K answers.
+
+    Args:
+        items: votes and prompts with K answers.
+        rewards: one list per item.
+    """
     accuracies: dict[str, list[float]] = {}
     best: dict[str, list[float]] = {}
     for item, given in zip(items, rewards, strict=True):
@@ -65,7 +78,12 @@ def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
 
 
 def accuracy_within(rewards: Sequence[float], gold: Sequence[float]) -> float:
-    """How often a right answer has a higher reward than a wrong one; ties count half in lists, not in votes."""
+    """How often a right answer has a higher reward than a wrong one; ties count half in lists, not in votes.
+
+    Args:
+        rewards: of the answers to one prompt; one that is not finite gives 0.
+        gold: 1 for a right answer, 0 for a wrong one; there must be both.
+    """
     if not all(math.isfinite(r) for r in rewards):
         return 0.0
     good = [r for r, value in zip(rewards, gold, strict=True) if value]
@@ -75,12 +93,23 @@ def accuracy_within(rewards: Sequence[float], gold: Sequence[float]) -> float:
 
 
 def best_of(rewards: Sequence[float], gold: Sequence[float]) -> float:
-    """Rightness of the answer with the highest reward; the mean of those that share it."""
+    """Rightness of the answer with the highest reward; the mean of those that share it.
+
+    Args:
+        rewards: of the answers to one prompt; one that is not finite gives 0.
+        gold: what each answer is worth.
+    """
     if not all(math.isfinite(r) for r in rewards):
         return 0.0
     return float(expected_best(np.array(rewards), np.array(gold), len(gold))[-1])
 
 
 def results(items: Sequence[Item], rewards: Rewards, model: str) -> Any:
-    """The rows with the rewards of their answers, in order."""
+    """The rows with the rewards of their answers, in order.
+
+    Args:
+        items: votes and prompts with K answers.
+        rewards: one list per item.
+        model: not entered; the rows have no place for it.
+    """
     return [{**item.row, "rewards": list(given)} for item, given in zip(items, rewards, strict=True)]

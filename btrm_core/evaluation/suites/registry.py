@@ -22,6 +22,9 @@ def suite_names() -> list[str]:
 def load_suite(name: str) -> Suite:
     """Import a suite by its name.
 
+    Args:
+        name: btrm's own, or that of an entry point in the group `btrm.suites`.
+
     Raises:
         ConfigError: there is none, or it is broken.
     """

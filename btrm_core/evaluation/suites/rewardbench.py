@@ -62,7 +62,12 @@ PRIOR = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
 
 
 def items(row: Row, where: str) -> list[Item]:
-    """One pair."""
+    """One pair.
+
+    Args:
+        row: prompt, chosen, rejected and subset, or btrm's standard form.
+        where: the subset of a row in the standard form that names none.
+    """
     if is_standard(row):
         return [standard(row, str(row.get("subset") or where))]
     subset, name = text(row, "subset"), str(row.get("id", ""))
@@ -72,7 +77,15 @@ def items(row: Row, where: str) -> list[Item]:
 
 
 def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
-    """Sections weighted by published counts, and the total."""
+    """Sections weighted by published counts, and the total.
+
+    Args:
+        items: pairs, chosen first.
+        rewards: two for each pair; a tie is wrong.
+
+    Returns:
+        The total is None unless every weighted section has a subset; Prior Sets count half, if there are any.
+    """
     subsets = shares(items, rewards)
     sections = {}
     for section, weights in WEIGHTS.items():
@@ -92,5 +105,11 @@ def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
 
 
 def results(items: Sequence[Item], rewards: Rewards, model: str) -> Any:
-    """The accuracy of every subset, as RewardBench keeps it for a model."""
+    """The accuracy of every subset, as RewardBench keeps it for a model.
+
+    Args:
+        items: pairs, chosen first.
+        rewards: two for each pair.
+        model: entered as `model`.
+    """
     return {"model": model, "model_type": "Seq. Classifier", "chat_template": "tokenizer", **shares(items, rewards)}

@@ -25,7 +25,15 @@ SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 
 def items(row: Row, where: str) -> list[Item]:
-    """One prompt with its right and wrong answers."""
+    """One prompt with its right and wrong answers.
+
+    Args:
+        row: id, prompt, chosen and rejected (lists) and subset.
+        where: not needed; the row names its subset.
+
+    Raises:
+        DataError: the id of a row of Ties is of another form, or a field is missing.
+    """
     subset, name = text(row, "subset"), str(row.get("id", ""))
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
     prompt = question(text(row, "prompt"))
@@ -39,7 +47,15 @@ def items(row: Row, where: str) -> list[Item]:
 
 
 def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
-    """The six subsets and their mean."""
+    """The six subsets and their mean.
+
+    Args:
+        items: prompts, right answers first.
+        rewards: one list per prompt.
+
+    Returns:
+        The total is None unless all six subsets are there.
+    """
     best: dict[str, list[float]] = {}
     tied: list[tuple[Item, Sequence[float]]] = []
     for item, given in zip(items, rewards, strict=True):
@@ -55,7 +71,11 @@ def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
 
 
 def best_of(rewards: Sequence[float]) -> float:
-    """1/k if the first reward is one of k that are highest, else 0."""
+    """1/k if the first reward is one of k that are highest, else 0.
+
+    Args:
+        rewards: the right answer's, then the wrong ones'; one that is not finite gives 0.
+    """
     if not all(math.isfinite(r) for r in rewards) or rewards[0] < max(rewards):
         return 0.0
     return 1 / sum(r == rewards[0] for r in rewards)
@@ -65,6 +85,9 @@ def ties(tied: Sequence[tuple[Item, Sequence[float]]]) -> float:
     """The score of Ties: 60 % accuracy, 40 % whether right answers lie closer together than right and wrong ones.
 
     The weights add up to 1.01, as published: the last term, 0.01 tanh(gap / spread - 1), breaks ties between models.
+
+    Args:
+        tied: items with the rewards of their answers, those with one right answer (ref) and those with several (tied).
     """
     stats: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for item, given in tied:
@@ -87,6 +110,12 @@ def ties(tied: Sequence[tuple[Item, Sequence[float]]]) -> float:
 
 
 def results(items: Sequence[Item], rewards: Rewards, model: str) -> Any:
-    """The score of every subset, as RewardBench 2 keeps it for a model."""
+    """The score of every subset, as RewardBench 2 keeps it for a model.
+
+    Args:
+        items: prompts, right answers first.
+        rewards: one list per prompt.
+        model: entered as `model`.
+    """
     kept = {"model": model, "model_type": "Seq. Classifier", "chat_template": "tokenizer"}
     return {**kept, **score(items, rewards).subsets}

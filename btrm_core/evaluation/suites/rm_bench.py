@@ -26,7 +26,15 @@ STYLES = 3
 
 
 def items(row: Row, where: str) -> list[Item]:
-    """One prompt with six answers."""
+    """One prompt with six answers.
+
+    Args:
+        row: id, prompt, domain, and three answers each in chosen and rejected, in the same order of styles.
+        where: not needed; the domain is the subset.
+
+    Raises:
+        DataError: there are not three of each, or a field is missing.
+    """
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
     if not len(chosen) == len(rejected) == STYLES:
         raise DataError(f"the row has {len(chosen)} chosen and {len(rejected)} rejected answers, expected 3 of each")
@@ -36,7 +44,15 @@ def items(row: Row, where: str) -> list[Item]:
 
 
 def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
-    """Domains, levels and the total."""
+    """Domains, levels and the total.
+
+    Args:
+        items: prompts, three right answers before three wrong ones.
+        rewards: six for each prompt.
+
+    Returns:
+        The total is the mean of the domains, None unless all are there.
+    """
     levels: dict[str, dict[str, float]] = {}
     for domain in DOMAINS:
         given = [r for item, r in zip(items, rewards, strict=True) if item.subset.startswith(domain)]
@@ -50,7 +66,14 @@ def score(items: Sequence[Item], rewards: Rewards) -> SuiteScores:
 
 
 def levels_of(rewards_I6: np.ndarray) -> dict[str, float]:
-    """Accuracy on hard, normal and easy comparisons; answers without a reward lose every comparison."""
+    """Accuracy on hard, normal and easy comparisons; answers without a reward lose every comparison.
+
+    Args:
+        rewards_I6: rewards [I, 6], three right answers before three wrong ones, each from concise to detailed.
+
+    Returns:
+        Shares from 0 to 1; hard is a right answer in a plainer style than the wrong one's.
+    """
     matrix_33 = (rewards_I6[:, :STYLES, None] > rewards_I6[:, None, STYLES:]).mean(axis=0)
     above = np.triu_indices(STYLES, 1)
     return {
@@ -61,7 +84,13 @@ def levels_of(rewards_I6: np.ndarray) -> dict[str, float]:
 
 
 def results(items: Sequence[Item], rewards: Rewards, model: str) -> Any:
-    """The rows with `score_chosen` and `score_rejected`."""
+    """The rows with `score_chosen` and `score_rejected`.
+
+    Args:
+        items: prompts, three right answers before three wrong ones.
+        rewards: six for each prompt.
+        model: not entered; the rows have no place for it.
+    """
     return [
         {**item.row, "score_chosen": list(given[:STYLES]), "score_rejected": list(given[STYLES:])}
         for item, given in zip(items, rewards, strict=True)
