@@ -24,6 +24,10 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 METAVARS = {int: "INTEGER", float: "FLOAT"}
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+"""How help is asked for, also of a command that is looked at without its group."""
+
+
 def flags(*keys: str, but: Iterable[str] = (), **helps: str) -> Decorator:
     """Give a command the flags of settings, in the order named.
 

@@ -9,13 +9,13 @@ from typing import Any, TextIO
 
 import click
 
-from btrm_core.cli.flags import flags, read, with_file
+from btrm_core.cli.flags import HELP, flags, read, with_file
 from btrm_core.console import dumps, quiet_libraries
 from btrm_core.errors import ConfigError
 from btrm_core.settings import RunConfig
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("subject", metavar="[MODEL]", required=False)
 @flags(
     "family",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from btrm_core.cli.flags import flags, read, with_file
+from btrm_core.cli.flags import HELP, flags, read, with_file
 
 COMMON = (
     "family",
@@ -36,7 +36,7 @@ COMMON = (
 """What most runs have to do with: first in the help. The others follow by section."""
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @flags(*COMMON)
 @click.option("--gpus", metavar="N|all", help="Start one process per GPU.")
 @click.option("--processes", type=int, help="Start so many processes (CPU).")
