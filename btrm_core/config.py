@@ -181,6 +181,9 @@ def _convert(setting: Setting, value: Any) -> Any:
             setting.kind, "a list"
         )
         raise ConfigError(f"{setting.key} = {value!r}: expected {wanted}") from None
+    texts = converted if isinstance(converted, tuple) else (converted,)
+    if any(isinstance(text, str) and "\0" in text for text in texts):
+        raise ConfigError(f"{setting.key} holds a character of value 0, which no name or path can have")
     _check_value(setting, converted)
     return converted
 

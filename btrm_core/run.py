@@ -51,6 +51,7 @@ from btrm_core.training.processes import (
     agree,
     group,
     is_main_process,
+    quiet,
     require_shared,
     software,
     start,
@@ -102,10 +103,9 @@ def claim_output(job: Job) -> Iterator[Path]:
         CheckpointError: another run holds it; a finished model or checkpoints are there and it is not said what becomes
             of them; or the disk is full while the run lasts.
     """
-    output, settings = job.output, job.config.output
+    output = job.output
     with output_lock(output, is_main_process()):  # before looking: two starts may come at once
-        refuse_overwrite(output / "model", settings.overwrite or settings.resume != "no")
-        resume.refuse_restart(output, settings.resume, settings.overwrite)
+        _may_write(job)
         try:
             yield output
         except OSError as error:
@@ -127,6 +127,13 @@ def finished_before(job: Job, data: Data, runtime: Runtime) -> Outcome | None:
     say(runtime, f"this run is finished ({training.get('steps')} steps); --epochs N or --max-steps N makes it longer")
     progress = Progress(step=training.get("steps", 0), seconds=training.get("seconds", 0.0))
     return Outcome(job.output / "model", made.get("evaluation"), progress)
+
+
+def _may_write(job: Job) -> None:
+    """Refuse an output directory that would be overwritten."""
+    output, settings = job.output, job.config.output
+    refuse_overwrite(output / "model", settings.overwrite or settings.resume != "no")
+    resume.refuse_restart(output, settings.resume, settings.overwrite)
 
 
 def check_output(job: Job, runtime: Runtime) -> None:
@@ -207,7 +214,9 @@ def dry_run(config: RunConfig, processes: int = 1) -> str:
     Raises:
         BtrmError: as `train`, as far as it can be known without the weights.
     """
+    quiet()
     job = choose(config)
+    _may_write(job)
     data = load_data(job.config, job.chat)
     budget, places = job.config.train.tokens_per_batch, data.train.places
     epoch = plan_of_epoch(job.config, places, expected_form(job), processes, budget)

@@ -10,7 +10,9 @@ process of the run was told to stop; 1 for a failed check or a bug.
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 import time
 import traceback
@@ -75,6 +77,12 @@ class Commands(click.Group):
                 raise SystemExit(1) from None
             if isinstance(error, UnicodeDecodeError) and (culprit := unreadable_package()):
                 click.echo(f"btrm: {culprit}", err=True)
+                raise SystemExit(2) from None
+            if isinstance(error, OSError) and error.errno is not None and not ctx.params.get("debug"):
+                if error.errno == errno.EPIPE:  # whoever was reading has seen enough
+                    raise SystemExit(128 + signal.SIGPIPE) from None
+                where = f" '{error.filename}'" if error.filename else ""
+                click.echo(f"{_own_line()}btrm: the system refuses{where}: {error.strerror}", err=True)
                 raise SystemExit(2) from None
             traceback.print_exc()
             click.echo("btrm: this is a bug; please report it with the lines above", err=True)

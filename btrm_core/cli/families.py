@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from btrm_core.console import dumps
+from btrm_core.errors import ConfigError
 from btrm_core.families import list_families
 
 
@@ -18,6 +19,8 @@ def families(name: str | None, model: str | None, check: bool, as_json: bool, de
     """List the installed families, show what one answers, or check that it keeps the contract."""
     from btrm_core.families import describe, format_description, format_families, tracebacks
 
+    if check and name is None:
+        raise ConfigError("--check needs the NAME of a family; `btrm families` lists them")
     if name is None:
         entries = list_families()
         click.echo(dumps([vars(e) for e in entries]) if as_json else format_families(entries))

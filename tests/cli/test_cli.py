@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -334,3 +336,84 @@ def test_wandb_offline_and_tensorboard_get_the_figures(tmp_path):
     evaluation = next(line for line in lines if line["split"] == "eval")
     for subset in evaluation["subsets"]:
         assert f"eval/{subset['name']}/accuracy".encode() in events
+
+
+DRY = ("train", "--family", "llama3", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["families", "--check"], "--check needs the NAME of a family; `btrm families` lists them"),
+        (["plan", "--model", "M", "--pairs", "-5"], "--pairs -5: expected a number above 0"),
+        (["plan", "--model", "M", "--epochs", "nan"], "--epochs nan: expected a number above 0"),
+        ([*DRY, "--output", "x" * 300], "the system refuses 'x"),
+        ([*DRY, "--output", "a\0b"], "output.dir holds a character of value 0"),
+        ([*DRY, "--data", "a\0b"], "data.train holds a character of value 0"),
+        (
+            [*DRY, "--set", "data.cache_dir=/dev/null"],
+            "the system refuses '/dev/null",
+        ),
+        (
+            [*DRY, "--attention", "flash"],
+            "attention kernel 'flash' needs a CUDA device",
+        ),
+        ([*DRY, "--processes", "0"], "--processes 0: expected 1 or more"),
+        (["train", "--family", "x" * 300, "--dry-run"], "unknown family 'x"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_code_2(arguments, told):
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith(f"btrm: {told}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_standard_output_that_is_full_or_closed_is_no_bug():
+    command = [sys.executable, "-m", "btrm_core", "families"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "btrm: the system refuses: No space left on device\n")
+
+
+ABSURD = (
+    "",
+    "-1",
+    "0",
+    "1e999",
+    "nan",
+    "\x1b[31m",
+    "x" * 5000,
+    "../../etc/passwd",
+    "/dev/full",
+    "'; rm -rf /",
+    "\u202e",
+    "[]",
+)
+"""Values that no option means."""
+
+
+def fuzzed(command: click.Command, name: str, draw: random.Random) -> list[str]:
+    """A command line with one option of a command set to something absurd, so that nothing long is started."""
+    option = draw.choice([p for p in command.params if isinstance(p, click.Option) and not p.is_flag and not p.hidden])
+    needed = ["MODEL"] * sum(isinstance(p, click.Argument) and p.required for p in command.params)
+    must = [x for p in command.params if isinstance(p, click.Option) and p.required for x in (p.opts[-1], "MISSING")]
+    dry = ["--dry-run"] if name == "train" else []
+    return [name, *needed, *must, option.opts[-1], draw.choice(ABSURD), *dry]
+
+
+def test_absurd_command_lines_are_refused_or_harmless(tmp_path, monkeypatch):
+    """Exit code 0 or 2, and never a traceback; `BTRM_FUZZ=N` tries N of them, `BTRM_SEED` others."""
+    draw = random.Random(int(os.environ.get("BTRM_SEED", "0")))
+    monkeypatch.chdir(tmp_path)
+    context = click.Context(main)
+    names = [name for name in main.list_commands(context) if name not in ("data", "new-family", "serve")]
+    for _ in range(int(os.environ.get("BTRM_FUZZ", 40))):
+        name = draw.choice(names)
+        command = main.get_command(context, name)
+        assert command is not None
+        arguments = fuzzed(command, name, draw)
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code in (0, 2), (arguments, result.output[-2000:])
+        assert "this is a bug" not in result.stderr, (arguments, result.output[-2000:])
+        assert "Traceback" not in result.stderr, arguments

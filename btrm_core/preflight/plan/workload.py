@@ -65,12 +65,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Refuse sizes of nothing."""
-        for name in ("pairs_per_step", "tokens_per_batch", "max_length", "tokens_per_pair", "epochs"):
-            if getattr(self, name) <= 0:
+        sizes = ("pairs_per_step", "tokens_per_batch", "max_length", "tokens_per_pair", "epochs", "pairs", "lora_rank")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
                 flag = name.replace("_", "-")
-                raise ConfigError(
-                    f"--{flag} {getattr(self, name)}: expected a number above 0; leave it out or raise it"
-                )
+                raise ConfigError(f"--{flag} {value}: expected a number above 0; leave it out or raise it")
 
     @classmethod
     def of_data(cls, shared: Sharing, **given: Any) -> Workload:
