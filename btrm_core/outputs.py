@@ -6,8 +6,10 @@ Decides: that a device, a pipe or standard output is never replaced by a file.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -56,3 +58,29 @@ def output_stream(output: str) -> Iterator[IO[bytes]]:
         return
     with Path(output).expanduser().open("wb", buffering=0) as stream:
         yield stream
+
+
+@contextlib.contextmanager
+def whole_file(output: str) -> Iterator[Path]:
+    """A file to write, which comes to its place when the block ends, or not at all.
+
+    Links are followed; standard output, a pipe or a device gets what was written, and is never replaced.
+
+    Args:
+        output: a path, or `-` for standard output. Its directory is made if it is missing.
+
+    Raises:
+        DataError: as `output_file`.
+    """
+    target = output_file(output)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial")
+        yield partial
+        partial.replace(target)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        partial = Path(folder) / "whole"
+        yield partial
+        with output_stream(output) as stream, partial.open("rb") as file:
+            shutil.copyfileobj(file, stream)

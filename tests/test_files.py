@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,28 @@ def test_what_is_written_as_it_stands(tmp_path):
         with pytest.raises(DataError, match=r"^cannot write to ") as error:
             outputs.output_file(output)
         assert "\n" not in str(error.value)
+
+
+def test_a_whole_file_replaces_regular_files_alone(tmp_path, capfdbinary):
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with outputs.whole_file(str(tmp_path / "link")) as part:
+        part.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there").read_text() == "new"
+    with suppress(RuntimeError), outputs.whole_file(str(tmp_path / "there")) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "there").read_text() == "new"
+    for output, seen in (("/dev/null", b""), ("/dev/stdout", b"told"), ("-", b"told")):
+        with outputs.whole_file(output) as part:
+            part.write_bytes(b"told")
+        assert capfdbinary.readouterr().out == seen
+    assert Path("/dev/null").is_char_device()
+
+
+def test_the_scores_of_an_evaluation_never_replace_a_device():
+    from btrm_core.evaluation import write_scores
+
+    write_scores([], "/dev/null")
+    assert Path("/dev/null").is_char_device()

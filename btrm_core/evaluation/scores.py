@@ -18,6 +18,7 @@ import numpy as np
 
 from btrm_core.errors import DataError
 from btrm_core.evaluation.statistics import wins
+from btrm_core.outputs import whole_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -132,21 +133,18 @@ def write_scores(rewards: Sequence[PairRewards], path: str | Path) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".parquet":
-            _write_parquet(rewards, partial)
-        else:
-            opener = gzip.open if target.suffix == ".gz" else open
+        with whole_file(str(path)) as partial:
+            if Path(path).suffix == ".parquet":
+                _write_parquet(rewards, partial)
+                return
+            opener = gzip.open if Path(path).suffix == ".gz" else open
             # Half a surrogate pair, which only an escape can write, stays an escape.
             with opener(partial, "wt", encoding="utf-8", errors="backslashreplace") as file:
                 for row in _all_rows(rewards):
                     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        partial.replace(target)
     except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}; name another file") from error
+        raise DataError(f"cannot write {path}: {error.strerror or error}; name another file") from error
 
 
 def _all_rows(rewards: Sequence[PairRewards]) -> Iterator[dict[str, Any]]:

@@ -172,6 +172,6 @@ def test_a_server_with_a_token_asks_for_it(browser: Any, scorer: Scorer) -> None
         page.wait_for_selector("#token")
         page.fill("#token", "open")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.getElementById('model').textContent.includes('tokens')")
+        page.locator("#model", has_text="tokens").wait_for()
         score(page)
         page.close()
