@@ -3,7 +3,6 @@
 Decides: how text becomes a value, which keys are known, what wins. The settings themselves are listed in `settings`;
 what one left at None becomes is the family's recipe (`resolve`). A parsed configuration is never changed; numbers
 derived from it (steps, micro-batches) live with the plan that derives them.
-
 Precedence, strongest first: flags and `--set`, the `--config` file, the family's recipe, btrm's defaults.
 """
 
@@ -33,8 +32,7 @@ def read_settings(path: str | None = None, overrides: Mapping[str, Any] | None =
         overrides: What wins over the file.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (with a suggestion), a value has the wrong type or
-            range, or settings contradict each other.
+        ConfigError: the file cannot be read, a key is unknown, a value is wrong, or settings contradict each other.
     """
     values = _flatten(_read_toml(path)) if path else {}
     values.update(overrides or {})
@@ -73,7 +71,14 @@ def apply(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
-    """Split `--set section.key=value` texts into a mapping; the value stays text until its type is known."""
+    """Split `--set section.key=value` texts into a mapping; the value stays text until its type is known.
+
+    Args:
+        assignments: texts such as "train.seed=1"; of a key said twice the last counts.
+
+    Raises:
+        ConfigError: a text has no "=" or nothing before it.
+    """
     values = {}
     for text in assignments:
         key, equals, value = text.partition("=")
@@ -84,7 +89,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """All settings as "section.key" -> value, in the order of the dataclasses."""
+    """All settings as "section.key" -> value, in the order of the dataclasses.
+
+    Args:
+        config: the settings, resolved or not.
+    """
     out: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
@@ -96,7 +105,11 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML that `read_settings` reads back to an equal value (None is left out)."""
+    """The configuration as TOML that `read_settings` reads back to an equal value (None is left out).
+
+    Args:
+        config: the settings, resolved or not.
+    """
     import tomli_w
 
     tree: dict[str, Any] = {}
@@ -110,7 +123,12 @@ def to_toml(config: RunConfig) -> str:
 
 
 def resolve(config: RunConfig, recipe: Any) -> RunConfig:
-    """Fill the settings left open from a family's recipe (a `Recipe` without None)."""
+    """Fill the settings left open from a family's recipe (a `Recipe` without None).
+
+    Args:
+        config: the settings; those that are not None stay.
+        recipe: the family's values for those that are None.
+    """
     open_values: dict[str, Any] = {
         "data.max_length": recipe.max_length,
         "train.pairs_per_step": recipe.pairs_per_step,

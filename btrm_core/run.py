@@ -99,6 +99,12 @@ def train(config: RunConfig) -> Outcome:
 def claim_output(job: Job) -> Iterator[Path]:
     """Hold the output directory for this run alone, and refuse one that would be overwritten.
 
+    Args:
+        job: what is to be run; its `output` is the directory.
+
+    Yields:
+        The output directory.
+
     Raises:
         CheckpointError: another run holds it; a finished model or checkpoints are there and it is not said what becomes
             of them; or the disk is full while the run lasts.
@@ -115,7 +121,16 @@ def claim_output(job: Job) -> Iterator[Path]:
 
 
 def finished_before(job: Job, data: Data, runtime: Runtime) -> Outcome | None:
-    """What a run that is to be resumed has left, if it is done: same data, same length, its model in place."""
+    """What a run that is to be resumed has left, if it is done: same data, same length, its model in place.
+
+    Args:
+        job: what is to be run.
+        data: the data it would train on, for the fingerprint.
+        runtime: the processes of the run; all must call this.
+
+    Returns:
+        The outcome of the finished run; None if there is something left to do.
+    """
     made = read_manifest(job.output / "model") if job.config.output.resume != "no" and runtime.is_main else {}
     settings, training = made.get("config", {}), made.get("training", {})
     now = job.config.train
@@ -137,7 +152,15 @@ def _may_write(job: Job) -> None:
 
 
 def check_output(job: Job, runtime: Runtime) -> None:
-    """Find out before the first step whether all processes can write their parts of a checkpoint."""
+    """Find out before the first step whether all processes can write their parts of a checkpoint.
+
+    Args:
+        job: what is to be run.
+        runtime: the processes of the run; all must call this.
+
+    Raises:
+        CheckpointError: one cannot, and checkpoints are asked for.
+    """
     output = job.config.output
     if output.save_every is not None or output.resume != "no":
         require_shared(job.output, runtime)
@@ -146,7 +169,19 @@ def check_output(job: Job, runtime: Runtime) -> None:
 
 
 def begin(session: Session, head_is_new: bool) -> Progress:
-    """Go on from a checkpoint, or start anew after checking the first loss of a new head."""
+    """Go on from a checkpoint, or start anew after checking the first loss of a new head.
+
+    Args:
+        session: the run, model and data loaded; gets its `identity` here.
+        head_is_new: the reward head was made for this run, so its first loss is compared with ln 2.
+
+    Returns:
+        Where training goes on.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of other data or settings, or the disk lacks the room.
+        TrainingError: first rewards of a new head are not finite, all zero, or the same within every pair.
+    """
     runtime, settings, output = session.runtime, session.config.output, session.job.output
     session.identity = identity(session)
     if runtime.is_main:
@@ -175,7 +210,16 @@ def begin(session: Session, head_is_new: bool) -> Progress:
 
 
 def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcome:
-    """Save the model and say how good it is; a run stopped by a signal only says how to go on."""
+    """Save the model and say how good it is; a run stopped by a signal only says how to go on.
+
+    Args:
+        session: the run.
+        progress: how far training came, and what stopped it if anything did.
+        interrupt: the signal, if one came.
+
+    Returns:
+        The model's directory and evaluation; both None, with the signal's number, after a signal.
+    """
     runtime, output = session.runtime, session.job.output
     if session.reporter is not None:
         session.reporter.bar.close()

@@ -146,6 +146,10 @@ def free_pad(tokenizer: Any, template: str) -> PadToken:
     """A token to fill up with: the tokenizer's own if it is no other, else a control token that no conversation has.
 
     Nothing is read at padding, so any token will do that text of a conversation never becomes.
+
+    Args:
+        tokenizer: the `transformers` tokenizer of the base model.
+        template: text of the chat template; a control token that it names is not taken.
     """
     from btrm_core.families import PadToken
 

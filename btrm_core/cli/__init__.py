@@ -45,11 +45,20 @@ class Commands(click.Group):
     """Prints errors of the user on one line, and keeps tracebacks for bugs and `--debug`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the subcommands."""
+        """Names of the subcommands.
+
+        Args:
+            ctx: click's context; not looked at.
+        """
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the module of a subcommand; None if there is no such one."""
+        """Import the module of a subcommand; None if there is no such one.
+
+        Args:
+            ctx: click's context; not looked at.
+            cmd_name: what was typed, e.g. "train".
+        """
         if cmd_name not in COMMANDS:
             return None
         module, _, function = COMMANDS[cmd_name].partition(":")
@@ -57,7 +66,15 @@ class Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a subcommand and turn its errors into exit codes."""
+        """Run a subcommand and turn its errors into exit codes.
+
+        Args:
+            ctx: click's context of the whole command line; its `debug` asks for tracebacks.
+
+        Raises:
+            SystemExit: with the error's exit code for a BtrmError, 130 when interrupted, 2 where the system refuses
+                or a package cannot be read, 141 for a closed pipe, 1 for a bug.
+        """
         try:
             return super().invoke(ctx)
         except BtrmError as error:

@@ -119,6 +119,9 @@ def convert(sources: tuple[str, ...], **flags: Any) -> None:
 def held_out_name(target: Path) -> Path:
     """The file beside another that takes the held-out prompts.
 
+    Args:
+        target: the file for the other prompts; everything after the first dot of its name counts as ending.
+
     >>> held_out_name(Path("a/pairs.jsonl.gz")).as_posix()
     'a/pairs.held_out.jsonl.gz'
     """

@@ -53,7 +53,11 @@ def flags(*keys: str, but: Iterable[str] = (), **helps: str) -> Decorator:
 
 
 def with_file(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command `--config` and `--set`, through which every setting can be reached."""
+    """Give a command `--config` and `--set`, through which every setting can be reached.
+
+    Args:
+        command: the function, before `click.command` makes it one; it gets `config_file` and `assignments`.
+    """
     more = click.option("--set", "assignments", metavar="SECTION.KEY=VALUE", multiple=True, help="Any other setting.")
     file = click.option("--config", "config_file", metavar="RUN.toml", help="Settings file; flags win over it.")
     return file(more(command))
@@ -61,6 +65,10 @@ def with_file(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def read(given: Mapping[str, Any]) -> RunConfig:
     """The settings that the parameters of a command with `flags` and `with_file` say.
+
+    Args:
+        given: the command's parameters by their Python names, `config_file` and `assignments` among them; one that is
+            None or () was not given.
 
     Raises:
         ConfigError: as `config.read_settings`.

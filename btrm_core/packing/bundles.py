@@ -50,7 +50,12 @@ def bundles(sequences: Sequence[Sequence[int]], together: Sequence[Hashable], bu
 
 
 def divided(whole: Bundle, budget: int) -> list[Bundle]:
-    """The bundle itself if a row has room for it, else several that repeat what they share."""
+    """The bundle itself if a row has room for it, else several that repeat what they share.
+
+    Args:
+        whole: the bundle.
+        budget: tokens of a row; a bundle of one sequence is kept even if it is longer.
+    """
     if len(whole.members) == 1 or room(whole.tokens, whole.tree.keys) <= budget:
         return [whole]
     return [
@@ -60,7 +65,12 @@ def divided(whole: Bundle, budget: int) -> list[Bundle]:
 
 
 def packed_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
-    """Put bundles into rows of at most `budget` tokens, longest first, each into the first row with room."""
+    """Put bundles into rows of at most `budget` tokens, longest first, each into the first row with room.
+
+    Args:
+        found: bundles in any order; one that is over the budget gets a row of its own.
+        budget: tokens of a row.
+    """
     rows: list[list[Bundle]] = []
     left: list[int] = []
     for bundle in sorted(found, key=lambda bundle: -bundle.tokens):
@@ -75,7 +85,12 @@ def packed_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
 
 
 def padded_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
-    """Put every sequence on a line of its own, and lines of similar length into batches of at most `budget` tokens."""
+    """Put every sequence on a line of its own, and lines of similar length into batches of at most `budget` tokens.
+
+    Args:
+        found: bundles in any order; each is taken apart into its sequences.
+        budget: tokens of a batch, padding included; a longer line gets a batch of its own.
+    """
     lines = [
         Bundle(alone, (member,))
         for bundle in found

@@ -58,6 +58,9 @@ class Sizes:
 
         An attention score costs about 1 / (6 * width) of a token's matrix products, which matters for long sequences
         in small models only.
+
+        Args:
+            hidden_size: width of the model.
         """
         gathered = GATHERED_KEY * (self.keys_I - self.tokens_I)
         return cast("FloatArray", self.tokens_I + gathered + self.scores_I / (6.0 * hidden_size))
@@ -81,7 +84,11 @@ class Forest:
 
     @classmethod
     def of(cls, trees: Sequence[Tree]) -> Forest:
-        """The edges of some trees."""
+        """The edges of some trees.
+
+        Args:
+            trees: at least one tree; they are numbered in this order, and so are their sequences.
+        """
         edges = np.concatenate([tree.edges for tree in trees]).astype(np.int64)
         leaf = np.concatenate([tree.leaf for tree in trees]).astype(np.int64)
         return cls.of_columns(edges, leaf, [len(tree.edges) for tree in trees], [len(tree.leaf) for tree in trees])
@@ -151,7 +158,13 @@ class Forest:
         return codes // width, codes % width
 
     def sizes(self, item_N: IntArray, sequence_N: IntArray, count: int) -> Sizes:
-        """What `count` items take that hold these sequences; the arguments are those of `paths`."""
+        """What `count` items take that hold these sequences; the arguments are those of `paths`.
+
+        Args:
+            item_N: the item of each sequence, from 0 to `count` - 1.
+            sequence_N: number of each sequence in the forest.
+            count: how many items there are.
+        """
         item, edge = self.paths(item_N, sequence_N)
         size, stop = self.size_E[edge], self.stop_E[edge]
         width, up = len(self.size_E), self.parent_E[edge]
@@ -223,24 +236,46 @@ class PairPlaces:
         return dataclasses.replace(self, forest=self.forest.unshared())
 
     def unit_sizes(self, whole: bool) -> Sizes:
-        """What each unit takes by itself, or each pair unless units must stay `whole`."""
+        """What each unit takes by itself, or each pair unless units must stay `whole`.
+
+        Args:
+            whole: True for the sizes of units, [num_units]; False for those of pairs, [len(self)].
+        """
         unit_P = self.unit_P if whole else np.arange(len(self))
         sequences = np.concatenate([self.chosen_P, self.rejected_P])
         return self.forest.sizes(np.tile(unit_P, 2), sequences, self.num_units if whole else len(self))
 
     def of_units(self, units: IntArray) -> IntArray:
-        """The pairs of some units, in their order."""
+        """The pairs of some units, in their order.
+
+        Args:
+            units: numbers of units.
+
+        Returns:
+            Numbers of pairs, unit after unit.
+        """
         first, count = self.starts_U[units], np.diff(self.starts_U)[units]
         before = np.cumsum(count) - count
         return cast("IntArray", np.arange(count.sum()) + np.repeat(first - before, count))
 
     def items(self, ids: IntArray) -> list[IntArray]:
-        """Pairs by their trees."""
+        """Pairs by their trees.
+
+        Args:
+            ids: numbers of pairs, in any order.
+
+        Returns:
+            One array of pairs for each tree, by tree number; pairs of a tree keep their order.
+        """
         ordered = ids[np.argsort(self.tree_P[ids], kind="stable")]
         return np.split(ordered, np.flatnonzero(np.diff(self.tree_P[ordered])) + 1) if len(ids) else []
 
     def sizes(self, items: Sequence[IntArray]) -> Sizes:
-        """What the trees of some pairs take; the pairs of an item are of one tree."""
+        """What the trees of some pairs take; the pairs of an item are of one tree.
+
+        Args:
+            items: numbers of pairs, an array for each item.
+        """
         ids = np.concatenate(items) if items else np.zeros(0, np.int64)
         item_N = np.repeat(np.arange(len(items)), [len(item) for item in items])
         sequence_N = np.concatenate([self.chosen_P[ids], self.rejected_P[ids]])

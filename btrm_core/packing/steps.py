@@ -134,6 +134,9 @@ class EpochPlan:
     def step(self, index: int) -> Step:
         """Lay out one step.
 
+        Args:
+            index: number of the step in the epoch, from 0.
+
         Raises:
             IndexError: there is no such step.
         """
@@ -179,7 +182,11 @@ class EpochPlan:
         return int(sizes.lines_I[row].sum() * longest)
 
     def row_tokens(self, row: IntArray) -> int:
-        """Tokens that a row or padded batch of these pairs computes, rounding and padding included."""
+        """Tokens that a row or padded batch of these pairs computes, rounding and padding included.
+
+        Args:
+            row: numbers of the row's pairs, as in `Step.rows`.
+        """
         sizes = self.pairs.sizes(self.pairs.items(row))
         if self.padded:
             return self._lines(sizes, np.arange(len(sizes.lines_I)))

@@ -88,7 +88,15 @@ class Visibility:
         end_T: NDArray[np.int64],
         position_T: NDArray[np.int64],
     ) -> Visibility:
-        """Build the visibility of a packed row on the host; the arguments are `rows.Row`'s."""
+        """Build the visibility of a packed row on the host; the arguments are `rows.Row`'s.
+
+        Args:
+            runs_R2: query start and end of each run, as row offsets.
+            prefix_starts_R: [R + 1], where the ranges of each run begin in `prefixes_M2`.
+            prefixes_M2: start and end of the ranges of tokens before runs, run after run.
+            end_T: one past the last row offset that may look at the token.
+            position_T: each token's position in its own sequence.
+        """
         ranges_M = np.diff(prefixes_M2, axis=1)[:, 0]
         ends_R = np.append(0, np.cumsum(ranges_M))[prefix_starts_R]
         prefix_R = np.diff(ends_R)
@@ -126,7 +134,11 @@ class Visibility:
         return max(run.keys for run in self.runs)
 
     def visible(self, window: int | None) -> torch.Tensor:
-        """The whole mask as a [T, T] boolean tensor, True where a query (line) sees a key (column)."""
+        """The whole mask as a [T, T] boolean tensor, True where a query (line) sees a key (column).
+
+        Args:
+            window: the layer's sliding window in tokens, or None for none.
+        """
         mask: torch.Tensor = self._once(("visible", window), lambda: self._visible(window))
         return mask
 
@@ -140,7 +152,12 @@ class Visibility:
 
     @staticmethod
     def is_plain(run: Run, window: int | None) -> bool:
-        """True where plain causal attention over the run's own tokens needs no mask."""
+        """True where plain causal attention over the run's own tokens needs no mask.
+
+        Args:
+            run: an attention run of a row.
+            window: the layer's sliding window in tokens, or None for none.
+        """
         return run.prefix == 0 and (window is None or window >= run.keys)
 
     def run_mask(self, run: Run, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -158,7 +175,11 @@ class Visibility:
         return mask
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """FlexAttention's block mask of the row; T must be a multiple of 128."""
+        """FlexAttention's block mask of the row; T must be a multiple of 128.
+
+        Args:
+            window: the layer's sliding window in tokens, or None for none.
+        """
         mask: BlockMask = self._once(("block", window), lambda: self._block_mask(window))
         return mask
 
@@ -186,7 +207,12 @@ class Visibility:
         return self._cache[key]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Visibility:
-        """Return the layout on `device`."""
+        """Return the layout on `device`.
+
+        Args:
+            device: where its tensors shall lie.
+            non_blocking: do not wait for copies from pinned memory.
+        """
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Visibility:
