@@ -14,12 +14,12 @@ import btrm_core
 ROOT = Path(btrm_core.__file__).parent
 EXCUSED: frozenset[str] = frozenset(
     """
-    chat/tokenizers.py cli/__init__.py cli/data.py cli/flags.py config.py data/cache.py data/convert.py
+    chat/tokenizers.py cli/__init__.py cli/data.py cli/flags.py config.py data/convert.py
     data/curate/overview.py data/curate/select.py data/curate/similar.py data/curate/write.py data/encode.py
-    data/formats.py data/inputs/hub.py data/inputs/spec.py data/inputs/streams.py data/inputs/tables.py
-    data/issues.py data/pairs.py data/quality.py data/readers.py data/sample.py data/shapes/conversation.py
-    data/shapes/messages.py data/shapes/naming.py data/shapes/preference.py data/shapes/reading.py
-    data/shapes/text.py data/shapes/values.py data/shapes/view.py data/store.py data/tables.py evaluation/plots.py
+    data/formats.py data/inputs/spec.py data/inputs/streams.py data/inputs/tables.py
+    data/issues.py data/pairs.py data/quality.py data/readers.py data/shapes/conversation.py
+    data/shapes/messages.py data/shapes/naming.py data/shapes/preference.py
+    data/shapes/text.py data/shapes/values.py data/store.py data/tables.py evaluation/plots.py
     packing/bundles.py packing/forest.py packing/rows.py packing/steps.py packing/trees.py packing/visibility.py
     run.py
     """.split()
