@@ -25,7 +25,11 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDI
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the cache directory: the argument, else $BTRM_CACHE, $XDG_CACHE_HOME/btrm, ~/.cache/btrm."""
+    """Return the cache directory: the argument, else $BTRM_CACHE, $XDG_CACHE_HOME/btrm, ~/.cache/btrm.
+
+    Args:
+        cache_dir: a directory; None or empty if not given.
+    """
     if cache_dir:
         return Path(cache_dir).expanduser()
     if given := os.environ.get("BTRM_CACHE"):
@@ -57,6 +61,10 @@ def code_digest(*packages: str) -> str:
 def build_once(entry: Path, build: Callable[[Path], None]) -> Path:
     """Return `entry`, calling `build(folder)` to make it unless a whole one is there.
 
+    Args:
+        entry: folder of the entry.
+        build: writes the files of the entry into the folder it is given.
+
     Raises:
         DataError: the cache directory cannot be written, or its disk is full.
     """
@@ -79,7 +87,11 @@ def build_once(entry: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_whole(entry: Path) -> bool:
-    """Return True if `entry` was finished and all its files still have the size they were written with."""
+    """Return True if `entry` was finished and all its files still have the size they were written with.
+
+    Args:
+        entry: folder of the entry.
+    """
     try:
         sizes: dict[str, int] = json.loads((entry / COMPLETE).read_text())
         return all((entry / name).stat().st_size == size for name, size in sizes.items())

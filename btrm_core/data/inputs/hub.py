@@ -21,6 +21,9 @@ _TIMEOUT_SECONDS = 15.0
 def load(spec: Spec) -> datasets.Dataset:
     """Load one split of a data set of the Hub; "train" if none is named.
 
+    Args:
+        spec: the id of the data set, and its configuration, split and options if given.
+
     Raises:
         DataError: there is no such data set, it may not be read, or it cannot be loaded.
     """
@@ -41,7 +44,11 @@ def load(spec: Spec) -> datasets.Dataset:
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what a library says, as a sentence."""
+    """The first line of what a library says, as a sentence.
+
+    Args:
+        error: what the library raised.
+    """
     return f"{first_line(error).removesuffix('.')}."
 
 

@@ -83,5 +83,9 @@ def _weighed(pair: Pair, weight: float) -> Pair:
 
 
 def strict_error(issue: RowIssue) -> DataError:
-    """Return the error of a run that wants every row to be sound."""
+    """Return the error of a run that wants every row to be sound.
+
+    Args:
+        issue: what is wrong with the row.
+    """
     return DataError(f"{issue}. Mend the row, or train on the others without --strict.")

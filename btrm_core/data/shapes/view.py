@@ -41,15 +41,28 @@ class RowView(Mapping[str, Any]):
         return value if isinstance(value, _PLAIN) else plain(value)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, which counts as used if there is one."""
+        """The value of a key, which counts as used if there is one.
+
+        Args:
+            key: btrm's name of the key.
+            default: what is returned if there is no such key or it holds None.
+        """
         return self[key] if self._row.get(key) is not None else default
 
     def has(self, key: str) -> bool:
-        """True if the key holds a value; does not count as using it."""
+        """True if the key holds a value; does not count as using it.
+
+        Args:
+            key: btrm's name of the key; one that holds None has no value.
+        """
         return self._row.get(key) is not None
 
     def peek(self, key: str) -> Any:
-        """The value of a key or None; does not count as using it."""
+        """The value of a key or None; does not count as using it.
+
+        Args:
+            key: btrm's name of the key.
+        """
         return self._row.get(key)
 
     def __iter__(self) -> Any:
@@ -63,11 +76,21 @@ class RowView(Mapping[str, Any]):
         self._used |= set(keys)
 
     def remark(self, text: str) -> None:
-        """Say something about the row; counted once a row."""
+        """Say something about the row; counted once a row.
+
+        Args:
+            text: a short phrase.
+        """
         self.remarks.add(text)
 
     def leave_parts(self, where: str, item: Mapping[str, Any], known: Iterable[str]) -> None:
-        """Note the keys of an object in the row that hold something and are not among `known`."""
+        """Note the keys of an object in the row that hold something and are not among `known`.
+
+        Args:
+            where: what the noted keys are prefixed with, before a dot.
+            item: the object.
+            known: its keys that are understood.
+        """
         for key, value in item.items():
             if key not in known and not _is_empty(value):
                 self.parts_unused.add(f"{where}.{key}")
@@ -79,7 +102,11 @@ class RowView(Mapping[str, Any]):
         return [*keys, *sorted(self.parts_unused)]
 
     def missing(self, key: str) -> RowError:
-        """Return the error for a key that the row should have; it names those that the row has."""
+        """Return the error for a key that the row should have; it names those that the row has.
+
+        Args:
+            key: the key that is not there.
+        """
         has = ", ".join(list(self)[:8]) or "nothing"
         return RowError("missing key", f"missing key '{key}' (the row has {has})")
 
