@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test lint types demo bench clean
+.PHONY: install test lint types demo fuzz clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,11 @@ types: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(PY) -m btrm_core train --family llama3 --overwrite
+
+# longer than in the tests: rows and command lines that nobody means
+fuzz: $(INSTALLED)
+	$(PY) tests/support/row_fuzz.py --rows 100000 --seed 1
+	BTRM_FUZZ=2000 BTRM_SEED=1 $(PY) -m pytest -q tests/cli/test_cli.py -k absurd_command --timeout 7200
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

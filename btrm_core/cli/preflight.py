@@ -79,8 +79,9 @@ def _diagnose(config: RunConfig, pairs: int, *, with_model: bool, full: bool, as
 
 
 def _echo(text: str, to: TextIO) -> None:
-    """Print at once; colours only on a terminal, and never under NO_COLOR (no-color.org)."""
-    click.echo(text, file=to, color=False if os.environ.get("NO_COLOR") else None)
+    """Print at once; colours only on a terminal that has them, and never under NO_COLOR (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    click.echo(text, file=to, color=False if plain else None)
     to.flush()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ def closing_text(outcome: Outcome) -> str:
     for example in outcome.examples:
         lines += ["", f"  {_one_line(example['prompt'])}", *_sides(example)]
     lines += ["", f"model saved in {outcome.directory}", *_adapters(outcome.directory)]
-    lines += [f"next: btrm score {outcome.directory} INPUT.jsonl -o OUTPUT.jsonl"]
+    lines += [f"next: btrm score {shlex.quote(str(outcome.directory))} INPUT.jsonl -o OUTPUT.jsonl"]
     return "\n".join(lines)
 
 
