@@ -281,9 +281,8 @@ def until_there_is_room(write: Callable[[], None], seconds: float, give_up: Call
             return write()
         except CheckpointError as error:
             cause = error.__cause__
-            full = (
-                isinstance(cause, Exception) and disk_is_full(cause) and "27" not in f"{getattr(cause, 'errno', cause)}"
-            )
+            # no room comes for a file that is larger than a file may be
+            full = isinstance(cause, Exception) and disk_is_full(cause) and not _too_large(cause)
             if not full or give_up() or time.monotonic() >= end:
                 raise
             yield f"{error}: trying again for {max(1, round((end - time.monotonic()) / 60))} minutes; Ctrl-C gives up"

@@ -127,13 +127,25 @@ def test_a_full_disk_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         list(files.until_there_is_room(_full(1)[1], 0.0, lambda: False))
 
 
-def test_a_file_that_may_not_be_so_large_is_not_waited_for() -> None:
+@pytest.mark.parametrize("said", [OSError(errno.EFBIG, "File too large"), Exception("I/O error: (os error 27)")])
+def test_a_file_that_may_not_be_so_large_is_not_waited_for(said: Exception) -> None:
     def write() -> None:
-        error = OSError(errno.EFBIG, "File too large")
-        raise files.explained(error, Path("run/model")) from error
+        raise files.explained(said, Path("run/model")) from said
 
     with pytest.raises(CheckpointError):
         list(files.until_there_is_room(write, 600.0, lambda: False))
+
+
+def test_a_number_in_the_name_of_what_finds_no_room_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "AGAIN_SECONDS", 0.0)
+    found = [Exception("writing run-27/model: No space left on device (os error 28)")]
+
+    def write() -> None:
+        if found:
+            error = found.pop()
+            raise files.explained(error, Path("run-27/model")) from error
+
+    assert len(list(files.until_there_is_room(write, 600.0, lambda: False))) == 1
 
 
 def test_what_a_file_system_cannot_do_does_not_fail_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

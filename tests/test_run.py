@@ -199,3 +199,8 @@ def test_what_a_run_shows_of_the_data_is_one_short_line_without_control_characte
     assert [len(line) for line in shown] == [2 + 96, 4 + 7 + 2 + 8 + 2 + 96]
     assert all(line.endswith("…") and line.isprintable() for line in shown)
     assert "     -2.000  rejected  short" in lines
+
+
+def test_the_next_command_can_be_copied():
+    lines = closing_text(Outcome(Path("my runs/model"), None, Progress())).splitlines()
+    assert lines[-1] == "next: btrm score 'my runs/model' INPUT.jsonl -o OUTPUT.jsonl"

@@ -1,5 +1,6 @@
 """The command line as a user meets it: every mistake gets one line and exit code 2."""
 
+import io
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from btrm_core.cli import main
-from btrm_core.cli.preflight import doctor
+from btrm_core.cli.preflight import _echo, doctor
 from btrm_core.cli.train import train
 from btrm_core.data.sample import sample_path
 from btrm_core.settings import declared
@@ -417,3 +418,16 @@ def test_absurd_command_lines_are_refused_or_harmless(tmp_path, monkeypatch):
         assert result.exit_code in (0, 2), (arguments, result.output[-2000:])
         assert "this is a bug" not in result.stderr, (arguments, result.output[-2000:])
         assert "Traceback" not in result.stderr, arguments
+
+
+@pytest.mark.parametrize(("variable", "value"), [("TERM", "dumb"), ("NO_COLOR", "1")])
+def test_a_terminal_without_colours_gets_none(monkeypatch, variable, value):
+    said = io.StringIO()
+    monkeypatch.setattr(said, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _echo(click.style("ok", fg="green"), said)
+    assert said.getvalue() == "\x1b[32mok\x1b[0m\n"
+    monkeypatch.setenv(variable, value)
+    _echo(click.style("ok", fg="green"), said)
+    assert said.getvalue().endswith("\nok\n")
