@@ -39,7 +39,7 @@ from btrm_core.model.shape import (
     read_shape,
     training_flops,
 )
-from btrm_core.model.toy import build_toy, tiny_tokenizer, toy_model
+from btrm_core.model.toy import build_toy, toy_model, toy_tokenizer
 
 __all__ = [
     "GPUS",
@@ -90,9 +90,9 @@ __all__ = [
     "saved_config",
     "sha256_of",
     "template_difference",
-    "tiny_tokenizer",
     "tolerance",
     "toy_model",
+    "toy_tokenizer",
     "training_flops",
     "trusted",
     "uses_softcap",

@@ -185,13 +185,13 @@ class RewardModel(nn.Module):
         Args:
             batch: a packed row (B is 1), or padded lines; hidden states at padding mean nothing.
         """
-        if batch.layout is None:
+        if batch.visibility is None:
             return self._line_by_line(batch) if self.one_by_one else self._backbone(batch, batch.attention_mask)
         if self.kernel == PADDED:
-            if len(batch.layout.runs) > 1:
+            if len(batch.visibility.runs) > 1:
                 raise ValueError("kernel 'padded' takes padded lines, not a packed row of several sequences")
             return self._backbone(batch, None)
-        with masks_for(batch.layout):
+        with masks_for(batch.visibility):
             # A mask of ones keeps transformers from looking for packed sequences in the positions.
             return self._backbone(batch, torch.ones_like(batch.input_ids))
 

@@ -78,7 +78,7 @@ class Row:
         return self.computed + self.shared - self.useful
 
     def batch(self) -> Batch:
-        """The row as tensors on the host, with its attention layout."""
+        """The row as tensors on the host, with who sees whom in it."""
         import torch
 
         from btrm_core.packing.visibility import Visibility
@@ -87,7 +87,7 @@ class Row:
             input_ids=torch.from_numpy(self.input_ids_T)[None],
             position_ids=torch.from_numpy(self.position_ids_T)[None],
             attention_mask=None,
-            layout=Visibility.from_runs(
+            visibility=Visibility.from_runs(
                 self.runs_R2, self.prefix_starts_R, self.prefixes_M2, self.end_T, self.position_ids_T
             ),
             reward_index=torch.from_numpy(self.reward_index_S),
@@ -218,7 +218,7 @@ class PaddedRows:
             input_ids=torch.from_numpy(self.input_ids_BT),
             position_ids=torch.from_numpy(self.position_ids_BT),
             attention_mask=torch.from_numpy(self.attention_mask_BT),
-            layout=None,
+            visibility=None,
             reward_index=torch.from_numpy(self.reward_index_S),
             group_sizes=self.group_sizes,
             computed=self.computed,
@@ -272,7 +272,7 @@ class Batch:
         input_ids: [B, T] int64; B is 1 for a packed row.
         position_ids: [B, T] int64.
         attention_mask: [B, T] int64 for padded lines, None for a packed row.
-        layout: who sees whom in a packed row (`visibility.Visibility`), None for padded lines.
+        visibility: who sees whom in a packed row (`visibility.Visibility`), None for padded lines.
         reward_index: [S] int64, offsets into the flattened B*T tokens, trees in order.
         group_sizes: K of every tree; they sum to S.
         computed: tokens computed, padding included.
@@ -283,7 +283,7 @@ class Batch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    layout: Visibility | None
+    visibility: Visibility | None
     reward_index: torch.Tensor
     group_sizes: tuple[int, ...]
     computed: int
@@ -303,7 +303,7 @@ class Batch:
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
-            layout=None if self.layout is None else move(self.layout),
+            visibility=None if self.visibility is None else move(self.visibility),
             reward_index=move(self.reward_index),
             group_sizes=self.group_sizes,
             computed=self.computed,

@@ -239,7 +239,7 @@ def test_self_check_notices_a_difference() -> None:
     class Skewed(RewardModel):
         def hidden(self, batch: Any) -> torch.Tensor:
             hidden = super().hidden(batch)
-            return hidden * 1.1 if batch.layout is not None else hidden
+            return hidden * 1.1 if batch.visibility is not None else hidden
 
     check = self_check(Skewed(tiny_model("llama3"), "varlen"), awkward_groups())
     assert not check.ok

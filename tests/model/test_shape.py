@@ -6,7 +6,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig
 from btrm_core.errors import CheckpointError
 from btrm_core.families.hookspecs import TinyShape
 from btrm_core.model.shape import check_vocabulary, mfu_per_token_rate, positions_problem
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 
 def test_a_llama_on_an_h100_by_hand():
@@ -47,7 +47,7 @@ def test_learned_positions_end_and_rotary_ones_are_only_unseen():
 
 def test_tokens_beyond_the_embeddings_may_only_be_ones_that_nothing_writes():
     shape = TinyShape("llama", special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
-    tokenizer = tiny_tokenizer(shape, ["hello"], 300)
+    tokenizer = toy_tokenizer(shape, ["hello"], 300)
     size = len(tokenizer)
     config = LlamaConfig(vocab_size=size)
     check_vocabulary(tokenizer, config, "m")
@@ -61,6 +61,6 @@ def test_tokens_beyond_the_embeddings_may_only_be_ones_that_nothing_writes():
     tokenizer.add_tokens(["a word"])
     with pytest.raises(CheckpointError, match=f"'a word' is {size + 1}"):
         check_vocabulary(tokenizer, config, "m")
-    padded = tiny_tokenizer(shape, ["hello"], 300)
+    padded = toy_tokenizer(shape, ["hello"], 300)
     padded.add_special_tokens({"pad_token": "[PAD]"})  # new: it gets a row
     check_vocabulary(padded, config, "m", written={size})
