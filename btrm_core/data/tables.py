@@ -30,7 +30,16 @@ NUMBERS = {
 def record_batches(
     chunk: Chunk, groups_before: int, pairs_before: int
 ) -> tuple[pyarrow.RecordBatch, pyarrow.RecordBatch]:
-    """The groups and the pairs of a chunk, numbered after those before it."""
+    """The groups and the pairs of a chunk, numbered after those before it.
+
+    Args:
+        chunk: G groups and their pairs; at least one of each.
+        groups_before: groups of all chunks before it.
+        pairs_before: pairs of all chunks before it.
+
+    Returns:
+        A batch of G rows of `group_schema`, and one of `pair_schema` with a row per pair.
+    """
     import pyarrow
 
     def lists(arrays: list[NDArray[np.int32]]) -> pyarrow.ListArray:
@@ -71,8 +80,11 @@ def pair_schema() -> pyarrow.Schema:
 class Lists:
     """A column of lists: views of what is mapped, a chunk at a time; nothing is copied before a row is built.
 
+    Args:
+        column: a column of lists of int32, none of them null.
+
     Attributes:
-        chunks: the values of each chunk, one list after another.
+        chunks: the values of each chunk, one list after another, int32.
     """
 
     def __init__(self, column: pyarrow.ChunkedArray) -> None:
@@ -87,15 +99,23 @@ class Lists:
         return cast("NDArray[np.int32]", self.chunks[chunk][start:stop])
 
     def flat(self) -> NDArray[np.int32]:
-        """All values, one list after another."""
+        """All values, one list after another, int32; a copy."""
         return np.concatenate([np.zeros(0, np.int32), *self.chunks])
 
     def sizes(self) -> IntArray:
-        """The length of every list."""
+        """The length of every list, int64."""
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in self._offsets)])
 
 
 def numbers(table: pyarrow.Table, name: str) -> np.ndarray:
-    """A numeric column in one piece (a copy: a few bytes a pair)."""
+    """A numeric column in one piece (a copy: a few bytes a pair).
+
+    Args:
+        table: the table.
+        name: the column.
+
+    Returns:
+        An array of the column's own type, one number a row.
+    """
     column = table[name].combine_chunks()
     return np.array(column.to_numpy(zero_copy_only=False))
