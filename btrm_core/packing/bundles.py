@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from btrm_core.packing.trees import Tree, grow, part, room, split
+from btrm_core.packing.cuts import room, split
+from btrm_core.packing.trees import Tree, grow, part
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from btrm_core.packing.trees import KEYS_PER_TOKEN, Tree, cut
+from btrm_core.packing.cuts import KEYS_PER_TOKEN, cut
+from btrm_core.packing.trees import Tree
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -27,8 +27,9 @@ from support.tiny_models import (
 )
 
 from btrm_core.model.reward import RewardModel
+from btrm_core.packing.batch import Batch
 from btrm_core.packing.forest import Forest, PairPlaces
-from btrm_core.packing.rows import PADDED, Batch, RowForm, collate
+from btrm_core.packing.forms import PADDED, RowForm, collate
 from btrm_core.packing.steps import StepBudget, plan_epoch
 from btrm_core.packing.trees import Tree
 

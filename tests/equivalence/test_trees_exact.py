@@ -20,9 +20,11 @@ from support.tiny_models import CONFIGS, SOFTCAPPED, WINDOW, WINDOWED, deep_sequ
 
 from btrm_core.data.store import TokenStore
 from btrm_core.model.reward import RewardModel
-from btrm_core.packing.rows import PADDED, Batch, RowForm, collate
+from btrm_core.packing.batch import Batch
+from btrm_core.packing.cuts import split
+from btrm_core.packing.forms import PADDED, RowForm, collate
 from btrm_core.packing.steps import StepBudget, plan_epoch
-from btrm_core.packing.trees import Tree, grow, part, split
+from btrm_core.packing.trees import Tree, grow, part
 from btrm_core.training.loss import bradley_terry
 from btrm_core.training.micro_batches import build_micro_batch
 

@@ -14,7 +14,8 @@ from support.tiny_models import WINDOW, awkward_groups, deep_sequences, group, t
 from btrm_core.model import kernels
 from btrm_core.model.reward import RewardModel
 from btrm_core.model.selfcheck import self_check
-from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.forms import collate
+from btrm_core.packing.rows import pack_row
 from btrm_core.packing.trees import grow
 from btrm_core.packing.visibility import Visibility
 

@@ -23,7 +23,8 @@ from btrm_core.errors import ConfigError
 from btrm_core.model import attention, kernels
 from btrm_core.model.attention import KERNELS, LayerMask, attend, choose_kernel, layer_mask, masks_for
 from btrm_core.packing import rows
-from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.forms import collate
+from btrm_core.packing.rows import pack_row
 from btrm_core.packing.trees import Tree
 from btrm_core.packing.visibility import Visibility
 

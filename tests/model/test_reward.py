@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from btrm_core.errors import ConfigError
 from btrm_core.model.reward import RewardHead, RewardModel, choose_for
 from btrm_core.model.selfcheck import self_check
-from btrm_core.packing.rows import PADDED, collate, pack_row, pad_rows
+from btrm_core.packing.forms import PADDED, collate
+from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.trees import grow
 
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.packing.rows import Batch, pack_row, pad_rows
+from btrm_core.packing.batch import Batch
+from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.trees import Tree, grow
 
 
