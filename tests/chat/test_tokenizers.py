@@ -16,12 +16,20 @@ from support.chat_samples import (
     HEADERS,
     TEXTS,
     byte_tokenizer,
+    make_chat,
     metaspace_tokenizer,
     unigram_tokenizer,
 )
 from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
 
-from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, rename_tokens, self_contained
+from btrm_core.chat.tokenizers import (
+    Encoder,
+    fast_backend,
+    install_pad,
+    rename_tokens,
+    self_contained,
+    tokenizer_fingerprint,
+)
 from btrm_core.errors import FamilyError
 from btrm_core.families.hookspecs import PadToken, TinyShape
 from btrm_core.model.toy import toy_tokenizer
@@ -97,6 +105,18 @@ def test_toy_tokenizer_survives_saving(tmp_path):
     assert again.special_tokens_map == tokenizer.special_tokens_map
     assert again.all_special_ids == tokenizer.all_special_ids
     assert _digest(again) == _digest(tokenizer)
+
+
+def test_tokenizer_fingerprint_is_of_the_ids_alone():
+    chat = make_chat()
+    first = tokenizer_fingerprint(chat.tokenizer)
+    assert tokenizer_fingerprint(pickle.loads(pickle.dumps(chat.tokenizer))) == first
+    assert tokenizer_fingerprint(make_chat().tokenizer) == first
+    copy = pickle.loads(pickle.dumps(chat.tokenizer))
+    copy(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the backend
+    assert tokenizer_fingerprint(copy) == first
+    copy.add_tokens(["quick brown"])
+    assert tokenizer_fingerprint(copy) != first
 
 
 # self_contained

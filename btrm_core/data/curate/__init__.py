@@ -1,4 +1,4 @@
-"""Data sets looked through, filtered and written: what `btrm data` does."""
+"""Data sets looked through, divided, filtered and written: what `btrm data` does."""
 
 from btrm_core.data.curate.judged import with_rewards
 from btrm_core.data.curate.overview import Survey, survey
