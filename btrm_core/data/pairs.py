@@ -135,6 +135,9 @@ def load_pairs(
         naming: the user's own names of columns and roles, from `parse_naming`.
         own_prompts: whether two answers whose prompts differ become a pair, each after its own, or are refused.
 
+    Returns:
+        The pairs, and the report of what became of every row.
+
     Raises:
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
     """
@@ -171,6 +174,9 @@ def pairs_from_rows(
         scored: as for `load_pairs`.
         ties: likewise.
         naming: likewise.
+
+    Returns:
+        The pairs in memory; their fingerprint is that of their content.
 
     Raises:
         DataError: no pair is left.

@@ -102,6 +102,9 @@ def resolve(specs: Sequence[str], root: Path) -> Resolved:
         specs: what the user wrote, one string per source; `inputs/spec.py` says what may stand there.
         root: the cache directory (content hashes are remembered there).
 
+    Returns:
+        The sources to read rows from, and notes on what was chosen on behalf of the user.
+
     Raises:
         DataError: no source given, a file that does not exist, a folder without data, an unknown format,
             an unreadable file, or a Hub data set that cannot be loaded.

@@ -40,6 +40,9 @@ def bundles(sequences: Sequence[Sequence[int]], together: Sequence[Hashable], bu
         sequences: S finished sequences, none empty.
         together: S keys; sequences of one key are expected to begin alike, which only the speed depends on.
         budget: tokens of a row. A single sequence over it gets a bundle of its own.
+
+    Returns:
+        Bundles in which each of the S sequences is once, `members` being their places.
     """
     members_of: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(together):
@@ -71,6 +74,9 @@ def packed_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
     Args:
         found: bundles in any order; one that is over the budget gets a row of its own.
         budget: tokens of a row.
+
+    Returns:
+        The bundles of every row; each bundle is in one.
     """
     rows: list[list[Bundle]] = []
     left: list[int] = []
@@ -91,6 +97,9 @@ def padded_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
     Args:
         found: bundles in any order; each is taken apart into its sequences.
         budget: tokens of a batch, padding included; a longer line gets a batch of its own.
+
+    Returns:
+        The lines of every batch, as bundles of one sequence each, longest first.
     """
     lines = [
         Bundle(alone, (member,))

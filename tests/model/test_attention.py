@@ -22,8 +22,7 @@ from transformers.masking_utils import (
 from btrm_core.errors import ConfigError
 from btrm_core.model import attention, kernels
 from btrm_core.model.attention import KERNELS, LayerMask, attend, choose_kernel, layer_mask, masks_for
-from btrm_core.packing import rows
-from btrm_core.packing.forms import collate
+from btrm_core.packing.forms import collate, row_multiple
 from btrm_core.packing.rows import pack_row
 from btrm_core.packing.trees import Tree
 from btrm_core.packing.visibility import Visibility
@@ -462,10 +461,10 @@ def test_flash_attn_is_reported_missing_where_it_is() -> None:
 
 
 def test_row_lengths_are_rounded_where_it_pays() -> None:
-    assert rows.row_multiple("varlen", "cpu") == 1
-    assert rows.row_multiple("varlen", "cuda") == 128
-    assert rows.row_multiple("flex", "cpu") == 128
-    assert rows.row_multiple("padded", "cuda") == 1
+    assert row_multiple("varlen", "cpu") == 1
+    assert row_multiple("varlen", "cuda") == 128
+    assert row_multiple("flex", "cpu") == 128
+    assert row_multiple("padded", "cuda") == 1
 
 
 def test_collate_lays_out_for_the_kernel() -> None:
