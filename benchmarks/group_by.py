@@ -2,8 +2,8 @@
 
 `python -m benchmarks.group_by --model DIR --data SRC --name NAME -- [flags of btrm train]` trains the same model on the
 same pairs with `--group-by prompt` and with `--group-by pair`: equal pairs, steps, learning rate and length, several
-seeds. All are evaluated on prompts that none was trained on. Every run is a `btrm train` and a `btrm eval` of its own, as
-a user would type them; differences are taken over the pairs of all seeds, with intervals by prompt. InstructGPT
+seeds. All are evaluated on prompts that none was trained on. Every run is a `btrm train` and a `btrm eval` of its own,
+as a user would type them; differences are taken over the pairs of all seeds, with intervals by prompt. InstructGPT
 (arXiv:2203.02155, 3.5) trained all pairs of a prompt in one step.
 """
 
