@@ -89,7 +89,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Resolved:
-    """All sources of a run, in order, and what the user should know about the choice."""
+    """All sources of a run, in order, and what the user should know about the choice.
+
+    Attributes:
+        sources: what rows are read from; one that the user wrote may be several files.
+        notes: a line for each choice made on the user's behalf.
+    """
 
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()

@@ -18,7 +18,12 @@ from btrm_core.packing.trees import Tree, grow, part
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A tree and the places of its sequences among all that are scored."""
+    """A tree and the places of its sequences among all that are scored.
+
+    Attributes:
+        tree: K sequences.
+        members: the place of each, from 0.
+    """
 
     tree: Tree
     members: tuple[int, ...]

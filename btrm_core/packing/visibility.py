@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """Queries [start, stop) of a row against the `prefix` keys before them on their path and, causally, themselves."""
+    """Queries [start, stop) of a row against the `prefix` keys before them on their path and, causally, themselves.
+
+    Attributes:
+        start: row offset of the first query.
+        stop: one past the last.
+        prefix: number of keys before them, in tokens.
+    """
 
     start: int
     stop: int
