@@ -3,9 +3,11 @@
     python -m benchmarks.score_throughput --name score-alpacaeval --model DIR --data alpacaeval.jsonl.gz --layers 6
 
 Arms, taking turns in one process on the same weights and token ids: `btrm` is what `Scorer` computes for a window of
-the input, the conversations of a prompt as one tree; `sorted` is transformers on batches of conversations sorted by
-length, padded to the longest, the usual way to score quickly; `in-order` is the same in the order of the file; `trl` is
-TRL's `RewardTrainer.evaluate` over the pairs. All give the same rewards; the largest difference is recorded.
+the input, the conversations of a prompt as one tree; `btrm-pairs` is btrm with each pair by itself, so that the two
+sides of a pair share their prompt and nothing else is shared; `sorted` is transformers on batches of conversations
+sorted by length, padded to the longest, the usual way to score quickly; `in-order` is the same in the order of the
+file; `trl` is TRL's `RewardTrainer.evaluate` over the pairs. All give the same rewards; the largest difference is
+recorded.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from benchmarks.score_best_of_n import Arm, measure
 from benchmarks.train_throughput import add_settings, quiet, say, settings_from
 from benchmarks.workload import Workload, build
 
-ARMS = ("btrm", "sorted", "in-order", "trl")
+ARMS = ("btrm", "btrm-pairs", "sorted", "in-order", "trl")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,7 +91,8 @@ def build_arms(work: Workload, names: Sequence[str]) -> tuple[dict[str, Arm], di
         return rewards
 
     made: dict[str, Callable[[], tuple[Arm, int]]] = {
-        "btrm": lambda: _btrm(work, plain),
+        "btrm": lambda: _btrm(work, plain, work.prompts),
+        "btrm-pairs": lambda: _btrm(work, plain, [1] * len(work.pairs)),
         "trl": lambda: _trl(work, plain, tokenizer),
         **{
             name: lambda name=name: (
@@ -103,8 +106,8 @@ def build_arms(work: Workload, names: Sequence[str]) -> tuple[dict[str, Arm], di
     return {name: arm for name, (arm, _) in found.items()}, {name: tokens for name, (_, tokens) in found.items()}
 
 
-def _btrm(work: Workload, plain: Any) -> tuple[Arm, int]:
-    """Rows of trees as `Scorer` lays them out; the rewards come in the order of the input."""
+def _btrm(work: Workload, plain: Any, counts: Sequence[int]) -> tuple[Arm, int]:
+    """Rows of trees as `Scorer` lays them out, each of so many pairs; the rewards come in the order of the input."""
     import torch
 
     from btrm_core.model import RewardModel, choose_for
@@ -113,7 +116,7 @@ def _btrm(work: Workload, plain: Any) -> tuple[Arm, int]:
     device = work.settings.device
     model = RewardModel(plain, choose_for(plain, work.settings.attention, device)).eval()
     sequences = [ids.tolist() for pair in work.pairs for ids in pair]
-    together = [number for number, count in enumerate(work.prompts) for _ in range(2 * count)]
+    together = [number for number, count in enumerate(counts) for _ in range(2 * count)]
     multiple = row_multiple(model.kernel, device)
 
     def arm() -> Any:

@@ -293,13 +293,13 @@ def test_scoring_a_window_gives_the_rewards_of_padded_batches(work: Workload) ->
     work.prompts = [2, 2]
     _tiny_model(work)
     work.facts["measured"] = token_counts(work.pairs, 2, work.prompts)
-    arms, tokens = scoring.build_arms(work, ["btrm", "sorted", "in-order"])
+    arms, tokens = scoring.build_arms(work, ["btrm", "btrm-pairs", "sorted", "in-order"])
     runs, rewards = measure(arms, 1, "cpu")
     made = results.header("score_throughput", "tiny", work.settings, {"commit": "b" * 40, "dirty": True})
     made.update(scoring.summarise(work, runs, rewards, tokens))
     results.check(made)
     assert made["largest_difference"] < 1e-5
     assert np.std(rewards["btrm"]) > 0
-    assert (tokens["btrm"], tokens["in-order"]) == (18, token_counts(work.pairs, 2)["padded"])
+    assert (tokens["btrm"], tokens["btrm-pairs"], tokens["in-order"]) == (18, 20, token_counts(work.pairs, 2)["padded"])
     assert made["arms"]["btrm"]["computed_per_trie_token"] == 1.0
     assert "| btrm |" in table.render([made])

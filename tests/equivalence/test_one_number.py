@@ -92,7 +92,7 @@ def test_a_directory_of_the_first_manifest(trained: Trained, tmp_path: Path) -> 
     )
     verified = CliRunner().invoke(main, ["verify", str(old), "--json"])
     assert verified.exit_code == 0, verified.output
-    found = {check["name"]: check["status"] for check in json.loads(verified.stdout)}
+    found = {check["name"]: check["verdict"] for check in json.loads(verified.stdout)}
     assert found.pop("files as they were written") == "skip"
     assert set(found.values()) == {"ok"}
 
