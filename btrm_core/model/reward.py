@@ -212,9 +212,8 @@ class RewardModel(nn.Module):
     def _line_by_line(self, batch: Batch) -> torch.Tensor:
         """Hidden states [B, T, H] of padded lines that are computed one at a time, zeros where they are padded."""
         ids, positions = batch.input_ids, batch.position_ids
-        lengths = [ids.shape[1]] * len(ids) if batch.attention_mask is None else batch.attention_mask.sum(1).tolist()
         lines = []
-        for line, length in enumerate(lengths):
+        for line, length in enumerate(batch.lengths or [ids.shape[1]] * len(ids)):
             with fresh_positions(self.base_model):
                 part = slice(line, line + 1), slice(0, length)
                 hidden = self._run(ids[part], torch.ones_like(ids[part]), positions[part])

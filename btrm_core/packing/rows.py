@@ -21,7 +21,7 @@ B lines of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -224,6 +224,7 @@ class PaddedRows:
             computed=self.computed,
             useful=self.useful,
             shared=self.shared,
+            lengths=tuple(self.attention_mask_BT.sum(1).tolist()),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -278,6 +279,7 @@ class Batch:
         computed: tokens computed, padding included.
         useful: tokens of all sequences, each counted by itself.
         shared: tokens of `useful` that are not computed again.
+        lengths: tokens of each padded line, known without asking the device; empty for a packed row.
     """
 
     input_ids: torch.Tensor
@@ -289,26 +291,29 @@ class Batch:
     computed: int
     useful: int
     shared: int
+    lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`; without waiting if `non_blocking` and the memory is pinned."""
         return self._moved(lambda data: data.to(device, non_blocking=non_blocking))
+
+    def sent_to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`, through page-locked memory where the host would wait for a GPU otherwise."""
+        batch = self.pin_memory() if device.type == "cuda" else self
+        return batch.to(device, non_blocking=True)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (a `DataLoader` with `pin_memory` calls this)."""
         return self._moved(lambda data: data.pin_memory())
 
     def _moved(self, move: Callable[[Any], Any]) -> Batch:
-        return Batch(
+        return replace(
+            self,
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
             layout=None if self.layout is None else move(self.layout),
             reward_index=move(self.reward_index),
-            group_sizes=self.group_sizes,
-            computed=self.computed,
-            useful=self.useful,
-            shared=self.shared,
         )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from support.rehearsal import gpu
 
 Tensor = torch.Tensor
@@ -77,7 +78,9 @@ def checked(query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Ten
         _demand(tensor.dim() == 3, "expected [tokens, heads, head_dim]")
         _demand(tensor.stride(-1) == 1, "Input tensor must have contiguous last dimension")
     head = query.shape[-1]
-    _demand(head <= 256 and head % 8 == 0, f"FlashAttention forward only supports head dimension at most 256, not {head}")
+    _demand(
+        head <= 256 and head % 8 == 0, f"FlashAttention forward only supports head dimension at most 256, not {head}"
+    )
     _demand(query.shape[1] % key.shape[1] == 0, "Number of heads in key/value must divide number of heads in query")
     _demand(key.shape == value.shape, "key and value must have the same shape")
     for tensor in starts:
@@ -174,7 +177,17 @@ def install_varlen() -> torch.library.Library:
         return Segments(*lengths, q.shape[-1] ** -0.5 if scale is None else scale, causal, window, 0.0)
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, sq: Tensor, sk: Tensor, mq: int, mk: int, p: float, causal: bool, debug: bool, **o: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sq: Tensor,
+        sk: Tensor,
+        mq: int,
+        mk: int,
+        p: float,
+        causal: bool,
+        debug: bool,
+        **o: Any,
     ) -> tuple[Tensor, ...]:
         CALLS.append("varlen")
         made = forward(q, k, v, how(q, k, v, (sq, sk), (mq, mk), causal, o))
@@ -183,7 +196,16 @@ def install_varlen() -> torch.library.Library:
         return made, sums, torch.zeros(2, dtype=torch.uint64, device=q.device), nothing, nothing
 
     def attend_backward(
-        g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, sq: Tensor, sk: Tensor, *rest: Any, **o: Any
+        g: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        sq: Tensor,
+        sk: Tensor,
+        *rest: Any,
+        **o: Any,
     ) -> tuple[Tensor, ...]:
         mq, mk, _, causal = rest[:4]
         return backward(g, q, k, v, how(q, k, v, (sq, sk), (mq, mk), causal, o))

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.rehearsal import gpu
 from torch._C._distributed_c10d import ProcessGroupGloo, _create_work_from_future
 from torch.distributed import distributed_c10d
 from torch.futures import Future
+
+from support.rehearsal import gpu
 
 Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
