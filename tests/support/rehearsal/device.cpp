@@ -206,9 +206,10 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = first; i < stack->size(); i++) {
     IValue& value = (*stack)[i];
     if (value.isDevice() && value.toDevice().is_cuda()) value = IValue(Device(c10::kCPU));
+    const bool among_indices = value.isList();
     value = changed(value, [&](const Tensor& tensor) {
       if (tensor.is_cuda()) {
-        device_mask |= i > first && tensor.scalar_type() == at::kBool;
+        device_mask |= among_indices && tensor.scalar_type() == at::kBool;
         return crossing.host(tensor);
       }
       host_tensor |= tensor.is_cpu() && tensor.dim() > 0;
