@@ -32,9 +32,9 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     compiler = os.environ.get("CXX") or shutil.which("g++") or ""
     if not compiler:
         pytest.skip("the rehearsed GPU is compiled with g++, and there is none (apt install g++)")
-    assert request.config.cache is not None
-    library = gpu.build(Path(request.config.cache.mkdir("rehearsal")), compiler)
     place = tmp_path_factory.mktemp("rehearsal")
+    cache = request.config.cache
+    library = gpu.build(place if cache is None else Path(cache.mkdir("rehearsal")), compiler)
     path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BTRM_CACHE": str(place / "cache")}
     command = [sys.executable, "-m", "support.rehearsal.stage", str(library), str(place), *SCENES]
