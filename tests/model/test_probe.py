@@ -116,7 +116,9 @@ def test_a_kernel_that_does_not_compile_leads_to_the_next(monkeypatch: pytest.Mo
     from torch._inductor.exc import InductorError
 
     def refused(*_: Any, **__: Any) -> torch.Tensor:
-        raise InductorError(RuntimeError("No valid triton configs. OutOfResources: out of resource: shared memory"))
+        raise InductorError(
+            RuntimeError("No valid triton configs. OutOfResources: out of resource: shared memory"), None
+        )
 
     monkeypatch.setitem(attention.FUNCTIONS, "varlen", refused)
     found = settle(RewardModel(tiny_model("mistral"), "varlen"))
