@@ -19,7 +19,7 @@ from support.rehearsal import gpu
 TESTS = Path(__file__).parents[1]
 SCENES = (
     "whole_run careless_run every_kernel flex_kernel padded_lines index_of_the_host memory_runs_out memory_is_kept "
-    "two_processes collective_of_the_host"
+    "no_memory_at_all two_processes collective_of_the_host"
 ).split()
 OWN = "btrm_core/"
 FULL = 2e-2
@@ -136,6 +136,14 @@ def test_out_of_memory_goes_on_with_half_the_budget(seen: dict[str, dict[str, An
 
 def test_a_failed_pass_that_is_still_held_is_found(seen: dict[str, dict[str, Any]]) -> None:
     assert seen["memory_is_kept"]["error"].startswith("OutOfMemoryError: CUDA out of memory")
+
+
+def test_a_model_without_room_is_told_in_one_line(seen: dict[str, dict[str, Any]]) -> None:
+    error = seen["no_memory_at_all"]["error"]
+    assert error.startswith(
+        "TrainingError: the GPU is out of memory outside the steps of training (CUDA out of memory."
+    )
+    assert "\n" not in error
 
 
 def test_two_processes(seen: dict[str, dict[str, Any]]) -> None:

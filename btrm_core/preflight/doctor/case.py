@@ -286,7 +286,12 @@ def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | N
         # adapters begin as no change, packed weights cannot be saved for other programs, nothing here goes backward
         plain = apply(config, {"lora.rank": None, "model.quantize": "none", "model.gradient_checkpointing": False})
         model, head_is_new = build_model(plain, case.family, chat, compute_dtype(config.model.dtype), device)
-        model.to(device)
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{config.model.name} does not fit into the memory of {device}; try --dtype bf16"
+            ) from error
     limit = int(config.data.max_length or 0)
     patient = Patient(
         model=model,

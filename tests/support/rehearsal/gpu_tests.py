@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from support.rehearsal import gpu
 
 LEFT_OUT = "not liger and not bitsandbytes and not eight_bits and not qlora"

@@ -197,6 +197,12 @@ def memory_is_kept(root: Path, place: Path) -> dict[str, Any]:
         return {"error": _error(run)}
 
 
+def no_memory_at_all(root: Path, place: Path) -> dict[str, Any]:
+    """A model that does not fit, before anything is trained."""
+    gpu.capacity(gpu.LIBRARY.rehearsed_held() + 100_000)
+    return {"error": _error(lambda: trajectories.train(root, place / "run", train__max_steps=1))}
+
+
 @contextlib.contextmanager
 def _little_memory() -> Iterator[None]:
     """From the first step on the device has little more memory than it holds then."""

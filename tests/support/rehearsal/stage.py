@@ -63,8 +63,9 @@ def wait(child: int, seconds: float) -> int:
     """The exit code of a child; it is killed when its time is over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
         if done:
+            print(f"process {child}: {used.ru_utime + used.ru_stime:.1f} s of a processor", file=sys.stderr)
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     os.kill(child, 9)
