@@ -289,9 +289,7 @@ def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | N
         try:
             model.to(device)
         except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"{config.model.name} does not fit into the memory of {device}; try --dtype bf16"
-            ) from error
+            raise ConfigError(f"{config.model.name} does not fit into {device}'s memory; try --dtype bf16") from error
     limit = int(config.data.max_length or 0)
     patient = Patient(
         model=model,
