@@ -40,7 +40,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BTRM_CACHE": str(place / "cache")}
     command = [sys.executable, "-m", "support.rehearsal.stage", str(library), str(place), *SCENES]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=1500)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=3600)
     print(done.stderr[-20_000:])
     return {name: _read(place / f"{name}.json") for name in SCENES}
 
@@ -55,7 +55,7 @@ def by_btrm(waits: list[str]) -> list[str]:
     return [wait for wait in waits if wait.partition(" at ")[2].startswith(OWN)]
 
 
-pytestmark = pytest.mark.timeout(1600)
+pytestmark = pytest.mark.timeout(3700)
 
 
 def test_a_run_trains_evaluates_saves_and_scores(seen: dict[str, dict[str, Any]]) -> None:
