@@ -1,5 +1,7 @@
 """The GPU rehearsed on a CPU: whole runs, kernels, memory and processes on a CUDA device made of host memory.
 
+BTRM_REHEARSAL=full adds ZeRO 2 and 3, and FlexAttention's graphs for rows of many lengths.
+
 It cannot show speed, streams, rounding or compilers of a real one; what it can show, each fault below proves.
 """
 
@@ -38,7 +40,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BTRM_CACHE": str(place / "cache")}
     command = [sys.executable, "-m", "support.rehearsal.stage", str(library), str(place), *SCENES]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=1500)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=3600)
     print(done.stderr[-20_000:])
     return {name: _read(place / f"{name}.json") for name in SCENES}
 
@@ -53,7 +55,7 @@ def by_btrm(waits: list[str]) -> list[str]:
     return [wait for wait in waits if wait.partition(" at ")[2].startswith(OWN)]
 
 
-pytestmark = pytest.mark.timeout(1600)
+pytestmark = pytest.mark.timeout(3700)
 
 
 def test_a_run_trains_evaluates_saves_and_scores(seen: dict[str, dict[str, Any]]) -> None:
@@ -135,7 +137,7 @@ def test_out_of_memory_goes_on_with_half_the_budget(seen: dict[str, dict[str, An
 
 
 def test_a_failed_pass_that_is_still_held_is_found(seen: dict[str, dict[str, Any]]) -> None:
-    assert seen["memory_is_kept"]["error"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert "out of memory outside the steps of training (CUDA out of memory" in seen["memory_is_kept"]["error"]
 
 
 def test_a_model_without_room_is_told_in_one_line(seen: dict[str, dict[str, Any]]) -> None:
@@ -152,7 +154,7 @@ def test_two_processes(seen: dict[str, dict[str, Any]]) -> None:
     alone = seen["whole_run"]["losses"][:2]
     for losses in found["losses"].values():
         assert losses == pytest.approx(alone, abs=5e-3)
-    assert {"allreduce", "allgather", "reduce_scatter"} <= set(found["calls"])
+    assert {"allreduce", "allgather"} <= set(found["calls"])
 
 
 def test_a_collective_of_the_host_is_found(seen: dict[str, dict[str, Any]]) -> None:

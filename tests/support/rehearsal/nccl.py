@@ -126,6 +126,7 @@ class RehearsedNCCL(dist.ProcessGroup):
 def install() -> None:
     """Make this what `init_process_group("nccl")` starts."""
     distributed_c10d._NCCL_AVAILABLE = True
+    distributed_c10d.default_pg_nccl_timeout = distributed_c10d.default_pg_timeout
     distributed_c10d.ProcessGroupNCCL = RehearsedNCCL  # type: ignore[attr-defined]
     # a group that is written in Python does not say which devices it is for
     distributed_c10d._get_object_coll_device = lambda group=None: "cuda"
