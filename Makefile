@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test lint types demo fuzz clean
+.PHONY: install test real lint types demo fuzz clean
 
 install: $(INSTALLED)
 
@@ -15,6 +15,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+# what no test of `make test` needs: real tokenizers, a real small model, an older transformers; 130 MB once
+real: $(INSTALLED)
+	$(PY) tests/support/fetch_real.py .real
+	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m hub
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -32,4 +37,4 @@ fuzz: $(INSTALLED)
 	BTRM_FUZZ=2000 BTRM_SEED=1 $(PY) -m pytest -q tests/cli/test_cli.py -k absurd_command --timeout 7200
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .real runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

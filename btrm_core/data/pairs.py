@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btrm_core import files
+from btrm_core.console import LongWork
 from btrm_core.data import cache
 from btrm_core.data.convert import Message, Pair, Reading
 from btrm_core.data.formats import Ties, WhichPairs
@@ -128,7 +129,8 @@ def load_pairs(
     key = files.digest(
         fingerprint, [source.where for source in resolved.sources], resolved.notes, cache.code_digest(*_CODE)
     )
-    entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, reading))
+    with LongWork(f"reading {', '.join(source.name for source in resolved.sources)}") as work:
+        entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, reading, work))
     report = IssueReport.from_dict(json.loads((entry / "report.json").read_text()))
     if strict and report.first_bad:
         raise strict_error(report.first_bad)
@@ -252,7 +254,7 @@ def drop_overlap(train: PairData, evaluation: PairData) -> tuple[PairData, int]:
     return train.select(np.flatnonzero(~shared_P), f"without the prompts of {evaluation.fingerprint}", issues), number
 
 
-def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading) -> None:
+def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading, work: LongWork) -> None:
     """Write pairs.arrow, prompt_hash.npy and report.json of all sources."""
     import pyarrow
 
@@ -268,6 +270,7 @@ def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading) -> 
                 held.append(pair)
                 if len(held) == BATCH_ROWS:
                     _write(writer, held, hashes)
+                    work.note(f"{report.rows:,} rows")
             _write(writer, held, hashes)
     np.save(folder / "prompt_hash.npy", np.concatenate(hashes) if hashes else np.empty(0, np.uint64))
     (folder / "report.json").write_text(json.dumps(report.to_dict()))

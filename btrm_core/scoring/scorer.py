@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from btrm_core.chat import Conversation, spare
+from btrm_core.console import LongWork
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import (
     RewardModel,
@@ -109,7 +110,11 @@ class Scorer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokens_per_batch = tokens_per_batch
         self.tokens = Tokens()
-        self.directory = find_model(str(model))
+        with LongWork(f"opening {model}"):
+            self._open(str(model), dtype, attention)
+
+    def _open(self, model: str, dtype: str, attention: str) -> None:
+        self.directory = find_model(model)
         self.manifest = read_manifest(self.directory)
         check_head(self.directory)
         self.chat = load_chat(self.directory)

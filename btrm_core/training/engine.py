@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from btrm_core.config import settled
+from btrm_core.console import LongWork
 from btrm_core.model import OPTIMIZERS, RewardModel, parameter_groups
 from btrm_core.model import optimizer as model_optimizer
 from btrm_core.settings import RunConfig
@@ -33,7 +34,8 @@ def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
     optimizer: Any = DummyOptim(groups, lr=config.train.learning_rate)  # DeepSpeed makes torch's own
     if config.train.optimizer in OPTIMIZERS:
         optimizer = model_optimizer(groups, config.train, runtime.world)
-    engine, _ = runtime.accelerator.prepare(model, optimizer)
+    with LongWork("starting DeepSpeed"):
+        engine, _ = runtime.accelerator.prepare(model, optimizer)
     return engine
 
 

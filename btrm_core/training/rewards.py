@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from btrm_core.console import LongWork
 from btrm_core.data import TokenStore
 from btrm_core.packing import RowForm, StepBudget, plan_epoch
 from btrm_core.training.micro_batches import build_micro_batch
@@ -70,17 +71,21 @@ def _rewards(
     size = min(chunk, pairs.places.num_units)
     made = plan_epoch(pairs.places, form, StepBudget(size, tokens_per_batch, runtime.world))
     rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
-    seen = []
+    seen: list[np.ndarray] = []
     was_training = model.training
     model.eval()
-    for index in range(steps or made.num_steps):
-        step = made.step(index)
-        seen.append(step.pair_ids)
-        for row in step.rows[runtime.rank]:
-            micro = build_micro_batch(pairs, row, form).to(runtime.device)
-            rewards_S = model(micro.batch)
-            ids_P = torch.as_tensor(micro.pair_ids_P, device=runtime.device)
-            if len(ids_P):
-                rewards_P2[ids_P] = torch.stack(micro.sides(rewards_S), dim=1).double()
+    what, of = ("evaluating", len(pairs)) if steps is None else ("computing rewards", None)
+    with LongWork(what, of, "pair") as work:
+        for index in range(steps or made.num_steps):
+            step = made.step(index)
+            seen.append(step.pair_ids)
+            for number, row in enumerate(step.rows[runtime.rank], start=1):
+                micro = build_micro_batch(pairs, row, form).to(runtime.device)
+                rewards_S = model(micro.batch)
+                ids_P = torch.as_tensor(micro.pair_ids_P, device=runtime.device)
+                if len(ids_P):
+                    rewards_P2[ids_P] = torch.stack(micro.sides(rewards_S), dim=1).double()
+                before = sum(map(len, seen[:-1]))
+                work.reach(before + len(step.pair_ids) * number // len(step.rows[runtime.rank]))
     model.train(was_training)
     return np.asarray(runtime.sum(rewards_P2).cpu().numpy()), np.concatenate(seen)
