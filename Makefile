@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+REAL = $(shell grep -rl 'pytest.mark.hub' tests --include='test_*.py')
 
-.PHONY: install test real lint types demo fuzz clean
+.PHONY: install test fetch real lint types demo fuzz clean
 
 install: $(INSTALLED)
 
@@ -16,10 +17,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-# what no test of `make test` needs: real tokenizers, a real small model, an older transformers; 130 MB once
-real: $(INSTALLED)
+# what no test of `make test` needs: real tokenizers, a real small model, an older transformers; 250 MB once, kept in .real
+fetch: $(INSTALLED)
 	$(PY) tests/support/fetch_real.py .real
-	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m hub
+
+real: fetch
+	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m hub $(REAL)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

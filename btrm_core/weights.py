@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from btrm_core.console import LongWork
 from btrm_core.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -162,7 +163,7 @@ def head_among(names: Iterable[str]) -> str | None:
     Args:
         names: Of all tensors of a checkpoint, or of those that found no place in the model.
     """
-    found = sorted(name for name in names if _OTHER_HEAD.search(name))
+    found = sorted((n for n in names if _OTHER_HEAD.search(n)), key=lambda name: (not name.endswith("weight"), name))
     return f"as {found[0]}" if found else None
 
 
@@ -188,7 +189,8 @@ def unread_head(name: str, place: str) -> CheckpointError:
     """
     return CheckpointError(
         f"{name} holds a trained head {place}, where nothing reads it; expected a linear head of one output "
-        f"called {HEAD}: save it under this name in {WEIGHTS}, or remove it to start with a new head"
+        f"called {HEAD}: save it under this name in {WEIGHTS} without its bias, which is the same for all rewards, or "
+        "remove it to start with a new head"
     )
 
 
@@ -204,9 +206,11 @@ def weights_digest(name: str, commit: str | None) -> str:
     directory = Path(name)
     if not directory.is_dir():
         return commit or name
-    whole = xxhash.xxh3_128()
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                whole.update(block)
+    whole, paths = xxhash.xxh3_128(), sorted(directory.glob("*.safetensors"))
+    with LongWork(f"reading the weights of {name}", sum(path.stat().st_size for path in paths), "B") as work:
+        for path in paths:
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    whole.update(block)
+                    work.add(len(block))
     return str(whole.hexdigest())
