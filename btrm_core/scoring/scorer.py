@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from btrm_core.chat import Conversation, spare
-from btrm_core.console import LongWork
+from btrm_core.console import LongWork, unused_gpu
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import (
     RewardModel,
@@ -110,22 +110,21 @@ class Scorer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokens_per_batch = tokens_per_batch
         self.tokens = Tokens()
-        with LongWork(f"opening {model}"):
-            self._open(str(model), dtype, attention)
-
-    def _open(self, model: str, dtype: str, attention: str) -> None:
-        self.directory = find_model(model)
+        self.directory = find_model(str(model))
         self.manifest = read_manifest(self.directory)
         check_head(self.directory)
         self.chat = load_chat(self.directory)
         as_saved = dtype == "auto" and self.device.type != "cpu"
         compute = "auto" if as_saved else DTYPES.get(dtype, torch.float32)
-        hf = load_weights(self.directory, compute, self.device)
-        self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
-        self.identity = identity(self.directory, self.chat, hf, hf.dtype)
-        self.model = self._reward_model(hf, attention)
-        if difference := template_difference(self.manifest, self.chat):
-            _log.warning("%s", difference)
+        with LongWork(f"opening {model}"):
+            hf = load_weights(self.directory, compute, self.device)
+            self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
+            self.identity = identity(self.directory, self.chat, hf, hf.dtype)
+            self.model = self._reward_model(hf, attention)
+        idle = unused_gpu() if device is None else None
+        for remark in (template_difference(self.manifest, self.chat), "; ".join(idle or ())):
+            if remark:
+                _log.warning("%s", remark)
         if is_adapters(self.directory):
             self._check_base()
 
@@ -319,7 +318,7 @@ class Scorer:
         self.tokens.computed += batch.computed
         self.tokens.useful += batch.useful
         try:
-            rewards: torch.Tensor = self.model(batch.to(self.device, non_blocking=True))
+            rewards: torch.Tensor = self.model(batch.sent_to(self.device))
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
                 f"GPU memory ran out on {batch.computed} tokens; make --tokens-per-batch smaller "
