@@ -22,7 +22,7 @@ fetch: $(INSTALLED)
 	$(PY) tests/support/fetch_real.py .real
 
 real: fetch
-	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m hub $(REAL)
+	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --timeout 1200 -m hub $(REAL)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

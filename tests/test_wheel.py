@@ -84,7 +84,7 @@ def test_what_an_extra_is_needed_for_says_which(environment, tmp_path):
     """An environment without extras never ends in a traceback: the way on is named."""
     for arguments, extra in {
         ("serve", "nowhere"): "serve",
-        ("train", "--lora-rank", "4", "--max-steps", "1"): "lora",
+        ("train", "--family", "llama3", "--lora-rank", "4", "--max-steps", "1"): "lora",
     }.items():
         done = environment.btrm(*arguments)
         assert done.returncode == 2, done.stderr
