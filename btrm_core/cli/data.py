@@ -97,7 +97,7 @@ def convert(sources: tuple[str, ...], **flags: Any) -> None:
     )
     other = load_pairs(flags["decontaminate"]) if flags["decontaminate"] else None
     filters = curate.Filters(flags["min_margin"], flags["max_tokens"], flags["dedupe"], other, flags["sample"])
-    with LongWork("counting tokens", len(pairs), "pair") as work:
+    with LongWork("filtering", len(pairs) if flags["max_tokens"] is not None else None, "pair") as work:
         pairs = curate.filtered(pairs, filters, chat, work.add)
     files = {str(target): pairs}
     if held_target is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from btrm_core.console import LongWork
+from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, did_you_mean
 from btrm_core.model import (
     RewardModel,
@@ -70,7 +70,7 @@ def export(
         raise CheckpointError(
             f"{directory} holds adapters, which only peft reads; make them whole with --merge-adapter"
         )
-    with LongWork(f"writing {place}"):
+    with LongWork(f"writing {place}"), quiet_libraries():
         return _write(directory, place, dtype)
 
 
