@@ -166,6 +166,7 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                     cache_dir=data.cache_dir,
                     progress=work.reach,
                 )
+                work.reach(len(part))  # also where it was kept from before
             if data.strict and encoded[name].report["altered"]:
                 raise DataError(
                     f"{name} data: {encoded[name].describe()}; expected every message as the data has it (--strict)"
