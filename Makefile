@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+REAL = $(shell grep -rl 'pytest.mark.hub' tests --include='test_*.py')
 
-.PHONY: install test lint types demo fuzz clean
+.PHONY: install test fetch real lint types demo fuzz clean
 
 install: $(INSTALLED)
 
@@ -15,6 +16,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+# what no test of `make test` needs: real tokenizers, a real small model, an older transformers; 250 MB once, kept in .real
+fetch: $(INSTALLED)
+	$(PY) tests/support/fetch_real.py .real
+
+real: fetch
+	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --timeout 1200 -m hub $(REAL)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -32,4 +40,4 @@ fuzz: $(INSTALLED)
 	BTRM_FUZZ=2000 BTRM_SEED=1 $(PY) -m pytest -q tests/cli/test_cli.py -k absurd_command --timeout 7200
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .real runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -222,7 +222,7 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     """
     runtime, output = session.runtime, session.job.output
     if session.reporter is not None:
-        session.reporter.bar.close()
+        session.reporter.close_bar()
     if progress.stopped == "signal":
         say(runtime, f"stopped after step {progress.step}; go on with the same command and --resume")
         return Outcome(None, None, progress, interrupt.signal or 0)

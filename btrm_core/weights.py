@@ -162,7 +162,7 @@ def head_among(names: Iterable[str]) -> str | None:
     Args:
         names: Of all tensors of a checkpoint, or of those that found no place in the model.
     """
-    found = sorted(name for name in names if _OTHER_HEAD.search(name))
+    found = sorted((n for n in names if _OTHER_HEAD.search(n)), key=lambda name: (not name.endswith("weight"), name))
     return f"as {found[0]}" if found else None
 
 
@@ -188,7 +188,8 @@ def unread_head(name: str, place: str) -> CheckpointError:
     """
     return CheckpointError(
         f"{name} holds a trained head {place}, where nothing reads it; expected a linear head of one output "
-        f"called {HEAD}: save it under this name in {WEIGHTS}, or remove it to start with a new head"
+        f"called {HEAD}: save it under this name in {WEIGHTS} without its bias, which is the same for all rewards, or "
+        "remove it to start with a new head"
     )
 
 

@@ -20,6 +20,7 @@ settings.register_profile("btrm", deadline=None)  # the machine may be busy
 settings.load_profile("btrm")
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# set by `make real`; each with _MISSING and the reason where it could not be fetched
 FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL", "transformers 4.57": "BTRM_TRANSFORMERS_4"}
 
 
@@ -45,7 +46,8 @@ def _missing(item: pytest.Item) -> str | None:
     for kind in (hub.args or ("tokenizers",)) if hub else ():
         variable = FETCHED[kind]
         if not os.environ.get(variable):
-            return f"needs a real {kind.removesuffix('s')}: set {variable} to its directory"
+            why = os.environ.get(f"{variable}_MISSING") or f"`make real` fetches it, or set {variable} to its directory"
+            return f"needs a real {kind.removesuffix('s')}: {why}"
     return None
 
 

@@ -3,13 +3,16 @@
 import io
 import json
 import logging
+import re
 import sys
+import time
+from contextlib import redirect_stderr
 
 import pytest
 import torch
 
 from btrm_core import console
-from btrm_core.console import dumps, quiet_libraries, table
+from btrm_core.console import LongWork, dumps, quiet_libraries, table
 
 
 def test_json_holds_no_number_that_json_does_not_know():
@@ -40,6 +43,108 @@ def test_libraries_are_quiet_inside_and_as_before_after():
 
 def test_a_table_without_rows_has_no_lines():
     assert table([]) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that the work below thinks have passed; its thread never wakes by itself."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console, "LINE_EVERY", 3600.0)
+    monkeypatch.setattr(console, "BAR_EVERY", 3600.0)
+    return now
+
+
+def test_long_work_without_a_terminal_is_whole_lines_however_slow_a_step_is(monkeypatch):
+    monkeypatch.setattr(console, "LINE_EVERY", 0.02)
+    out = io.StringIO()
+    with redirect_stderr(out), LongWork("encoding the train data", 2000, "pair") as work:
+        work.reach(500)
+        deadline = time.monotonic() + 60
+        while out.getvalue().count("\n") < 3 and time.monotonic() < deadline:  # one step, no further call
+            time.sleep(0.01)
+    lines = out.getvalue().splitlines()
+    assert len(lines) >= 3
+    assert "\r" not in out.getvalue()
+    pattern = r"encoding the train data: 500 of 2,000 pairs \(25%\), \d\d:\d\d, about \d\d:\d\d left"
+    assert all(re.fullmatch(pattern, line) for line in lines), lines
+
+
+def test_a_line_says_how_far_and_how_long(clock):
+    with redirect_stderr(io.StringIO()):
+        counted = LongWork("training", 80, "step", done=20)
+        bytes_ = LongWork("scoring rows.jsonl", 4_000_000, "B")
+        unknown = LongWork("loading some/model")
+    clock[0] = 90.0
+    counted.reach(40)
+    counted.note("loss 0.5")
+    bytes_.add(1_000_000)
+    assert counted.line() == "training: 40 of 80 steps (50%), 01:30, about 03:00 left, loss 0.5"
+    assert bytes_.line() == "scoring rows.jsonl: 1.00MB of 4.00MB (25%), 01:30, about 04:30 left"
+    assert unknown.line() == "loading some/model: 01:30"
+    for work in (counted, bytes_, unknown):
+        work.close()
+
+
+def test_quick_work_shows_nothing_and_work_that_stays_its_end(clock):
+    out = io.StringIO()
+    with redirect_stderr(out), LongWork("loading"), LongWork("reading", 10, "row") as work:
+        work.add(10)
+    assert out.getvalue() == ""
+    with redirect_stderr(out), LongWork("training", 2, "step", stays=True) as work:
+        work.add(2)
+    assert out.getvalue() == "training: 2 of 2 steps (100%), 00:00\n"
+    work.close()
+    assert out.getvalue().count("\n") == 1
+
+
+def test_work_within_work_speaks_for_both(monkeypatch):
+    monkeypatch.setattr(console, "LINE_EVERY", 0.02)
+    out = io.StringIO()
+    with redirect_stderr(out), LongWork("training", 9, "step"):
+        inner = LongWork("evaluating", 3, "pair")
+        place = len(out.getvalue())
+        deadline = time.monotonic() + 60
+        while out.getvalue().count("evaluating") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        inside = out.getvalue()[place:]
+        inner.close()
+    assert inside.count("evaluating") >= 3
+    assert "training" not in inside
+
+
+def test_a_terminal_gets_a_bar_and_other_processes_nothing(clock, monkeypatch):
+    screen = Terminal()
+    with redirect_stderr(screen), LongWork("scoring", 4, "pair", stays=True) as work:
+        work.add(4)
+    assert "\r" in screen.getvalue()
+    assert "4/4" in screen.getvalue()
+    screen = Terminal()
+    monkeypatch.setenv("TERM", "dumb")
+    with redirect_stderr(screen), LongWork("scoring", 4, "pair", stays=True):
+        pass
+    assert screen.getvalue() == "scoring: 0 of 4 pairs (0%), 00:00\n"
+    monkeypatch.setenv("RANK", "1")
+    screen = Terminal()
+    with redirect_stderr(screen), LongWork("scoring", 4, "pair", stays=True) as work:
+        work.add(1)
+        work.note("text")
+    assert screen.getvalue() == ""
+
+
+def test_nobody_listening_stops_no_work(clock):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with redirect_stderr(Gone()), LongWork("training", 2, "step", stays=True) as work:
+        work.add(1)
+    assert work.done == 1
 
 
 @pytest.mark.parametrize(

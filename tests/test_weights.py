@@ -145,6 +145,38 @@ def test_a_trained_head_under_another_name_is_never_replaced_in_silence(
     assert other_head(base) is None
 
 
+COMMANDS = {
+    "train": ("train", "--family", "llama3", "--model", "MODEL", "--output", "OUT"),
+    "dry run": ("train", "--family", "llama3", "--model", "MODEL", "--output", "OUT", "--dry-run"),
+    "plan": ("plan", "--model", "MODEL", "--gpu-memory", "80"),
+    "score": ("score", "MODEL", "ROWS", "-o", "OUT"),
+    "eval": ("eval", "MODEL", "--data", "ROWS"),
+    "serve": ("serve", "MODEL", "--port", "0"),
+    "export": ("export", "MODEL", "OUT"),
+    "doctor": ("doctor", "MODEL", "--family", "llama3"),
+    "verify": ("verify", "MODEL"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_so_in_one_line(command: str, base: Path, tmp_path: Path) -> None:
+    head = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)}
+    save_file({**load_file(base / FILE), **head}, base / FILE, {"format": "pt"})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "q", "chosen": "yes", "rejected": "no", "response": "a"}\n')
+    places = {"MODEL": str(base), "ROWS": str(rows), "OUT": str(tmp_path / "out")}
+    done = CliRunner().invoke(main, [places.get(word, word) for word in COMMANDS[command]])
+    lines = [line for line in done.output.splitlines() if "holds a trained head" in line]
+    assert lines, done.output
+    assert all("trained head as v_head.summary.weight" in line for line in lines)
+    assert all("called score.weight: save it under this name" in line for line in lines)
+    assert "Traceback" not in done.output
+    if command == "verify":  # it goes on with its other checks, and says at the end what failed
+        assert done.exit_code == 1
+    else:
+        assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1), done.output
+
+
 @pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
 def test_nor_one_in_a_file_of_its_own(name: str, base: Path) -> None:
     (base / name).write_bytes(b"x")

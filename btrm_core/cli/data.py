@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from btrm_core.console import dumps
+from btrm_core.console import LongWork, dumps
 from btrm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,15 +97,15 @@ def convert(sources: tuple[str, ...], **flags: Any) -> None:
     )
     other = load_pairs(flags["decontaminate"]) if flags["decontaminate"] else None
     filters = curate.Filters(flags["min_margin"], flags["max_tokens"], flags["dedupe"], other, flags["sample"])
-    with _counted("counting tokens", len(pairs)) as step:
-        pairs = curate.filtered(pairs, filters, chat, step)
+    with LongWork("filtering", len(pairs) if flags["max_tokens"] is not None else None, "pair") as work:
+        pairs = curate.filtered(pairs, filters, chat, work.add)
     files = {str(target): pairs}
     if held_target is not None:
         train, held = split_held_out(pairs, flags["split_by_prompt"])
         files = {str(target): train, str(held_target): held}
     for name, part in files.items():
-        with _counted(Path(name).name, len(part)) as step:
-            curate.write_pairs(part, name, step)
+        with LongWork(f"writing {Path(name).name}", len(part), "pair") as work:
+            curate.write_pairs(part, name, work.add)
     if flags["as_json"]:
         written = {name: len(part) for name, part in files.items()}
         click.echo(dumps({**pairs.issues.to_dict(), "written": written}))
@@ -149,29 +148,15 @@ def _chat(model: str | None, family: str | None) -> ChatFormat | None:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show one bar after another."""
-    from tqdm import tqdm
-
-    bars: dict[str, Any] = {}
+    bars: dict[str, LongWork] = {}
 
     def told(what: str, done: int, of: int) -> None:
         if what not in bars:
-            bars[what] = tqdm(total=of, desc=what, unit="row", dynamic_ncols=True, file=sys.stderr, leave=False)
-        bars[what].update(done - bars[what].n)
+            bars[what] = LongWork(what, of, "row")
+        bars[what].reach(done)
 
     try:
         yield told
     finally:
         for bar in bars.values():
             bar.close()
-
-
-@contextmanager
-def _counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit="pair", dynamic_ncols=True, file=sys.stderr, leave=False) as bar:
-
-        def step(number: int) -> None:
-            bar.update(number)
-
-        yield step

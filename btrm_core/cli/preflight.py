@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from btrm_core.cli.flags import HELP, flags, read, with_file
-from btrm_core.console import dumps, quiet_libraries
+from btrm_core.console import LongWork, dumps, quiet_libraries
 from btrm_core.errors import ConfigError
 from btrm_core.settings import RunConfig
+
+if TYPE_CHECKING:
+    from btrm_core.preflight import Check
 
 
 @click.command(context_settings=HELP)
@@ -63,11 +67,13 @@ def _diagnose(config: RunConfig, pairs: int, *, with_model: bool, full: bool, as
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which would look for one aloud
     width = shutil.get_terminal_size().columns if to.isatty() else None
-    case = examine(config, pairs)
+    with LongWork("looking at the data"):
+        case = examine(config, pairs)
     found = []
     if not as_json:
         _echo(opening(case, width or 100), to)
-    for check in checks(case, with_model=with_model, full=full):
+    waiting = checks(case, with_model=with_model, full=full)
+    while (check := _next(waiting)) is not None:
         found.append(check)
         if not as_json:
             _echo(verdict_line(check, width), to)
@@ -76,6 +82,11 @@ def _diagnose(config: RunConfig, pairs: int, *, with_model: bool, full: bool, as
     else:
         _echo(closing(found), to)
     return worst(found) == "fail"
+
+
+def _next(waiting: Iterator[Check]) -> Check | None:
+    with LongWork("checking"):
+        return next(waiting, None)
 
 
 def _echo(text: str, to: TextIO) -> None:

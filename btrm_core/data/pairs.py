@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btrm_core import files
+from btrm_core.console import LongWork
 from btrm_core.data import cache
 from btrm_core.data.convert import Message, Pair, Reading
 from btrm_core.data.formats import Ties, WhichPairs
@@ -149,7 +150,8 @@ def load_pairs(
     key = files.digest(
         fingerprint, [source.where for source in resolved.sources], resolved.notes, cache.code_digest(*_CODE)
     )
-    entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, reading))
+    with LongWork(f"reading {', '.join(source.name for source in resolved.sources)}") as work:
+        entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, reading, work))
     report = IssueReport.from_dict(json.loads((entry / "report.json").read_text()))
     if strict and report.first_bad:
         raise strict_error(report.first_bad)
@@ -237,7 +239,7 @@ def prompt_hash(prompt: Sequence[Message]) -> int:
     return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
 
 
-def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading) -> None:
+def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading, work: LongWork) -> None:
     """Write pairs.arrow, prompt_hash.npy and report.json of all sources."""
     import pyarrow
 
@@ -253,6 +255,7 @@ def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading) -> 
                 held.append(pair)
                 if len(held) == BATCH_ROWS:
                     _write(writer, held, hashes)
+                    work.note(f"{report.rows:,} rows")
             _write(writer, held, hashes)
     np.save(folder / "prompt_hash.npy", np.concatenate(hashes) if hashes else np.empty(0, np.uint64))
     (folder / "report.json").write_text(json.dumps(report.to_dict()))

@@ -5,7 +5,8 @@ A source is one of
 * a file: `.jsonl`, `.ndjson`, `.json` (arrays, one object a line, or one object that holds the array), `.csv`, `.tsv`,
   each also packed (`.gz`, `.zst`, `.bz2`, `.xz`), `.parquet` and `.arrow`; a pattern of such files; a pipe or `-`;
 * a folder written by `datasets.save_to_disk`, or a folder of such files, as a downloaded repository of the Hub is; of
-  several splits "train" is taken, and what was left out is said; `folder:split` names another;
+  several splits "train" is taken, and what was left out is said; `folder:split` names another; where the folder's
+  README names the files of its configurations, `folder:config:split` names one of these too;
 * a data set of the Hugging Face Hub: `org/name`, `org/name:split`, `org/name:config:split`.
 
 `inputs/spec.py` says what may stand around these: slices, revisions, options, weights and names. What exists on disk
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 from btrm_core import files
 from btrm_core.data.inputs import hub
+from btrm_core.data.inputs.card import read_card
 from btrm_core.data.inputs.spec import Slice, Spec, expand, is_pattern, parse_spec
 from btrm_core.data.inputs.streams import PACKED, STANDARD_INPUT, kind_of_file, local_path, spooled
 from btrm_core.errors import DataError, did_you_mean
@@ -149,7 +151,7 @@ def _found(spec: Spec, root: Path) -> tuple[list[Source], list[str]]:
             path, where = path / inner, f"{where.rstrip('/')}/{inner}"
         if kind_of_file(path, where) != "folder":
             raise DataError(f"no such folder: '{where}'.")
-        return _folder(where, path, spec.split, root)
+        return _folder(where, path, spec, root)
     if kind == "pipe":
         return [_piped(where, root)], []
     if kind == "file":
@@ -187,19 +189,39 @@ def _file(where: str, path: Path, root: Path) -> Source:
     return Source(where, path.name, kind, files.file_sha256(path, root), path)
 
 
-def _folder(where: str, folder: Path, split: str | None, root: Path) -> tuple[list[Source], list[str]]:
+def _folder(where: str, folder: Path, spec: Spec, root: Path) -> tuple[list[Source], list[str]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved(where, folder, split, root)
-    found = _data_files(where, folder)
-    if not found:
-        raise DataError(f"the folder '{where}' holds no data: expected files ending in {ACCEPTED}.")
+        return _saved(where, folder, spec.split, root)
+    chosen, taken = _described(where, folder, spec) or _by_name(where, folder, folder, spec.split)
+    left = [path.relative_to(folder).as_posix() for path in _data_files(where, folder) if path not in taken]
+    notes = [f"{where}: {chosen} is used; left out: {_shorten(left)}"] if left else []
+    return [_file(f"{where.rstrip('/')}/{p.relative_to(folder)}", p, root) for p in taken], notes
+
+
+def _described(where: str, folder: Path, spec: Spec) -> tuple[str, list[Path]] | None:
+    """The split that is meant and its files, as the folder's README has them; None if it says nothing of files."""
+    card = read_card(where, folder)
+    if card is None:
+        return None
+    config, split = card.configuration(spec.config, spec.split)
+    splits = card.splits(config)
+    if splits is None:
+        chosen, files_ = _by_name(where, folder, card.base(config), split)
+        return f"{chosen} of the configuration '{config}'", files_
+    name = _choose(where, list(splits), split)
+    return f"the split '{name}' of the configuration '{config}'", card.files(config, name, splits[name])
+
+
+def _by_name(where: str, folder: Path, base: Path, split: str | None) -> tuple[str, list[Path]]:
+    """The split that is meant and its files, by the names of files and folders below `base`."""
     by_split: dict[str, list[Path]] = {}
-    for path in found:
-        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    for path in _data_files(where, folder):
+        if path.is_relative_to(base):
+            by_split.setdefault(_split_of(path.relative_to(base)), []).append(path)
+    if not by_split:
+        raise DataError(f"the folder '{where}' holds no data: expected files ending in {ACCEPTED}.")
     chosen = _choose(where, list(by_split), split)
-    left = [path.relative_to(folder).as_posix() for name in by_split if name != chosen for path in by_split[name]]
-    notes = [f"{where}: the split '{chosen}' is used; left out: {_shorten(left)}"] if left else []
-    return [_file(f"{where.rstrip('/')}/{p.relative_to(folder)}", p, root) for p in by_split[chosen]], notes
+    return f"the split '{chosen}'", by_split[chosen]
 
 
 def _data_files(where: str, folder: Path) -> list[Path]:

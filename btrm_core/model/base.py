@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from btrm_core import weights
 from btrm_core.chat import ChatFormat
-from btrm_core.console import quiet_libraries
+from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.hub import hub_problem
@@ -108,7 +108,8 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
     require_head_class(base_config(model), name)
     packed = loading_options(model.quantize, dtype)
     try:
-        with quiet_libraries():  # they report that the head is new: btrm checks it and says so itself
+        # libraries report that the head is new: btrm checks it and says so itself
+        with LongWork(f"loading {name}"), quiet_libraries():
             hf, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=model.revision,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from btrm_core.chat import ChatFormat, free_pad, install_pad, settle
-from btrm_core.console import quiet_libraries
+from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, FamilyError, first_line
 from btrm_core.families import PadToken
 from btrm_core.files import digest
@@ -185,7 +185,7 @@ def _whole(directory: Path, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        with quiet_libraries():
+        with LongWork(f"loading {directory}"), quiet_libraries():
             hf, info = AutoModelForSequenceClassification.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
@@ -216,7 +216,7 @@ def _with_adapters(directory: Path, dtype: torch.dtype | str) -> Any:
         revision=described.get("revision"),
         quantize=made.get("config", {}).get("model.quantize", "none"),
     )
-    with quiet_libraries(), warnings.catch_warnings():
+    with LongWork(f"loading {directory}"), quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             hf = base_module.load_base(base, type_).hf

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from btrm_core import files, outputs
+from btrm_core.console import LongWork
 from btrm_core.data import PACKED, Naming, cache_root, data_path, opened
 from btrm_core.errors import DataError
 from btrm_core.scoring.partial import Tally, header_file, partial_file
@@ -161,8 +161,6 @@ def _check_target(path: Path, target: Path, overwrite: bool) -> None:
 
 def _score_lines(work: _Work, stream: IO[bytes], done: Tally) -> None:
     """Score what follows the lines that are done."""
-    from tqdm import tqdm
-
     budget = ROWS_AHEAD * work.scorer.tokens_per_batch * _CHARACTERS_PER_TOKEN
     waiting: list[_Chunk] = []
 
@@ -171,8 +169,7 @@ def _score_lines(work: _Work, stream: IO[bytes], done: Tally) -> None:
             waiting.append(chunk)
             yield chunk.groups
 
-    bar = tqdm(total=work.path.stat().st_size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
-    with bar:
+    with LongWork(f"scoring {work.path.name}", work.path.stat().st_size, "B", stays=True) as shown:
         started = time.monotonic()
         for scored in work.scorer.stream(groups(_chunks(work, done.lines, budget))):
             chunk = waiting.pop(0)
@@ -184,10 +181,10 @@ def _score_lines(work: _Work, stream: IO[bytes], done: Tally) -> None:
             for record in chunk.records:
                 done.noted.update(record.noted)
             work.units += sum(reward is not None for one in scored for reward in one.rewards)
-            bar.update(chunk.position - bar.n)
+            shown.reach(chunk.position)
             work.seconds = time.monotonic() - started
             speed = work.units / max(1e-9, work.seconds)
-            bar.set_postfix_str(f"{done.lines:,} lines, {speed:.1f} rewards/s")
+            shown.note(f"{done.lines:,} lines, {speed:.1f} rewards/s")
 
 
 def _output_lines(chunk: _Chunk, scored: Iterator[Rewards]) -> list[dict[str, Any]]:

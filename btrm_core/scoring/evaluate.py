@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from btrm_core.console import LongWork
 from btrm_core.data import Naming, TokenStore, curate, encode_pairs, load_pairs
 from btrm_core.errors import CheckpointError
 from btrm_core.evaluation import PairRewards
@@ -80,10 +80,8 @@ def encoded_rewards(scorer: Scorer, pairs: TokenStore, name: str = "") -> np.nda
     Raises:
         CheckpointError: a reward is not a finite number.
     """
-    from tqdm import tqdm
-
     rewards_P2 = np.zeros((len(pairs), 2))
-    with tqdm(total=len(pairs), unit="pair", desc=name, dynamic_ncols=True, file=sys.stderr, leave=False) as bar:
+    with LongWork(f"scoring {name}".rstrip(), len(pairs), "pair") as work:
         for start, stop in _windows(pairs.first_pair_G):
             found: list[Bundle] = []
             first_G, members = [], 0
@@ -98,7 +96,7 @@ def encoded_rewards(scorer: Scorer, pairs: TokenStore, name: str = "") -> np.nda
             first_P = np.array(first_G)[pairs.group_P[own] - start]
             for side, places_P in enumerate((pairs.chosen_P, pairs.rejected_P)):
                 rewards_P2[own, side] = rewards_S[first_P + places_P[own]]
-            bar.update(own.stop - own.start)
+            work.reach(own.stop)
     if not np.isfinite(rewards_P2).all():
         worst = int(np.flatnonzero(~np.isfinite(rewards_P2).all(axis=1))[0])
         raise CheckpointError(

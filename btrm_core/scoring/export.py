@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, did_you_mean
 from btrm_core.model import (
     RewardModel,
@@ -69,6 +70,12 @@ def export(
         raise CheckpointError(
             f"{directory} holds adapters, which only peft reads; make them whole with --merge-adapter"
         )
+    with LongWork(f"writing {place}"), quiet_libraries():
+        return _write(directory, place, dtype)
+
+
+def _write(directory: Path, place: Path, dtype: str | None) -> str:
+    """Load a model, make its adapters whole, and write it; returns what was written."""
     chat, made = load_chat(directory), read_manifest(directory)
     hf = load_weights(directory, DTYPES[dtype] if dtype is not None else "auto", torch.device("cpu"))
     vectors = made.get("self_test", [])

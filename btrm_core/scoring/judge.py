@@ -7,13 +7,13 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from btrm_core.console import LongWork
 from btrm_core.data import Naming, raw_rows
 from btrm_core.errors import DataError
 from btrm_core.evaluation import (
@@ -169,14 +169,12 @@ def responses_rewards(scorer: Scorer, groups: Sequence[Any], name: str = "") -> 
     Returns:
         One list per group, in the order of its responses.
     """
-    from tqdm import tqdm
-
     chunks = [groups[start : start + _TOGETHER] for start in range(0, len(groups), _TOGETHER)]
     out: list[list[float]] = []
-    with tqdm(total=len(groups), unit="prompt", desc=name, dynamic_ncols=True, file=sys.stderr, leave=False) as bar:
+    with LongWork(f"scoring {name}".rstrip(), len(groups), "prompt") as work:
         for scored in scorer.stream(chunks):
             out += [[float("nan") if r is None else float(r) for r in one.rewards] for one in scored]
-            bar.update(len(scored))
+            work.add(len(scored))
     return out
 
 

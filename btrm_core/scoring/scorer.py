@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from btrm_core.chat import Conversation, spare
-from btrm_core.console import unused_gpu
+from btrm_core.console import LongWork, unused_gpu
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import (
     RewardModel,
@@ -116,10 +116,11 @@ class Scorer:
         self.chat = load_chat(self.directory)
         as_saved = dtype == "auto" and self.device.type != "cpu"
         compute = "auto" if as_saved else DTYPES.get(dtype, torch.float32)
-        hf = load_weights(self.directory, compute, self.device)
-        self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
-        self.identity = identity(self.directory, self.chat, hf, hf.dtype)
-        self.model = self._reward_model(hf, attention)
+        with LongWork(f"opening {model}"):
+            hf = load_weights(self.directory, compute, self.device)
+            self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
+            self.identity = identity(self.directory, self.chat, hf, hf.dtype)
+            self.model = self._reward_model(hf, attention)
         idle = unused_gpu() if device is None else None
         for remark in (template_difference(self.manifest, self.chat), "; ".join(idle or ())):
             if remark:

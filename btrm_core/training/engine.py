@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from btrm_core.config import settled
+from btrm_core.console import LongWork
 from btrm_core.errors import TrainingError, first_line
 from btrm_core.model import OPTIMIZERS, RewardModel, parameter_groups
 from btrm_core.model import optimizer as model_optimizer
@@ -36,7 +37,8 @@ def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
     optimizer: Any = DummyOptim(groups, lr=config.train.learning_rate)  # DeepSpeed makes torch's own
     if config.train.optimizer in OPTIMIZERS:
         optimizer = model_optimizer(groups, config.train, runtime.world)
-    engine, _ = runtime.accelerator.prepare(model, optimizer)
+    with LongWork("starting DeepSpeed"):
+        engine, _ = runtime.accelerator.prepare(model, optimizer)
     return engine
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from btrm_core.chat import tokenizer_fingerprint
 from btrm_core.config import flat
+from btrm_core.console import LongWork
 from btrm_core.errors import CheckpointError
 from btrm_core.settings import OutputConfig, RunConfig
 from btrm_core.training.processes import gather
@@ -82,7 +83,8 @@ def identity(session: Session) -> dict[str, Any]:
     """
     config, data, runtime, chat = session.config, session.data, session.runtime, session.job.chat
     commit = getattr(session.engine.module.base_model.config, "_commit_hash", None)
-    weights = weights_digest(str(config.model.name), commit) if runtime.is_main else ""  # read once
+    with LongWork(f"reading the weights of {config.model.name}"):
+        weights = weights_digest(str(config.model.name), commit) if runtime.is_main else ""  # read once
     free = tuple(key for key in FREE_TO_CHANGE if not (config.lora.dropout and key in WITH_DROPOUT))
     made = {
         **{key: value for key, value in flat(config).items() if not key.startswith(free)},

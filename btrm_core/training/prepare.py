@@ -11,13 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tqdm import tqdm
-
 from btrm_core import config as config_module
 from btrm_core import families
 from btrm_core.chat import ChatFormat, prepare_chat
 from btrm_core.config import apply, flat, resolve, settled
-from btrm_core.console import say
+from btrm_core.console import LongWork, say
 from btrm_core.data import (
     PairData,
     TokenStore,
@@ -159,15 +157,16 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     encoded: dict[str, TokenStore] = {}
     for name, part in (("train", rows), ("eval", held_out)):
         if part is not None and len(part):
-            with tqdm(total=len(part), desc=f"encoding {name} pairs", disable=len(part) < SHOW_PROGRESS_FROM) as bar:
+            with LongWork(f"encoding the {name} data", len(part), "pair") as work:
                 encoded[name] = encode_pairs(
                     part,
                     chat,
                     settled(data.max_length, "data.max_length"),
                     workers=workers,
                     cache_dir=data.cache_dir,
-                    progress=lambda done, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
+                    progress=work.reach,
                 )
+                work.reach(len(part))  # also where it was kept from before
             if data.strict and encoded[name].report["altered"]:
                 raise DataError(
                     f"{name} data: {encoded[name].describe()}; expected every message as the data has it (--strict)"
@@ -225,18 +224,15 @@ def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> R
     """
     for note in model.notes:
         say(runtime, note)
-    trust = trusted(
-        model,
-        data.train.longest(CHECKED_GROUPS),
-        Use(
-            layout=job.config.train.layout,
-            pad_id=job.chat.pad_id,
-            longest=job.config.data.max_length,
-            allowed=job.family.recipe().attention,
-            cache_dir=job.config.data.cache_dir,
-        ),
-        agree=runtime.any,
+    use = Use(
+        layout=job.config.train.layout,
+        pad_id=job.chat.pad_id,
+        longest=job.config.data.max_length,
+        allowed=job.family.recipe().attention,
+        cache_dir=job.config.data.cache_dir,
     )
+    with LongWork("checking how rows may be packed"):
+        trust = trusted(model, data.train.longest(CHECKED_GROUPS), use, agree=runtime.any)
     if trust.note:
         say(runtime, trust.note)
     return row_form(trust.layout, model.kernel, runtime.device.type, job.chat.pad_id)
@@ -252,9 +248,10 @@ def check_first(session: Session) -> float:
         The mean Bradley-Terry loss of at most `CHECKED_PAIRS` pairs.
     """
     pairs, budget = session.data.train, session.tokens_per_batch
-    ids, rewards_P2 = some_rewards(
-        session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget, count=CHECKED_PAIRS
-    )
+    with LongWork("computing the loss before the first step"):
+        ids, rewards_P2 = some_rewards(
+            session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget, count=CHECKED_PAIRS
+        )
     first = check_first_loss(rewards_P2, [pairs.id(int(i)) for i in ids])
     if first.warning:
         say(session.runtime, first.warning)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import secrets
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from btrm_core.config import flat
-from btrm_core.console import finite
+from btrm_core.console import LongWork, finite, say
 from btrm_core.errors import ConfigError, first_line
 from btrm_core.evaluation import evaluation_text
 from btrm_core.settings import RunConfig
@@ -92,7 +91,7 @@ class Reporter:
     def __init__(self, runtime: Runtime, directory: Path, config: RunConfig) -> None:
         self.runtime, self.directory, self.config = runtime, directory, config
         self.file: TextIO | None = None
-        self.bar: Any = None
+        self.work: LongWork | None = None
 
     def open(self, total_steps: int, first_step: int) -> None:
         """Begin to show and write, or go on after `first_step`.
@@ -104,23 +103,13 @@ class Reporter:
         Raises:
             ConfigError: a tracker does not start.
         """
-        from tqdm import tqdm
-
         runtime, directory = self.runtime, self.directory
         if runtime.is_main:
             directory.mkdir(parents=True, exist_ok=True)
             self.file = (directory / "metrics.jsonl").open("a" if first_step else "w", encoding="utf-8")
         if trackers(self.config.output.report_to):
             start_trackers(runtime, directory, first_step, self.config)
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            disable=not runtime.is_main,
-            dynamic_ncols=True,
-            file=sys.stderr,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )
+        self.work = LongWork("training", total_steps, "step", done=first_step, stays=True)
 
     def log(self, split: str, step: int, figures: Mapping[str, Any]) -> None:
         """Write one line of `metrics.jsonl`, tell the trackers, and move the bar.
@@ -139,15 +128,20 @@ class Reporter:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if split == "train":
-            self.bar.set_postfix_str(bar_text(figures), refresh=False)
-            self.bar.update(1)
+            if self.work is not None:
+                self.work.note(bar_text(figures))
+                self.work.reach(step)
         else:
-            self.bar.write(f"step {step}: {evaluation_text(figures)}", file=sys.stderr)
+            say(self.runtime, f"step {step}: {evaluation_text(figures)}")
+
+    def close_bar(self) -> None:
+        """End the bar alone: no step follows."""
+        if self.work is not None:
+            self.work.close()
 
     def close(self) -> None:
         """End the bar, the file and the trackers."""
-        if self.bar is not None:
-            self.bar.close()
+        self.close_bar()
         if self.file is not None:
             self.file.close()
         for tracker in self.runtime.accelerator.trackers:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from btrm_core.console import say
+from btrm_core.console import LongWork, say
 from btrm_core.errors import CheckpointError, first_line
 from btrm_core.files import explained, publish
 from btrm_core.model import is_finished, read_manifest
@@ -96,10 +96,11 @@ def digests(directory: Path, runtime: Runtime) -> dict[str, list[Any]]:
     """
     paths = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     mine = {}
-    for path in paths[runtime.rank :: runtime.world]:
-        with (directory / path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            mine[path] = [os.fstat(file.fileno()).st_size, digest]
+    with LongWork(f"reading the files of {directory}"):
+        for path in paths[runtime.rank :: runtime.world]:
+            with (directory / path).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                mine[path] = [os.fstat(file.fileno()).st_size, digest]
     return {path: entry for part in gather(runtime, mine) for path, entry in part.items()}
 
 
@@ -234,6 +235,17 @@ def load(session: Session, path: Path) -> Progress:
     state = json.loads((path / RECORD).read_text(encoding="utf-8"))
     before, who, output = state["identity"], session.identity, session.config.output
     refuse_changes(path, before, who, output)
+    with LongWork(f"loading the checkpoint {path}"):
+        _load_state(session, path, before)
+    progress = Progress(**{**state["progress"], "stopped": None})
+    _tell_new_schedule(session, progress, state.get("schedule"))
+    _forget_what_is_gone(session, progress, same_evaluation=before.get(EVALUATION) in (None, who[EVALUATION]))
+    return progress
+
+
+def _load_state(session: Session, path: Path, before: dict[str, Any]) -> None:
+    """Put DeepSpeed's state back, of a run of the identity `before`."""
+    who, output = session.identity, session.config.output
     engine, runtime = session.engine, session.runtime
     try:
         if output.restart_optimizer:
@@ -252,10 +264,6 @@ def load(session: Session, path: Path) -> Progress:
     except Exception as error:
         advice = "" if output.restart_optimizer else "; --restart-optimizer takes its weights alone"
         raise CheckpointError(f"the checkpoint {path} cannot be loaded: {first_line(error)}{advice}") from error
-    progress = Progress(**{**state["progress"], "stopped": None})
-    _tell_new_schedule(session, progress, state.get("schedule"))
-    _forget_what_is_gone(session, progress, same_evaluation=before.get(EVALUATION) in (None, who[EVALUATION]))
-    return progress
 
 
 def _tell_new_schedule(session: Session, progress: Progress, before: dict[str, Any] | None) -> None:

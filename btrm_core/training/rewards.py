@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from btrm_core.console import LongWork
 from btrm_core.data import TokenStore
 from btrm_core.packing import RowForm, StepBudget, plan_epoch
 from btrm_core.training.micro_batches import build_micro_batch
@@ -71,18 +72,22 @@ def _rewards(
     made = plan_epoch(pairs.places, form, StepBudget(size, tokens_per_batch, runtime.world))
     found: list[torch.Tensor] = []
     own: list[np.ndarray] = []
-    seen = []
+    seen: list[np.ndarray] = []
     was_training = model.training
     model.eval()
-    for index in range(steps or made.num_steps):
-        step = made.step(index)
-        seen.append(step.pair_ids)
-        for row in step.rows[runtime.rank]:
-            micro = build_micro_batch(pairs, row, form).sent_to(runtime.device)
-            sides_P2 = torch.stack(micro.sides(model(micro.batch)), dim=1).double()
-            if len(micro.pair_ids_P):
-                own.append(micro.pair_ids_P)
-                found.append(sides_P2)
+    what, of = ("evaluating", len(pairs)) if steps is None else ("computing rewards", None)
+    with LongWork(what, of, "pair") as work:
+        for index in range(steps or made.num_steps):
+            step = made.step(index)
+            rows = step.rows[runtime.rank]
+            for number, row in enumerate(rows, start=1):
+                micro = build_micro_batch(pairs, row, form).sent_to(runtime.device)
+                sides_P2 = torch.stack(micro.sides(model(micro.batch)), dim=1).double()
+                if len(micro.pair_ids_P):
+                    own.append(micro.pair_ids_P)
+                    found.append(sides_P2)
+                work.reach(sum(map(len, seen)) + len(step.pair_ids) * number // len(rows))
+            seen.append(step.pair_ids)
     model.train(was_training)
     rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
     if found:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from btrm_core.console import say
+from btrm_core.console import LongWork, say
 from btrm_core.errors import CheckpointError
 from btrm_core.files import until_there_is_room
 from btrm_core.model import (
@@ -55,6 +55,17 @@ def save_run(
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
+    with LongWork(f"saving the model in {directory}"):
+        _save(session, progress, evaluation, directory, give_up)
+
+
+def _save(
+    session: Session,
+    progress: Progress,
+    evaluation: dict[str, Any] | None,
+    directory: Path,
+    give_up: Callable[[], bool] | None,
+) -> None:
     runtime, config, model = session.runtime, session.config, session.engine.module
     vectors, saved_as = _self_test(session)
     gathered = runtime.accelerator.get_state_dict(session.engine)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from btrm_core.config import keeps_best
-from btrm_core.console import say
+from btrm_core.console import LongWork, say
 from btrm_core.evaluation import figures_of
 from btrm_core.model import device_name, mfu_per_token_rate
 from btrm_core.training import resume
@@ -33,7 +33,8 @@ def seams(session: Session, interrupt: Interrupt) -> Seams:
         def write_model(directory: Path) -> None:
             save_run(session, progress, None, directory)
 
-        path = resume.save(session, progress, write_model)
+        with LongWork(f"saving the checkpoint of step {progress.step}"):
+            path = resume.save(session, progress, write_model)
         say(runtime, f"step {progress.step}: checkpoint saved in {path}")
 
     def evaluate(step: int) -> dict[str, Any] | None:

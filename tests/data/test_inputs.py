@@ -356,3 +356,96 @@ def test_values_of_numpy_and_pandas() -> None:
         ]
         assert data[0].id == "7"
     assert len(pairs_from_rows(pa.Table.from_pylist(ROWS))) == 10
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: helpful
+  data_files:
+  - split: train
+    path: ["a/one.jsonl", "a/two*.jsonl"]
+  - split: extra
+    path: b/**
+- config_name: harmless
+  data_dir: c
+  data_files: "*.jsonl"
+- config_name: plain
+  data_dir: d
+{default}---
+# Pairs
+"""
+
+
+def described(tmp_path: Path, card: str) -> Path:
+    """A downloaded repository whose README names its files; those of each split have ids of their own."""
+    folder = tmp_path / "repo"
+    for name in ("a/one", "a/two-1", "a/three", "b/x/deep", "c/pairs", "d/train", "d/test", "e/train"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        row = {"id": name, "prompt": f"{name}?", "chosen": "yes", "rejected": "no"}
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "split", "found"),
+    [
+        (":helpful", "helpful", "train", ["a/one", "a/two-1"]),
+        (":helpful:train", "helpful", "train", ["a/one", "a/two-1"]),
+        (":helpful:extra", "helpful", "extra", ["b/x/deep"]),
+        (":config=helpful:split=extra", "helpful", "extra", ["b/x/deep"]),
+        (":harmless", "harmless", "train", ["c/pairs"]),
+        (":plain", "plain", "train", ["d/train"]),
+        (":plain:test", "plain", "test", ["d/test"]),
+    ],
+)
+def test_a_readme_that_names_files_is_read_as_datasets_reads_it(
+    tmp_path: Path, asked: str, config: str, split: str, found: list[str]
+) -> None:
+    import datasets
+
+    folder = described(tmp_path, CARD.format(default=""))
+    rows, _ = read(f"{folder}{asked}", tmp_path)
+    assert [row["id"] for row in rows] == found
+    theirs = datasets.load_dataset(str(folder), config, split=split, cache_dir=str(tmp_path / "theirs"))
+    assert theirs["id"] == found
+
+
+def test_the_default_configuration_of_a_readme(tmp_path: Path) -> None:
+    folder = described(tmp_path, CARD.format(default="  default: true\n"))
+    assert [row["id"] for row in read(folder, tmp_path)[0]] == ["d/train"]
+    assert [row["id"] for row in read(f"{folder}:test", tmp_path)[0]] == ["d/test"]
+    assert [row["id"] for row in read(f"{folder}:harmless", tmp_path)[0]] == ["c/pairs"]
+    (note,) = resolve([str(folder)], tmp_path / "cache").notes
+    assert note.startswith(f"{folder}: the split 'train' of the configuration 'plain' is used; left out: a/one.jsonl, ")
+
+
+@pytest.mark.parametrize(
+    ("card", "asked", "said"),
+    [
+        (CARD.format(default=""), "", "has several configurations and none is the default: helpful, harmless, plain"),
+        (CARD.format(default=""), ":helpfull:train", "has no configuration 'helpfull': .* Did you mean 'helpful'"),
+        (CARD.format(default=""), ":helpful:test", "has no split 'test': it has extra, train"),
+        ("---\nconfigs:\n- config_name: x\n  data_files: 3\n---\n", "", "the README.md of .* cannot be read: "),
+        ("---\nconfigs: [\n---\n", "", "the README.md of .* cannot be read: "),
+        (
+            "---\nconfigs:\n- config_name: x\n  data_files: gone-*.jsonl\n---\n",
+            "",
+            "is in 'gone-\\*.jsonl', which is not",
+        ),
+        ("---\nconfigs:\n- config_name: x\n  data_files: ../out.jsonl\n---\n", "", "is outside of the folder"),
+    ],
+)
+def test_a_readme_that_names_what_is_not_there(tmp_path: Path, card: str, asked: str, said: str) -> None:
+    folder = described(tmp_path, card)
+    (tmp_path / "out.jsonl").write_bytes(LINES)
+    with pytest.raises(DataError, match=said) as caught:
+        read(f"{folder}{asked}", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("card", ["# Pairs\n", "---\nlicense: mit\n---\n", "---\nconfigs\n", ""])
+def test_a_readme_that_says_nothing_of_files_leaves_their_names(tmp_path: Path, card: str) -> None:
+    folder = described(tmp_path, card)
+    assert {row["id"] for row in read(f"{folder}:test", tmp_path)[0]} == {"d/test"}

@@ -2,13 +2,15 @@
 
 An environment is empty but for one line that lets it see the packages of the environment in which the tests run (torch,
 transformers, btrm itself), so that making one takes no time and nothing is downloaded. Families are installed into it,
-as wheels, by pip.
+as wheels, by pip. An environment of requirements sees those distributions alone, and what they require in turn: what a
+stranger has who installs a package, and not what else a developer has.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -19,19 +21,26 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 HANGS = 900
 """Seconds after which a program is taken to hang; no measure of speed, a busy machine stays far below."""
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 
 
 class Environment:
-    """A virtual environment of its own in `directory`."""
+    """A virtual environment of its own in `directory`: with all packages of the tests, or those of `requirements`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, requirements: Iterable[str] | None = None) -> None:
         self.directory = directory
         venv.create(directory, with_pip=False, symlinks=True)
         self.python = directory / "bin" / "python"
         packages = next(directory.glob("lib/python*/site-packages"))
+        if requirements is not None:
+            for path in _installed(requirements):
+                (packages / path.name).symlink_to(path)
+            return
         parent = sysconfig.get_paths()["purelib"]
         (packages / "parent.pth").write_text(f"import site; site.addsitedir({parent!r})\n", encoding="utf-8")
 
@@ -69,6 +78,28 @@ class Environment:
         assert done.returncode == 0, done.stderr
 
 
+def _installed(requirements: Iterable[str]) -> set[Path]:
+    """Where the distributions lie that are required, directly and in turn; fails if one of them is not installed."""
+    found: set[Path] = set()
+    waiting, seen = [Requirement(text) for text in requirements], set()
+    while waiting:
+        wanted = waiting.pop()
+        key = (canonicalize_name(wanted.name), *sorted(wanted.extras))
+        asked = [{"extra": extra} for extra in ("", *wanted.extras)]
+        if key in seen or (wanted.marker and not wanted.marker.evaluate(asked[0])):
+            continue
+        seen.add(key)
+        distribution = importlib.metadata.distribution(wanted.name)
+        for file in distribution.files or ():
+            if file.parts[0] not in ("..", "__pycache__"):
+                found.add(Path(str(distribution.locate_file(file.parts[0]))))
+        for further in map(Requirement, distribution.requires or ()):
+            if not further.marker or any(further.marker.evaluate(extra) for extra in asked):
+                further.marker = None
+                waiting.append(further)
+    return found
+
+
 def write_wheel(
     directory: Path,
     distribution: str,
@@ -102,10 +133,19 @@ def write_wheel(
     return wheel
 
 
-def build_wheel(source: Path, directory: Path) -> Path:
-    """Build a package with the tool that its pyproject.toml names (here installed already), from a copy."""
+def build_wheel(source: Path, directory: Path, parts: Iterable[str] | None = None) -> Path:
+    """Build a package with the tool that its pyproject.toml names (here installed already), from a copy.
+
+    Only the `parts` of its folder are copied, if any are named.
+    """
     copy = directory / "source" / source.name
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
+    kept = None if parts is None else set(parts)
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        caches = {name for name in names if name in ("__pycache__", ".pytest_cache")}
+        return caches if kept is None or Path(folder) != source else set(names) - kept
+
+    shutil.copytree(source, copy, ignore=left_out)
     target = directory / "wheels" / source.name
     command = [*_PIP, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(target), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from btrm_core.console import quiet_libraries
+from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import first_line
 from btrm_core.preflight import Check
 from btrm_core.preflight.conformance.contract import ContractChecks
@@ -151,7 +151,8 @@ def _run(checks: FamilyConformance, name: str) -> Check:
     title = name.removeprefix("test_").replace("_", " ")
     proves = " ".join((inspect.getdoc(check) or "").split())
     try:
-        check()
+        with LongWork(f"checking: {title}"):
+            check()
     except NotConforming as error:
         return Check(title, "fail", error.what, error.why, error.what_to_do)
     except Missing as reason:

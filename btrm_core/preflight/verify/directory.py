@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from btrm_core.console import quiet_libraries
+from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import BtrmError, one_line
 from btrm_core.model import (
     check_head,
@@ -65,7 +65,8 @@ def verify(model: str) -> tuple[list[Check], Scorer | None]:
 
 def _tried(name: str, check: Callable[[], Check]) -> Check:
     try:
-        return check()
+        with LongWork(f"checking {name}"):
+            return check()
     except BtrmError as error:
         return Check(name, "fail", one_line(error), WRONG, "put the original files back, or copy the model anew")
     except Exception as error:  # transformers and safetensors raise many types
