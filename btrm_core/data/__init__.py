@@ -4,7 +4,6 @@ Loads no torch.
 """
 
 from btrm_core.data import curate
-from btrm_core.data.cache import cache_root, code_digest
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
@@ -44,8 +43,6 @@ __all__ = [
     "Ties",
     "TokenStore",
     "WhichPairs",
-    "cache_root",
-    "code_digest",
     "contradictory_pairs",
     "conversations_of",
     "convert_row",

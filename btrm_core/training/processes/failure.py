@@ -63,6 +63,9 @@ def shared(world: int) -> Iterator[None]:
                 "system ended it (out of memory?). Go on from the last checkpoint with the same command and --resume"
             ) from error
         raise
+    except (KeyboardInterrupt, SystemExit):  # stopped at once, where nothing was to be saved
+        _claim(store, over)
+        raise
     finally:
         over.set()
 
