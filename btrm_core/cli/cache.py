@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from btrm_core.cache import Item, Stock
 
 _WHERE = click.option("--dir", "directory", metavar="DIR", help="The cache. Default: $BTRM_CACHE, else the user's.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -26,7 +25,7 @@ def cache() -> None:
 
 @cache.command()
 @_WHERE
-@_JSON
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(directory: str | None, as_json: bool) -> None:
     """Say where the cache is, what it holds, how large and how old that is, and when it was last used."""
     from btrm_core.cache import cache_root, size_limit, stock
@@ -41,7 +40,7 @@ def info(directory: str | None, as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Remove everything that no process is using.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @_WHERE
-@_JSON
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def prune(directory: str | None, as_json: bool, dry_run: bool, **flags: Any) -> None:
     """Remove what killed processes have left half-written, and what is old or too much.
 

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -198,7 +198,11 @@ def by_prompt(hash_P: NDArray[np.uint64]) -> IntArray:
     return np.argsort(first[prompt_P], kind="stable")
 
 
-def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Generator[Chunk, None, None]:
+Chunks: TypeAlias = Generator[Chunk, None, None]
+"""Chunks in their order; closing it ends the processes that make them."""
+
+
+def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Chunks:
     """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader."""
     index_P = by_prompt(data.prompt_hash_P)
     if (np.diff(index_P) != 1).any():

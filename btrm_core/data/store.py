@@ -19,14 +19,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from btrm_core import cache, files
-from btrm_core.data.encode import Chunk, encoded_chunks
+from btrm_core.data.encode import Chunk, Chunks, encoded_chunks
 from btrm_core.data.tables import LISTS, Lists, group_schema, numbers, pair_schema, record_batches
 from btrm_core.errors import DataError
 from btrm_core.evaluation import Judged
@@ -285,12 +285,9 @@ def encode_pairs(
         cache.code_digest(*_CODE),
     )
     entry = cache.cache_root(cache_dir) / "encoded" / key
-
-    def build(folder: Path) -> None:
-        with contextlib.closing(encoded_chunks(data, chat, max_length, workers)) as chunks:
-            _build(folder, chunks, max_length, progress)
-
-    held = cache.build_once(entry, build)
+    held = cache.build_once(
+        entry, lambda folder: _build(folder, encoded_chunks(data, chat, max_length, workers), max_length, progress)
+    )
     encoded = TokenStore._mapped(held)
     if not len(encoded) and len(data):
         reason, number = max(encoded.report["dropped"].items(), key=lambda item: item[1])
@@ -310,7 +307,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _build(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Callable[[int], None] | None) -> None:
+def _build(folder: Path, chunks: Chunks, max_length: int, progress: Callable[[int], None] | None) -> None:
     """Write groups.arrow, pairs.arrow and report.json."""
     import pyarrow
 
@@ -318,6 +315,7 @@ def _build(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Cal
     report: dict[str, Any] = dict.fromkeys((*names, "longest", "with_margin"), 0)
     report |= {"dropped": {}, "altered": {}, "examples": {}, "max_length": max_length}
     with (
+        contextlib.closing(chunks),
         pyarrow.OSFile(str(folder / "groups.arrow"), "wb") as groups_file,
         pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as pairs_file,
         pyarrow.ipc.new_stream(groups_file, group_schema()) as groups,
