@@ -31,6 +31,10 @@ BUILDING = ".building-"
 """How the names of directories begin that are not finished."""
 
 
+PROBE = ".probe-"
+"""How the names of files begin that only try out whether a directory can be written."""
+
+
 YOUNG_SECONDS = 2.0
 """The builder of a new directory may not have locked it yet."""
 
@@ -223,7 +227,7 @@ def probe(directory: Path) -> int:
         CheckpointError: it cannot be written or flushed.
     """
     try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=PROBE) as file:
             file.write(b"btrm")
             file.flush()
             os.fsync(file.fileno())

@@ -63,6 +63,7 @@ class Endless:
 def endless(then: str) -> None:
     """Encode: the first chunk at once, then what `then` says."""
     from btrm_core.data import encode, encode_pairs, pairs_from_rows
+
     encode.CHUNK_PAIRS = 1
     prompts = ["at once"] + [f"{then} {number}" for number in range(15)]
     data = pairs_from_rows({"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in prompts)
