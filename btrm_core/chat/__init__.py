@@ -5,7 +5,7 @@ Template, tokenizer and maximum length together decide them; nothing else in btr
 
 from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, prepare_chat, settle
 from btrm_core.chat.spare import spare
-from btrm_core.chat.templates import ONE, SYSTEM, TWO, opens_turns
+from btrm_core.chat.templates import ONE, SYSTEM, TWO, begins_once, opens_turns
 from btrm_core.chat.tokenizers import Encoder, fast_backend, free_pad, install_pad, self_contained
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Conversation",
     "EncodedResponses",
     "Encoder",
+    "begins_once",
     "fast_backend",
     "free_pad",
     "install_pad",

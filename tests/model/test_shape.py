@@ -1,11 +1,11 @@
 """MFU against arithmetic by hand."""
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MambaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from btrm_core.errors import CheckpointError
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.shape import check_vocabulary, mfu_per_token_rate, positions_problem
+from btrm_core.model.shape import check_vocabulary, mfu_per_token_rate
 from btrm_core.model.toy import tiny_tokenizer
 
 
@@ -29,20 +29,6 @@ def test_what_cannot_be_said_is_not_said():
     config = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     assert mfu_per_token_rate(config, "Some New GPU", 1, 100.0) is None
     assert mfu_per_token_rate(GPT2Config(n_layer=1), "NVIDIA H200", 1, 100.0) is None
-
-
-def test_learned_positions_end_and_rotary_ones_are_only_unseen():
-    assert positions_problem(LlamaConfig(max_position_embeddings=64), 64) is None
-    impossible, text = positions_problem(LlamaConfig(max_position_embeddings=64), 65)
-    assert not impossible
-    assert text == (
-        "the longest conversation has 65 tokens, and the base model knows 64 positions: what is beyond them it has "
-        "never seen; keep to them with --max-length 64"
-    )
-    impossible, text = positions_problem(GPT2Config(n_positions=64), 65)
-    assert impossible
-    assert text.endswith("knows 64 positions, and no more: keep to them with --max-length 64")
-    assert positions_problem(MambaConfig(), 10_000_000) is None
 
 
 def test_tokens_beyond_the_embeddings_may_only_be_ones_that_nothing_writes():

@@ -57,12 +57,11 @@ def write_pairs(data: PairData, path: str | Path, progress: Callable[[int], None
         DataError: the file cannot be written.
     """
     target = check_target(path, overwrite=True)
-    partial = target.with_name(target.name + ".partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".parquet":
-            _parquet(data, partial, progress)
-        else:
+        with outputs.whole_file(str(target)) as partial:
+            if target.suffix == ".parquet":
+                _parquet(data, partial, progress)
+                return
             # Level 6 and no time: equal pairs give equal bytes, which caches know again.
             with partial.open("wb") as file:
                 packed = target.suffix == ".gz"
@@ -70,13 +69,8 @@ def write_pairs(data: PairData, path: str | Path, progress: Callable[[int], None
                 _json_lines(data, stream, progress)
                 if packed:
                     stream.close()
-        partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise DataError(f"cannot write {target}: {error.strerror or error}; name another output") from error
-    except BaseException:  # Ctrl-C included: nothing half-written stays
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _json_lines(data: PairData, file: IO[bytes], progress: Callable[[int], None] | None) -> None:
