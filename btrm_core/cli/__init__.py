@@ -86,7 +86,7 @@ class Commands(click.Group):
             click.echo(f"{_own_line()}btrm: {' '.join(str(error).split())}", err=True)
             raise SystemExit(error.exit_code) from None
         except (KeyboardInterrupt, Stopped) as stopped:
-            if _speaks():
+            if getattr(stopped, "speaks", True):
                 click.echo(f"{_own_line()}btrm: {getattr(stopped, 'reason', 'interrupted')}", err=True)
             raise SystemExit(getattr(stopped, "code", 130)) from None
         except (click.exceptions.Exit, click.ClickException, click.Abort):

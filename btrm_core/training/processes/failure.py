@@ -73,7 +73,7 @@ def shared(world: int) -> Iterator[None]:
     except (KeyboardInterrupt, Stopped) as stopped:  # at once, where nothing was to be saved
         with contextlib.suppress(RuntimeError):
             store.set(STOPPED, str(getattr(stopped, "code", 128 + signal.SIGINT)))
-        _claim(store, over)
+        stopped.speaks = _claim(store, over)  # type: ignore[union-attr]
         raise
     finally:
         over.set()
