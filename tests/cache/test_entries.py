@@ -62,13 +62,20 @@ def test_failed_build_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "whatever Arrow says"), Exception("Error while serializing: I/O error: (os error 28)")],
+    ids=["Arrow", "safetensors"],
+)
+def test_full_disk_is_one_line(error, tmp_path):
     def full(folder):
-        raise OSError(28, "whatever Arrow says")
+        write_x(folder)
+        raise error
 
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError) as caught:
         cache.build_once(tmp_path / "e", full)
-    assert str(error.value) == (
+    assert list(tmp_path.iterdir()) == []
+    assert str(caught.value) == (
         f"cannot write the data cache '{tmp_path}': No space left on device. "
         "Free some space, or set BTRM_CACHE to a folder on another disk."
     )
