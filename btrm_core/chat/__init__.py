@@ -6,7 +6,14 @@ Template, tokenizer and maximum length together decide them; nothing else in btr
 from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, prepare_chat, settle
 from btrm_core.chat.spare import spare
 from btrm_core.chat.templates import ONE, SYSTEM, TWO, begins_once, opens_turns
-from btrm_core.chat.tokenizers import Encoder, fast_backend, free_pad, install_pad, self_contained
+from btrm_core.chat.tokenizers import (
+    Encoder,
+    fast_backend,
+    free_pad,
+    install_pad,
+    self_contained,
+    tokenizer_fingerprint,
+)
 
 __all__ = [
     "ONE",
@@ -25,4 +32,5 @@ __all__ = [
     "self_contained",
     "settle",
     "spare",
+    "tokenizer_fingerprint",
 ]

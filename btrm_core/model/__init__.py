@@ -38,7 +38,7 @@ from btrm_core.model.shape import (
     read_shape,
     training_flops,
 )
-from btrm_core.model.toy import build_toy, tiny_tokenizer, toy_model
+from btrm_core.model.toy import build_toy, toy_model, toy_tokenizer
 
 __all__ = [
     "GPUS",
@@ -89,9 +89,9 @@ __all__ = [
     "saved_config",
     "sha256_of",
     "template_difference",
-    "tiny_tokenizer",
     "tolerance",
     "toy_model",
+    "toy_tokenizer",
     "training_flops",
     "trusted",
     "uses_softcap",

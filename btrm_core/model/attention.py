@@ -18,9 +18,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -47,13 +52,14 @@ _REGISTERED = {
 }
 
 
-_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "flash": kernels.flash,
     "varlen": kernels.varlen,
     "flex": kernels.flex,
     "sdpa": kernels.dense,
     "eager": kernels.eager,
 }
+"""The function that computes each kernel."""
 
 
 SOFTCAP_KERNELS = ("flash", "flex", "eager")
@@ -61,6 +67,22 @@ SOFTCAP_KERNELS = ("flash", "flex", "eager")
 
 
 _VISIBILITY: contextvars.ContextVar[Visibility | None] = contextvars.ContextVar("btrm_visibility", default=None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer asks of its kernel; the arguments are those of the functions in `kernels`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None
+    scaling: float | None
+    softcap: float | None
+
+
+_CALLS: contextvars.ContextVar[set[Call] | None] = contextvars.ContextVar("btrm_calls", default=None)
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,16 @@ def masks_for(visibility: Visibility) -> Iterator[None]:
         yield
     finally:
         _VISIBILITY.reset(token)
+
+
+@contextlib.contextmanager
+def calls_noted() -> Iterator[set[Call]]:
+    """While active, what layers ask of their kernel is put into the set that is given."""
+    token = _CALLS.set(set())
+    try:
+        yield cast("set[Call]", _CALLS.get())
+    finally:
+        _CALLS.reset(token)
 
 
 def layer_mask(
@@ -176,7 +208,10 @@ def attend(
         if kernel not in SOFTCAP_KERNELS:
             raise NotImplementedError(f"kernel '{kernel}' cannot compute this model's attention soft-capping")
         options["softcap"] = softcap
-    output = _FUNCTIONS[kernel](query, key, value, attention_mask.visibility, **options)
+    if (noted := _CALLS.get()) is not None:
+        shape = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+        noted.add(Call(*shape, **{"softcap": None, **options}))
+    output = FUNCTIONS[kernel](query, key, value, attention_mask.visibility, **options)
     return output, None
 
 
@@ -280,6 +315,8 @@ def _obstacle(kernel: str, *, device_type: str, softcap: bool, half: bool) -> st
         return "would silently drop this model's attention soft-capping"
     if kernel == "flex" and device_type != "cuda":
         return "needs a CUDA device (torch has no backward pass for it elsewhere)"
+    if kernel == "flex" and torch.cuda.is_available() and (lacking := compiler_lacks()) is not None:
+        return f"is compiled when it is first used, and {lacking}"
     if kernel == "flash":
         if device_type != "cuda":
             return "needs a CUDA device"
@@ -294,4 +331,19 @@ def _obstacle(kernel: str, *, device_type: str, softcap: bool, half: bool) -> st
             return "computes in float16 and bfloat16 only"
     if kernel == "varlen" and device_type == "cuda" and not half:
         return "computes in float16 and bfloat16 only on CUDA"
+    return None
+
+
+def compiler_lacks() -> str | None:
+    """What triton needs in order to compile a kernel on this machine and does not find, or None.
+
+    Triton compiles a small C module for each kernel that it starts.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "there is no C compiler (apt install gcc, or set CC)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        return f"Python's headers are missing ({header}; apt install python3-dev)"
     return None

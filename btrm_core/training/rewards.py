@@ -69,7 +69,8 @@ def _rewards(
 ) -> tuple[np.ndarray, np.ndarray]:
     size = min(chunk, pairs.places.num_units)
     made = plan_epoch(pairs.places, form, StepBudget(size, tokens_per_batch, runtime.world))
-    rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
+    found: list[torch.Tensor] = []
+    own: list[np.ndarray] = []
     seen = []
     was_training = model.training
     model.eval()
@@ -77,10 +78,14 @@ def _rewards(
         step = made.step(index)
         seen.append(step.pair_ids)
         for row in step.rows[runtime.rank]:
-            micro = build_micro_batch(pairs, row, form).to(runtime.device)
-            rewards_S = model(micro.batch)
-            ids_P = torch.as_tensor(micro.pair_ids_P, device=runtime.device)
-            if len(ids_P):
-                rewards_P2[ids_P] = torch.stack(micro.sides(rewards_S), dim=1).double()
+            micro = build_micro_batch(pairs, row, form).sent_to(runtime.device)
+            sides_P2 = torch.stack(micro.sides(model(micro.batch)), dim=1).double()
+            if len(micro.pair_ids_P):
+                own.append(micro.pair_ids_P)
+                found.append(sides_P2)
     model.train(was_training)
+    rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
+    if found:
+        places_P = torch.from_numpy(np.concatenate(own)).to(runtime.device)
+        rewards_P2.index_copy_(0, places_P, torch.cat(found))
     return np.asarray(runtime.sum(rewards_P2).cpu().numpy()), np.concatenate(seen)

@@ -6,7 +6,7 @@ from transformers import GPT2Config, LlamaConfig
 from btrm_core.errors import CheckpointError
 from btrm_core.families.hookspecs import TinyShape
 from btrm_core.model.shape import check_vocabulary, mfu_per_token_rate
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 
 def test_a_llama_on_an_h100_by_hand():
@@ -33,7 +33,7 @@ def test_what_cannot_be_said_is_not_said():
 
 def test_tokens_beyond_the_embeddings_may_only_be_ones_that_nothing_writes():
     shape = TinyShape("llama", special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
-    tokenizer = tiny_tokenizer(shape, ["hello"], 300)
+    tokenizer = toy_tokenizer(shape, ["hello"], 300)
     size = len(tokenizer)
     config = LlamaConfig(vocab_size=size)
     check_vocabulary(tokenizer, config, "m")
@@ -47,6 +47,6 @@ def test_tokens_beyond_the_embeddings_may_only_be_ones_that_nothing_writes():
     tokenizer.add_tokens(["a word"])
     with pytest.raises(CheckpointError, match=f"'a word' is {size + 1}"):
         check_vocabulary(tokenizer, config, "m")
-    padded = tiny_tokenizer(shape, ["hello"], 300)
+    padded = toy_tokenizer(shape, ["hello"], 300)
     padded.add_special_tokens({"pad_token": "[PAD]"})  # new: it gets a row
     check_vocabulary(padded, config, "m", written={size})

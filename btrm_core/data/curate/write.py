@@ -21,7 +21,14 @@ _TOGETHER = 1000
 
 
 def standard_rows(data: PairData) -> Iterator[dict[str, Any]]:
-    """Every pair as a row of the standard format."""
+    """Every pair as a row of the standard format.
+
+    Args:
+        data: P pairs.
+
+    Yields:
+        P dictionaries that JSON can hold, in the order of the data.
+    """
     for batch in data.batches(_TOGETHER):
         for pair in batch:
             prompt = [{"role": m["role"], "content": m["content"]} for m in pair["prompt"]]
@@ -36,6 +43,10 @@ def standard_rows(data: PairData) -> Iterator[dict[str, Any]]:
 
 def check_target(path: str | Path, overwrite: bool = False) -> Path:
     """The file to write; a link is followed.
+
+    Args:
+        path: what the user named; its ending says the format.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
         DataError: its ending says no format, it is no file (a pipe, a device), or it is there already.
@@ -53,8 +64,13 @@ def check_target(path: str | Path, overwrite: bool = False) -> Path:
 def write_pairs(data: PairData, path: str | Path, progress: Callable[[int], None] | None = None) -> None:
     """Write pairs as JSON Lines, gzipped JSON Lines or Parquet, by the ending of the name; whole or not at all.
 
+    Args:
+        data: P pairs.
+        path: the file; one that is there is replaced, folders that are not are made.
+        progress: called with 1 for every pair written.
+
     Raises:
-        DataError: the file cannot be written.
+        DataError: it is no file of a known ending, or cannot be written.
     """
     target = check_target(path, overwrite=True)
     try:
