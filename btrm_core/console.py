@@ -65,9 +65,18 @@ def say(runtime: Member, text: str) -> None:
         text: one or more lines.
     """
     if runtime.is_main:
-        from tqdm import tqdm
+        tell(text)
 
-        tqdm.write(text, file=sys.stderr)
+
+def tell(text: str) -> None:
+    """Print one remark of this process to standard error, without breaking the bar.
+
+    Args:
+        text: one or more lines.
+    """
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 class LongWork:

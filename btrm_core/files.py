@@ -1,7 +1,7 @@
-"""Whole or not at all: how directories come to their place, how files are fingerprinted, who holds a directory.
+"""Whole or not at all: how directories come to their place, and which run holds one.
 
-Decides: the one way a directory is put in its place (written beside it, flushed, renamed), the one lock, and what a
-full disk is called.
+Decides: the one way a directory is put in its place (written beside it, flushed, renamed), and what a full disk is
+called.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,12 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
 
-from btrm_core.errors import CheckpointError, DataError
-
-# A file written within this time of being hashed may change again without its time stamp showing it.
-_SETTLED_SECONDS = 2.0
+from btrm_core.errors import CheckpointError
+from btrm_core.locks import hold, only_user
 
 
 def digest(*values: object) -> str:
@@ -31,45 +27,16 @@ def digest(*values: object) -> str:
     return text_sha256(json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
 
 
-def file_sha256(path: Path, root: Path) -> str:
-    """Return the SHA-256 of a file's content.
-
-    The content is read again only when size, inode, modification or change time differ from the last time;
-    the change time cannot be set back by a program, so a changed file is always noticed.
-
-    Args:
-        path: the file.
-        root: of the cache, where digests are kept.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    known = root / "hashes" / f"{digest(str(path.resolve()))}.json"
-    try:
-        stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            remembered = json.loads(known.read_text())
-            if remembered["state"] == state:
-                return str(remembered["sha256"])
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read '{path}': {error.strerror or error}.") from error
-    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
-        with contextlib.suppress(OSError):  # only a short cut: without it the file is hashed again
-            known.parent.mkdir(parents=True, exist_ok=True)
-            part = known.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps({"state": state, "sha256": found}))
-            part.replace(known)
-    return found
-
-
 BUILDING = ".building-"
 """How the names of directories begin that are not finished."""
 
 
-STALE_SECONDS = 24 * 3600.0
+PROBE = ".probe-"
+"""How the names of files begin that only try out whether a directory can be written."""
+
+
+YOUNG_SECONDS = 2.0
+"""The builder of a new directory may not have locked it yet."""
 
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -99,7 +66,7 @@ def text_sha256(text: str) -> str:
 def whole_directory(target: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """A new directory to fill, which comes to its place when the block ends, or not at all.
 
-    What killed processes have left beside it goes after a day.
+    What killed processes have left beside it goes.
 
     Args:
         target: Its place. Its parents are made.
@@ -110,17 +77,40 @@ def whole_directory(target: Path, keep: Callable[[Path], bool] | None = None) ->
     """
     target = _place_of_directory(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{BUILDING}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+    sweep(target.parent)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=BUILDING))
     try:
-        staging.chmod(0o755)
-        yield staging
-        publish(staging, target, keep)
+        with only_user(staging):
+            staging.chmod(0o755)
+            yield staging
+            publish(staging, target, keep)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes have left unfinished in a directory; what a running one is building stays.
+
+    Args:
+        directory: it may be missing.
+    """
+    for left in abandoned(directory):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def abandoned(directory: Path) -> list[Path]:
+    """The unfinished directories in a directory that no running process is building.
+
+    Args:
+        directory: it may be missing.
+    """
+    found = []
+    for left in directory.glob(f"{BUILDING}*"):
+        with contextlib.suppress(OSError):
+            young = time.time() - left.stat().st_mtime < YOUNG_SECONDS
+            with only_user(left) as free:
+                found += [left] if free and not young else []
+    return found
 
 
 def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = None) -> None:
@@ -136,6 +126,7 @@ def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = N
         if path.is_file():
             with contextlib.suppress(PermissionError):  # some network file systems own all files themselves
                 path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
+        if path.is_file() or path.is_dir():
             _fsync(path)
     _fsync(staging)
     if keep is not None and target.exists() and keep(target):
@@ -187,21 +178,6 @@ def exchange(left: Path, right: Path) -> bool:
     return int(renameat2(*here, RENAME_EXCHANGE)) == 0
 
 
-def hold(stream: IO[Any]) -> bool:
-    """Lock an open file for this process alone, until it is closed or the process ends; False if another holds it.
-
-    Where a file system has no locks (some network ones), nothing is held and nothing refused.
-
-    Args:
-        stream: the open file.
-    """
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-    return True
-
-
 def explained(error: Exception, directory: Path) -> Exception:
     """Disk errors as one line; anything else as it is.
 
@@ -251,7 +227,7 @@ def probe(directory: Path) -> int:
         CheckpointError: it cannot be written or flushed.
     """
     try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=PROBE) as file:
             file.write(b"btrm")
             file.flush()
             os.fsync(file.fileno())

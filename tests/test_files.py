@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from btrm_core import files, outputs
+from btrm_core import files, locks, outputs
 from btrm_core.errors import CheckpointError, DataError
 
 
@@ -66,20 +66,41 @@ def test_it_gives_way_to_what_is_to_be_kept(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
-def test_remains_of_killed_processes_go_after_a_day(tmp_path):
+def test_remains_of_killed_processes_go_and_what_runs_stays(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from btrm_core import files\n"
+        "with files.whole_directory(Path(sys.argv[1])) as made: print(made, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "other")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as builder:
+        building = Path(builder.stdout.readline().strip())
+        os.utime(building, (time.time() - 3600,) * 2)
+        files.sweep(tmp_path)
+        assert building.exists()
+        builder.kill()
+        builder.wait()
+        with files.whole_directory(tmp_path / "model"):
+            pass
+    assert names(tmp_path) == ["model"]
+
+
+def test_without_locks_what_is_left_goes_after_a_day(tmp_path, monkeypatch):
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     for name, age in ((".building-old", 25), (".building-new", 1)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
-    with files.whole_directory(tmp_path / "model"):
-        pass
-    assert names(tmp_path) == [".building-new", "model"]
+    files.sweep(tmp_path)
+    assert names(tmp_path) == [".building-new"]
 
 
 def test_a_file_is_held_by_one_process(tmp_path):
     path = tmp_path / "lock"
-    code = f"from btrm_core import files; print(files.hold(open({str(path)!r}, 'a')))"
+    code = f"from btrm_core.locks import hold; print(hold(open({str(path)!r}, 'a')))"
     with path.open("a") as stream:
-        assert files.hold(stream)
+        assert locks.hold(stream)
         said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout]
     said += [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout]
     assert said == ["False\n", "True\n"]
@@ -167,7 +188,7 @@ def test_what_a_file_system_cannot_do_does_not_fail_a_save(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "chmod", chmod)
-    monkeypatch.setattr(files.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     with files.whole_directory(tmp_path / "model") as staging:
         (staging / "file").write_text("whole")
     assert (tmp_path / "model" / "file").read_text() == "whole"

@@ -14,8 +14,9 @@ import btrm_core
 
 ROOT = Path(btrm_core.__file__).parent
 LAYERS = """
-errors marks
+errors marks locks signals
 settings console files hub weights outputs
+cache
 config
 families
 chat packing evaluation

@@ -4,8 +4,8 @@ Decides: names of flags, exit codes, what goes to standard output (results) and 
 transformers and deepspeed are imported inside the commands that need them, so that `btrm families` and `--help` answer
 at once.
 
-Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 143 where another
-process of the run was told to stop; 1 for a failed check or a bug.
+Exit codes: 0; 2 for what the user can put right (one line, no traceback); 130 after Ctrl-C; 128 plus the number of
+another signal that asked to stop (143 for SIGTERM); 1 for a failed check or a bug.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import click
 
 from btrm_core.errors import BtrmError
 from btrm_core.families import unreadable_package
+from btrm_core.signals import Stopped
 
 SPEAK_LATER_SECONDS = 3.0
 COMMANDS = {
+    "cache": "cache:cache",
     "data": "data:data",
     "doctor": "preflight:doctor",
     "eval": "evaluate:evaluate",
@@ -83,9 +85,10 @@ class Commands(click.Group):
                 traceback.print_exc()
             click.echo(f"{_own_line()}btrm: {' '.join(str(error).split())}", err=True)
             raise SystemExit(error.exit_code) from None
-        except KeyboardInterrupt:
-            click.echo("btrm: interrupted", err=True)
-            raise SystemExit(130) from None
+        except (KeyboardInterrupt, Stopped) as stopped:
+            if getattr(stopped, "speaks", True):
+                click.echo(f"{_own_line()}btrm: {getattr(stopped, 'reason', 'interrupted')}", err=True)
+            raise SystemExit(getattr(stopped, "code", 130)) from None
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except Exception as error:

@@ -4,7 +4,6 @@ Loads no torch.
 """
 
 from btrm_core.data import curate
-from btrm_core.data.cache import cache_root, code_digest
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
 from btrm_core.data.curate.held_out import drop_overlap, split_held_out
 from btrm_core.data.formats import Ties, WhichPairs
@@ -45,8 +44,6 @@ __all__ = [
     "Ties",
     "TokenStore",
     "WhichPairs",
-    "cache_root",
-    "code_digest",
     "contradictory_pairs",
     "conversations_of",
     "convert_row",

@@ -11,17 +11,16 @@ Shape letters: P pairs, G groups, K distinct conversations of a group.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from btrm_core.chat import spare
-from btrm_core.errors import DataError
+from btrm_core.data.workers import in_order, may_start_processes
 from btrm_core.packing import Tree, grow
 
 if TYPE_CHECKING:
@@ -209,7 +208,11 @@ def by_prompt(hash_P: NDArray[np.uint64]) -> IntArray:
     return np.argsort(first[prompt_P], kind="stable")
 
 
-def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Iterator[Chunk]:
+Chunks: TypeAlias = Generator[Chunk, None, None]
+"""Chunks in their order; closing it ends the processes that make them."""
+
+
+def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Chunks:
     """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader.
 
     Args:
@@ -229,32 +232,12 @@ def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: i
         data = data.select(index_P, "by prompt", data.issues)
     borders = _borders(data.prompt_hash_P, data.group_P())
     workers = min(workers, len(borders) // _CHUNKS_PER_WORKER)
-    if workers <= 1:
+    if workers <= 1 or not may_start_processes():
         for start, stop in borders:
             yield _encode_chunk(data, index_P, chat, max_length, start, stop)
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    # Not forked: a fork copies locks that the tokenizer's or torch's threads may hold, and hangs.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(data, index_P, chat, max_length))
-    try:
-        running: deque[Any] = deque()
-        for start, stop in borders:
-            running.append(pool.submit(_work, start, stop))
-            if len(running) > 2 * workers:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "an encoding process ended early: memory may have run out, or a script starts btrm without "
-            "an 'if __name__ == \"__main__\":' guard. Try fewer workers with --set data.workers=1."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with contextlib.closing(in_order(_encode_chunk, (data, index_P, chat, max_length), borders, workers)) as chunks:
+        yield from chunks
 
 
 def _borders(hash_P: NDArray[np.uint64], ranking_P: IntArray) -> list[tuple[int, int]]:
@@ -278,17 +261,3 @@ def _borders(hash_P: NDArray[np.uint64], ranking_P: IntArray) -> list[tuple[int,
         borders.append((start, stop))
         start = stop
     return borders
-
-
-_worker: tuple[PairData, IntArray, ChatFormat, int] | None = None
-
-
-def _start_worker(data: PairData, index_P: IntArray, chat: ChatFormat, max_length: int) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = (data, index_P, chat, max_length)
-
-
-def _work(start: int, stop: int) -> Chunk:
-    assert _worker is not None
-    return _encode_chunk(*_worker, start, stop)

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core import files
+from btrm_core import cache, files
 from btrm_core.console import LongWork
-from btrm_core.data import cache
 from btrm_core.data.convert import Message, Pair, Reading
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.issues import IssueReport, RowIssue
@@ -31,6 +30,7 @@ from btrm_core.data.shapes.reading import read_pairs, strict_error
 from btrm_core.data.shapes.values import plain
 from btrm_core.data.sources import Resolved, Source, resolve
 from btrm_core.errors import DataError
+from btrm_core.locks import Shared
 
 if TYPE_CHECKING:
     import datasets
@@ -54,12 +54,14 @@ class PairData:
         issues: what was read and why rows are missing; empty for the held-out part of a split.
         fingerprint: SHA-256 of what the pairs are made from; equal on every machine for equal file contents.
         prompt_hash_P: the first 8 bytes of each pair's prompt hash, uint64.
+        held: keeps the cache entry from being removed meanwhile; None for pairs in memory.
     """
 
     dataset: datasets.Dataset
     issues: IssueReport
     fingerprint: str
     prompt_hash_P: np.ndarray = field(repr=False)
+    held: Shared | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -111,6 +113,7 @@ class PairData:
             issues=issues,
             fingerprint=files.digest(self.fingerprint, label),
             prompt_hash_P=self.prompt_hash_P[indices_P],
+            held=self.held,
         )
 
 
@@ -152,7 +155,7 @@ def load_pairs(
     )
     with LongWork(f"reading {', '.join(source.name for source in resolved.sources)}") as work:
         entry = cache.build_once(root / "pairs" / key, lambda folder: _build(folder, resolved, strict, reading, work))
-    report = IssueReport.from_dict(json.loads((entry / "report.json").read_text()))
+    report = IssueReport.from_dict(json.loads((entry.path / "report.json").read_text()))
     if strict and report.first_bad:
         raise strict_error(report.first_bad)
     if not report.pairs:
@@ -298,11 +301,11 @@ def _values(pair: Pair) -> dict[str, Any]:
     return {name: getattr(pair, name) for name in Pair.__dataclass_fields__}
 
 
-def _opened(entry: Path, report: IssueReport, fingerprint: str) -> PairData:
+def _opened(entry: Shared, report: IssueReport, fingerprint: str) -> PairData:
     import datasets
 
-    dataset = datasets.Dataset.from_file(str(entry / "pairs.arrow"))
-    return PairData(dataset, report, fingerprint, np.load(entry / "prompt_hash.npy"))
+    dataset = datasets.Dataset.from_file(str(entry.path / "pairs.arrow"))
+    return PairData(dataset, report, fingerprint, np.load(entry.path / "prompt_hash.npy"), entry)
 
 
 def _nothing_left(report: IssueReport) -> DataError:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from btrm_core import files
+from btrm_core.cache import file_sha256
 from btrm_core.data.inputs import hub
 from btrm_core.data.inputs.card import read_card
 from btrm_core.data.inputs.spec import Slice, Spec, expand, is_pattern, parse_spec
@@ -179,14 +180,14 @@ def _piped(where: str, root: Path) -> Source:
     path = spooled(where, root)
     name = "stdin" if where in STANDARD_INPUT else Path(where).name
     kind = _kind(Path(where)) or _kind(path) or "json"
-    return Source(where, name, kind, files.file_sha256(path, root), path)
+    return Source(where, name, kind, file_sha256(path, root), path)
 
 
 def _file(where: str, path: Path, root: Path) -> Source:
     kind = _kind(path)
     if kind is None:
         raise DataError(f"cannot tell the format of '{where}': expected a file ending in {ACCEPTED}.")
-    return Source(where, path.name, kind, files.file_sha256(path, root), path)
+    return Source(where, path.name, kind, file_sha256(path, root), path)
 
 
 def _folder(where: str, folder: Path, spec: Spec, root: Path) -> tuple[list[Source], list[str]]:
@@ -262,7 +263,7 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
     elif split is not None:
         raise DataError(f"the data set folder '{where}' has no splits. Drop ':{split}'.")
     parts = sorted(path for path in folder.rglob("*") if path.is_file())
-    content = files.digest([[path.name, files.file_sha256(path, root)] for path in parts])
+    content = files.digest([[path.name, file_sha256(path, root)] for path in parts])
     return [Source(where, local_path(where).resolve().name, "table", content, table=loaded)], notes
 
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from btrm_core import files
+from btrm_core import cache, files
 from btrm_core.chat import tokenizer_fingerprint
-from btrm_core.data import cache
 from btrm_core.data.encode import Chunk, encoded_chunks
 from btrm_core.data.tables import LISTS, Lists, numbers, record_batches, write_store
 from btrm_core.errors import DataError
 from btrm_core.evaluation import Judged
+from btrm_core.locks import Shared
 from btrm_core.packing import Forest, PairPlaces, Tree, grow, part
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class TokenStore:
         groups: a table with the tree of every group (lists `tokens`, `edges` and `leaf`) and its `first_pair`.
         pairs: a table with a row per pair, those of a group next to each other.
         report: counts of the encoding; see `encode_pairs`.
-        folder: where the tables are mapped from.
+        held: the cache entry that the tables are mapped from; it is not removed as long as the store lives.
 
     Attributes:
         folder: the cache entry; None for a store in memory.
@@ -73,9 +73,9 @@ class TokenStore:
     """
 
     def __init__(
-        self, groups: pyarrow.Table, pairs: pyarrow.Table, report: dict[str, Any], folder: Path | None = None
+        self, groups: pyarrow.Table, pairs: pyarrow.Table, report: dict[str, Any], held: Shared | None = None
     ) -> None:
-        self.folder, self.report = folder, report
+        self.folder, self.report, self._held = held and held.path, report, held
         self._tables = groups, pairs
         self._lists = {name: Lists(groups[name]) for name in LISTS}
         self._ids, self._subsets = pairs["id"], pairs["subset"]
@@ -86,27 +86,35 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> TokenStore:
-        """Map a cache entry into memory.
+        """Map a cache entry into memory, if it is as it was written.
+
+        Args:
+            folder: the entry.
 
         Args:
             folder: the entry.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: it is damaged, or not there.
         """
+        path = Path(folder)
+        held = Shared(path, path / cache.COMPLETE)
+        if problem := cache.damage(path):
+            raise DataError(
+                f"the encoded pairs '{path}' cannot be read ({problem}). "
+                "The cache was changed or removed; start again to build it anew."
+            )
+        return cls._mapped(held)
+
+    @classmethod
+    def _mapped(cls, held: Shared) -> TokenStore:
+        """Map an entry that was found whole."""
         import pyarrow
 
-        path = Path(folder)
-        try:
-            report = json.loads((path / "report.json").read_text())
-            mapped = (pyarrow.memory_map(str(path / f"{name}.arrow")) for name in ("groups", "pairs"))
-            groups, pairs = (pyarrow.ipc.open_stream(file).read_all() for file in mapped)
-        except OSError as error:
-            raise DataError(
-                f"the encoded pairs '{path}' cannot be read ({error.strerror or error}). "
-                "The cache was changed or removed; start again to build it anew."
-            ) from error
-        return cls(groups, pairs, report, path)
+        report = json.loads((held.path / "report.json").read_text())
+        mapped = (pyarrow.memory_map(str(held.path / f"{name}.arrow")) for name in ("groups", "pairs"))
+        groups, pairs = (pyarrow.ipc.open_stream(file).read_all() for file in mapped)
+        return cls(groups, pairs, report, held)
 
     @classmethod
     def of_ids(cls, groups: Sequence[tuple[Sequence[Sequence[int]], Sequence[tuple[int, int]]]]) -> TokenStore:
@@ -315,10 +323,10 @@ def encode_pairs(
         cache.code_digest(*_CODE),
     )
     entry = cache.cache_root(cache_dir) / "encoded" / key
-    cache.build_once(
+    held = cache.build_once(
         entry, lambda folder: write_store(folder, encoded_chunks(data, chat, max_length, workers), max_length, progress)
     )
-    encoded = TokenStore.open(entry)
+    encoded = TokenStore._mapped(held)
     if not len(encoded) and len(data):
         reason, number = max(encoded.report["dropped"].items(), key=lambda item: item[1])
         raise DataError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow
     from numpy.typing import NDArray
 
-    from btrm_core.data.encode import Chunk
+    from btrm_core.data.encode import Chunk, Chunks
 
     IntArray = NDArray[np.int64]
 
@@ -81,12 +82,12 @@ def pair_schema() -> pyarrow.Schema:
     return pa.schema([*texts, *((name, getattr(pa, kind)()) for name, kind in NUMBERS.items())])
 
 
-def write_store(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Callable[[int], None] | None) -> None:
+def write_store(folder: Path, chunks: Chunks, max_length: int, progress: Callable[[int], None] | None) -> None:
     """Write groups.arrow, pairs.arrow and report.json.
 
     Args:
         folder: where they are written; must exist.
-        chunks: the encoded chunks, in their order.
+        chunks: the encoded chunks, in their order; closed at the end, however it comes.
         max_length: tokens of the longest conversation that was not cut, for the report.
         progress: called after every chunk with the number of pairs done so far.
 
@@ -99,6 +100,7 @@ def write_store(folder: Path, chunks: Iterable[Chunk], max_length: int, progress
     report: dict[str, Any] = dict.fromkeys((*names, "longest", "with_margin"), 0)
     report |= {"dropped": {}, "altered": {}, "examples": {}, "max_length": max_length}
     with (
+        contextlib.closing(chunks),
         pyarrow.OSFile(str(folder / "groups.arrow"), "wb") as groups_file,
         pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as pairs_file,
         pyarrow.ipc.new_stream(groups_file, group_schema()) as groups,

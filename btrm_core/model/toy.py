@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btrm_core.cache import build_once
 from btrm_core.data import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families import Family
-from btrm_core.files import text_sha256, whole_directory
+from btrm_core.files import text_sha256
+from btrm_core.locks import Shared
 
 if TYPE_CHECKING:
     from btrm_core.families import TinyShape
@@ -44,6 +46,7 @@ def toy_model(family: Family, cache_dir: Path) -> Path:
 
     Raises:
         FamilyError: the family's recipe gives no `tiny` shape.
+        DataError: the cache cannot be written.
     """
     tiny = family.recipe().tiny
     if tiny is None:
@@ -53,15 +56,13 @@ def toy_model(family: Family, cache_dir: Path) -> Path:
         )
     description = json.dumps([SHAPE, VOCABULARY, dataclasses.asdict(tiny)], sort_keys=True, default=str)
     name = f"{family.name}-{text_sha256(description + Path(sample_path('train')).read_text('utf-8'))[:12]}"
-    target = cache_dir / "toy" / name
-    if not _is_whole(target):
-        with whole_directory(target, keep=_is_whole) as folder:
-            build_toy(tiny, folder)
-    return target
+    held = build_once(cache_dir / "toy" / name, lambda folder: build_toy(tiny, folder))
+    _in_use[held.path] = held
+    return held.path
 
 
-def _is_whole(directory: Path) -> bool:
-    return (directory / "config.json").exists()
+_in_use: dict[Path, Shared] = {}
+"""Toys that this process may still read: they stay in the cache until it ends."""
 
 
 def build_toy(tiny: Any, directory: Path, **overrides: Any) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from btrm_core import files, outputs
+from btrm_core import outputs
+from btrm_core.cache import cache_root, file_sha256
 from btrm_core.console import LongWork
-from btrm_core.data import PACKED, Naming, cache_root, data_path, opened
+from btrm_core.data import PACKED, Naming, data_path, opened
 from btrm_core.errors import DataError
 from btrm_core.scoring.partial import Tally, header_file, partial_file
 from btrm_core.scoring.records import (
@@ -113,7 +114,7 @@ def _to_file(work: _Work, target: Path) -> tuple[Tally, int]:
     """Score into `TARGET.partial`, which becomes the target; returns the tally and the lines from before."""
     header = {
         "format": FORMAT_VERSION,
-        "input": files.file_sha256(work.path, cache_root()),
+        "input": file_sha256(work.path, cache_root()),
         "model": work.scorer.identity,
         **({"map": repr(work.naming)} if work.naming else {}),
     }

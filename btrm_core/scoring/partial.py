@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from btrm_core import files
 from btrm_core.errors import DataError
+from btrm_core.locks import hold
 from btrm_core.scoring.records import CONVERSATION, OWN_NAME, PAIR, RESPONSES, what_was_added
 
 
@@ -78,7 +78,7 @@ def partial_file(target: Path, header: dict[str, Any]) -> Iterator[tuple[IO[byte
         DataError: another process is writing it.
     """
     with target.with_name(target.name + ".partial").open("a+b") as stream:
-        if not files.hold(stream):
+        if not hold(stream):
             raise DataError(f"another process is writing {stream.name}; wait for it, or name another output")
         stream.seek(0)
         known, done, size = header_file(target), Tally(), 0

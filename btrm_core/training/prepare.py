@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from btrm_core import config as config_module
 from btrm_core import families
+from btrm_core.cache import cache_root
 from btrm_core.chat import ChatFormat, prepare_chat
 from btrm_core.config import apply, flat, resolve, settled
 from btrm_core.console import LongWork, say
 from btrm_core.data import (
     PairData,
     TokenStore,
-    cache_root,
     drop_overlap,
     encode_pairs,
     load_pairs,
@@ -43,6 +43,7 @@ from btrm_core.model import (
 )
 from btrm_core.packing import RowForm, row_form
 from btrm_core.settings import RunConfig
+from btrm_core.signals import stopping_at_once
 from btrm_core.training.processes import Runtime, compute_dtype, first_that_shares
 from btrm_core.training.report import trackers
 from btrm_core.training.rewards import some_rewards
@@ -126,8 +127,13 @@ def load_data(config: RunConfig, chat: ChatFormat, runtime: Runtime | None = Non
         DataError: a source cannot be read, or no training pair is left.
         ConfigError: the loss takes no soft labels and the data has some.
     """
-    if runtime is None or runtime.world == 1:
-        return _load_data(config, chat)
+    with stopping_at_once():  # nothing is there yet that could be saved
+        if runtime is None or runtime.world == 1:
+            return _load_data(config, chat)
+        return _load_in_turn(config, chat, runtime)
+
+
+def _load_in_turn(config: RunConfig, chat: ChatFormat, runtime: Runtime) -> Data:
     root = cache_root(config.data.cache_dir)
     with contextlib.suppress(OSError):  # whoever has to write there will say so
         root.mkdir(parents=True, exist_ok=True)

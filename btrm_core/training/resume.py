@@ -18,7 +18,7 @@ from typing import Any
 
 from btrm_core.console import LongWork, say
 from btrm_core.errors import CheckpointError, first_line
-from btrm_core.files import explained, publish
+from btrm_core.files import PROBE, explained, publish, sweep
 from btrm_core.model import is_finished, read_manifest
 from btrm_core.training import reshard
 from btrm_core.training.identity import EVALUATION, PROCESSES, refuse_changes
@@ -123,6 +123,9 @@ def clean(directory: Path) -> None:
     beside = [*directory.parent.glob(".best-*"), *directory.parent.glob(".model-*")]
     for left in (*directory.glob(".step-*"), *unfinished, *beside):
         shutil.rmtree(left, ignore_errors=True)
+    sweep(directory.parent)
+    for probe in directory.parent.glob(f"{PROBE}*"):
+        probe.unlink(missing_ok=True)
 
 
 def refuse_restart(output: Path, resume: str, overwrite: bool) -> None:

@@ -232,9 +232,12 @@ def test_hours_count_from_this_start_unless_all_are_asked_for(root: Path, unfini
 
 def test_what_was_left_half_written_is_removed(root: Path, unfinished: Path) -> None:
     left = [unfinished / "resume" / "step-00000009", unfinished / ".best-x1", unfinished / ".model-old-2"]
+    left += [unfinished / ".building-3", unfinished / "resume" / ".step-00000010.tmp"]
     for path in left:
         path.mkdir(parents=True)
-    os.utime(left[0])
+        os.utime(path, (1e9, 1e9))
+    left.append(unfinished / ".probe-4")
+    left[-1].touch()
     resume.clean(unfinished / "resume")
     assert not any(path.exists() for path in left)
     assert (unfinished / "resume" / "step-00000004" / "COMPLETE").exists()

@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from btrm_core import cache
 from btrm_core.errors import DataError, first_line
+from btrm_core.locks import Shared, hold
 
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -204,6 +206,7 @@ def spooled(spec: str, root: Path) -> Path:
 
     Raises:
         DataError: nothing can be read, the cache cannot be written, or several processes would share the pipe.
+        ConfigError: the limit of the cache makes no sense.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DataError(f"'{spec}' can be read by one process only, and this run has several. Write it to a file.")
@@ -217,13 +220,15 @@ def _spooled(spec: str, root: Path) -> Path:
         raise DataError("there is no standard input to read.")
     print(f"reading {name} to its end", file=sys.stderr)
     folder = root / "piped"
-    part = folder / f".{secrets.token_hex(8)}"
+    part = folder / f"{cache.NEW}{secrets.token_hex(8)}"
+    limit = cache.size_limit()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stdin = getattr(sys.stdin, "buffer", sys.stdin)
         with contextlib.ExitStack() as stack:
             source = stdin if spec == "-" else stack.enter_context(Path(spec).open("rb"))
             target = stack.enter_context(part.open("wb"))
+            hold(target)  # unfinished, but not abandoned
             shutil.copyfileobj(cast("IO[bytes]", source), target)
         with part.open("rb") as copy:
             content = hashlib.file_digest(copy, "sha256").hexdigest()
@@ -235,7 +240,13 @@ def _spooled(spec: str, root: Path) -> Path:
         part.unlink(missing_ok=True)
     if not made.stat().st_size:
         raise DataError(f"{name} is empty.")
+    _in_use.append(Shared(made))
+    cache.keep_within(root, limit, spare=made)
     return made
+
+
+_in_use: list[Shared] = []
+"""Copies that this process may still read: they stay in the cache until it ends."""
 
 
 def _ending(path: Path) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from btrm_core.data import cache_root, code_digest
+from btrm_core.cache import cache_root, code_digest, keep_value, kept_value
 from btrm_core.errors import ConfigError, first_line
 from btrm_core.model.attention import KERNELS, calls_noted, choose_kernel, uses_softcap
 from btrm_core.model.leakage.exact import Leak, examine
@@ -222,15 +221,12 @@ def _examined(model: RewardModel, groups: Sequence[Tree], case: Use) -> Leak:
     """`examine`, or its verdict for the same architecture, versions and use of an earlier run."""
     path = _cached_at(model, case)
     if path is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return Leak(**json.loads(path.read_text(encoding="utf-8")))
+        known = kept_value(path)
+        if known is not None:
+            return Leak(**known)
     leak = examine(model, groups, layout=case.layout, pad_id=case.pad_id, longest=case.longest, training=case.training)
     if path is not None and math.isfinite(leak.difference):
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-                json.dump(vars(leak), file)
-            Path(file.name).replace(path)
+        keep_value(path, vars(leak))
     return leak
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,13 @@ from typing import Any
 import torch
 
 from btrm_core.errors import TrainingError
+from btrm_core.signals import Stopped
 
 KEY = "btrm/failed"
+
+
+STOPPED = "btrm/stopped"
+"""The exit code of a process that a signal stopped where nothing was to be saved; the others end with it, at once."""
 
 
 LOOK_EVERY_SECONDS = 0.5
@@ -64,6 +70,11 @@ def shared(world: int) -> Iterator[None]:
             raise lost from error
         error.speaks = speaks  # type: ignore[attr-defined]  # of any class: read by the command line
         raise
+    except (KeyboardInterrupt, Stopped) as stopped:  # at once, where nothing was to be saved
+        with contextlib.suppress(RuntimeError):
+            store.set(STOPPED, str(getattr(stopped, "code", 128 + signal.SIGINT)))
+        stopped.speaks = _claim(store, over)  # type: ignore[union-attr]
+        raise
     finally:
         over.set()
 
@@ -90,6 +101,7 @@ def _watch(store: Any, over: threading.Event) -> None:
         except RuntimeError:  # the process that keeps the store is gone: the next operation will fail
             return
         if failed:
-            if not over.wait(GRACE_SECONDS):
-                os._exit(1)
+            code = int(store.get(STOPPED)) if store.check([STOPPED]) else None
+            if not over.wait(GRACE_SECONDS if code is None else LOOK_EVERY_SECONDS):
+                os._exit(1 if code is None else code)
             return

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from btrm_core.errors import ConfigError
-from btrm_core.training.processes.interrupt import STOPPING
+from btrm_core.signals import STOPPING
 from btrm_core.training.processes.join import LAUNCHER, place
 
 SHUTDOWN_SECONDS = 15.0

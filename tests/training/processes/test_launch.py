@@ -20,9 +20,9 @@ from support import processes, trajectories
 from support.trajectories import flags, metrics, trajectory
 from torch.distributed import run
 
+from btrm_core import cache
 from btrm_core.cli import main
 from btrm_core.config import read_settings
-from btrm_core.data import cache
 from btrm_core.errors import ConfigError
 from btrm_core.training.processes import agreement
 from btrm_core.training.processes import runtime as runtime_module
@@ -92,7 +92,7 @@ def test_two_nodes_share_nothing_but_the_result(root: Path, tmp_path: Path) -> N
     for node in range(2):
         built = list((tmp_path / f"cache-{node}" / "encoded").iterdir())
         assert built, "each node builds its own cache"
-        assert all(cache.is_whole(entry) for entry in built)
+        assert [cache.damage(entry) for entry in built] == [None] * len(built)
 
 
 def test_a_signal_to_one_node_stops_both_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from support.trajectories import distance, flags, metrics, read, trajectory
 from btrm_core import errors as errors_module
 from btrm_core.errors import CheckpointError, DataError
 from btrm_core.files import output_lock
-from btrm_core.training import loop, rewards
+from btrm_core.training import loop, prepare, rewards
 from btrm_core.training.profiling import PARTS
 
 EXACT = 1e-5
@@ -151,6 +151,25 @@ def test_one_failure_ends_all_and_is_told_once(root: Path, tmp_path: Path, error
     assert len(re.findall(message, said, re.MULTILINE)) == 1, said[-3000:]
     assert len(re.findall("^btrm: ", said, re.MULTILINE)) == 1, said[-3000:]
     assert said.count("Traceback") == (1 if error == "bug" else 0), said[-3000:]
+
+
+def stopped_early(root: str, output: str) -> None:
+    """`btrm train` in a child; the first process is asked to stop while it prepares data, the second waits for it."""
+
+    def told_to_stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    prepare._load_data = told_to_stop  # type: ignore[assignment]
+    processes.command("train", *flags(Path(root), Path(output)))
+
+
+def test_a_signal_while_data_is_prepared_ends_all_at_once(root: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    group = processes.start(stopped_early, str(root), str(tmp_path / "run"), log=log, world=2)
+    assert processes.wait(group, timeout=200)[0] == 143, log.read_text()[-3000:]
+    assert group[1].exitcode in (143, 2), "told by the other, or by the connection that is gone"
+    assert re.findall("^btrm: .*", log.read_text(), re.MULTILINE) == ["btrm: stopped by SIGTERM"]
 
 
 def test_a_killed_group_goes_on(root: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from btrm_core import files
-from btrm_core.data import cache
+from btrm_core import cache, files
+from btrm_core.cache import sealed
 from btrm_core.errors import DataError
 
 
@@ -35,7 +35,7 @@ def test_entry_is_built_once(tmp_path):
         write_x(folder)
 
     for _ in range(2):
-        assert (cache.build_once(tmp_path / "e", build) / "x").read_text() == "made"
+        assert (cache.build_once(tmp_path / "e", build).path / "x").read_text() == "made"
     assert len(calls) == 1
     (tmp_path / "e" / "x").write_text("cut")  # another size: damaged
     cache.build_once(tmp_path / "e", build)
@@ -48,7 +48,7 @@ def test_the_first_of_two_builders_wins_and_both_go_on(tmp_path):
         (folder / "x").write_text("second")
         cache.build_once(tmp_path / "e", write_x)  # another process finishes meanwhile
 
-    assert (cache.build_once(tmp_path / "e", slow) / "x").read_text() == "made"
+    assert (cache.build_once(tmp_path / "e", slow).path / "x").read_text() == "made"
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
@@ -62,24 +62,33 @@ def test_failed_build_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "whatever Arrow says"), Exception("Error while serializing: I/O error: (os error 28)")],
+    ids=["Arrow", "safetensors"],
+)
+def test_full_disk_is_one_line(error, tmp_path):
     def full(folder):
-        raise OSError(28, "whatever Arrow says")
+        write_x(folder)
+        raise error
 
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError) as caught:
         cache.build_once(tmp_path / "e", full)
-    assert str(error.value) == (
+    assert list(tmp_path.iterdir()) == []
+    assert str(caught.value) == (
         f"cannot write the data cache '{tmp_path}': No space left on device. "
         "Free some space, or set BTRM_CACHE to a folder on another disk."
     )
 
 
-def test_remains_of_killed_processes_are_swept_after_a_day(tmp_path):
-    for name, age in ((".building-1-old", 25), (".building-2-new", 1)):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
-    cache.build_once(tmp_path / "e", write_x)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".building-2-new", "e"]
+def test_remains_of_killed_processes_go_and_what_others_build_stays(tmp_path):
+    with files.whole_directory(tmp_path / "other") as building:
+        (tmp_path / ".building-left").mkdir()
+        for path in (building, tmp_path / ".building-left"):
+            os.utime(path, (time.time() - 3600,) * 2)
+        cache.build_once(tmp_path / "e", write_x)
+        assert {path.name for path in tmp_path.iterdir()} == {building.name, "e"}
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "e"}
 
 
 def test_digest_depends_on_values_alone():
@@ -87,23 +96,26 @@ def test_digest_depends_on_values_alone():
     assert files.digest("\ud800") != files.digest("?")
 
 
-def test_file_hash_is_remembered_once_the_file_has_settled(tmp_path, monkeypatch):
+def test_file_hash_is_remembered_once_the_file_has_settled(tmp_path, monkeypatch, capsys):
     path, root = tmp_path / "a", tmp_path / "cache"
     path.write_text("x")
-    young = files.file_sha256(path, root)
+    young = cache.file_sha256(path, root)
     assert not root.exists()
-    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
-    assert files.file_sha256(path, root) == young
+    monkeypatch.setattr(sealed, "_SETTLED_SECONDS", -1.0)
+    assert cache.file_sha256(path, root) == young
     known = next((root / "hashes").iterdir())
-    known.write_text(known.read_text().replace(young, "remembered"))
-    assert files.file_sha256(path, root) == "remembered"
-    known.write_text("broken")
-    assert files.file_sha256(path, root) == young
+    cache.keep_value(known, {**cache.kept_value(known), "sha256": "remembered"})
+    assert cache.file_sha256(path, root) == "remembered"
+    known.write_text(known.read_text().replace("remembered", "edited"))
+    assert cache.file_sha256(path, root) == young
+    assert capsys.readouterr().err.count(f"the cache entry {known} is damaged") == 1
+    assert cache.file_sha256(path, root) == young
+    assert capsys.readouterr().err == ""
 
 
 def test_unreadable_file_is_one_line(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '.*': Is a directory"):
-        files.file_sha256(tmp_path, tmp_path / "c")
+        cache.file_sha256(tmp_path, tmp_path / "c")
 
 
 def test_code_that_is_not_there_has_no_digest():
