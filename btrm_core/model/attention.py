@@ -20,7 +20,7 @@ import contextvars
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from btrm_core.errors import ConfigError, did_you_mean
 from btrm_core.model import kernels
+from btrm_core.model.parallel.share import RowShare
 from btrm_core.packing import Visibility
 
 KERNELS = ("flash", "varlen", "flex", "sdpa", "eager")
@@ -60,19 +61,20 @@ SOFTCAP_KERNELS = ("flash", "flex", "eager")
 """Kernels that compute soft-capped scores; the others would drop the cap and change every reward."""
 
 
-_VISIBILITY: contextvars.ContextVar[Visibility | None] = contextvars.ContextVar("btrm_visibility", default=None)
-
-
 @dataclass(frozen=True)
 class LayerMask:
-    """What a layer gets as its attention mask: the row's visibility and the layer's window."""
+    """What a layer gets as its attention mask: the row's visibility, the layer's window, and whose share this is."""
 
     visibility: Visibility
     window: int | None
+    share: RowShare | None = None
+
+
+_ROW: contextvars.ContextVar[LayerMask | None] = contextvars.ContextVar("btrm_row", default=None)
 
 
 @contextlib.contextmanager
-def masks_for(visibility: Visibility) -> Iterator[None]:
+def masks_for(visibility: Visibility, share: RowShare | None = None) -> Iterator[None]:
     """While active, models build their masks from `visibility`.
 
     Only building needs it: the mask then travels with the layers' arguments, so backward passes and
@@ -80,12 +82,13 @@ def masks_for(visibility: Visibility) -> Iterator[None]:
 
     Args:
         visibility: who sees whom in the packed row that is computed inside the block.
+        share: the part of it that this process computes; None computes all of it.
     """
-    token = _VISIBILITY.set(visibility)
+    token = _ROW.set(LayerMask(visibility, None, share))
     try:
         yield
     finally:
-        _VISIBILITY.reset(token)
+        _ROW.reset(token)
 
 
 def layer_mask(
@@ -108,8 +111,8 @@ def layer_mask(
     Raises:
         NotImplementedError: the rule is neither causal nor a causal sliding window.
     """
-    visibility = _VISIBILITY.get()
-    if visibility is None:
+    row = _ROW.get()
+    if row is None:
         own = eager_mask if uses_softcap(config) else sdpa_mask
         return own(mask_function=mask_function, local_size=local_size, config=config, **rest)
     far = 1 << 20
@@ -127,7 +130,7 @@ def layer_mask(
         understood = False
     if not understood:
         raise NotImplementedError("only causal and sliding-window attention can be packed")
-    return LayerMask(visibility, local_size)
+    return replace(row, window=local_size)
 
 
 def attend(
@@ -144,7 +147,7 @@ def attend(
 
     Args:
         module: the attention layer.
-        query: [1, heads, T, D].
+        query: [1, heads, T, D]; T counts this process's own tokens where several share the row.
         key: [1, kv_heads, T, D].
         value: [1, kv_heads, T, D].
         attention_mask: what `layer_mask` returned.
@@ -157,9 +160,10 @@ def attend(
 
     Raises:
         NotImplementedError: the layer asks for something the kernels do not compute.
+        ConfigError: several processes share the row, and the layer's heads cannot be divided among them.
     """
     if not isinstance(attention_mask, LayerMask):
-        if _VISIBILITY.get() is not None:
+        if _ROW.get() is not None:
             raise NotImplementedError("the model does not take its mask from transformers' mask functions")
         own = _own_attention(module, more.pop("softcap", None), more)
         answer: tuple[torch.Tensor, Any] = own(module, query, key, value, attention_mask, **more)
@@ -176,8 +180,10 @@ def attend(
         if kernel not in SOFTCAP_KERNELS:
             raise NotImplementedError(f"kernel '{kernel}' cannot compute this model's attention soft-capping")
         options["softcap"] = softcap
-    output = _FUNCTIONS[kernel](query, key, value, attention_mask.visibility, **options)
-    return output, None
+    function, visibility, share = _FUNCTIONS[kernel], attention_mask.visibility, attention_mask.share
+    if share is not None:
+        return share.attention(function, query, key, value, visibility, options), None
+    return function(query, key, value, visibility, **options), None
 
 
 def _own_attention(module: torch.nn.Module, softcap: float | None, more: Mapping[str, Any]) -> Callable[..., Any]:

@@ -37,7 +37,9 @@ from btrm_core.model import (
     Use,
     base_config,
     check_first_loss,
+    check_heads,
     check_ids,
+    divide_rows,
     expected_kernel,
     load_tokenizer,
     toy_model,
@@ -93,8 +95,8 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     Raises:
         FamilyError: the family is unknown or broken, or does not claim the checkpoint; without `--family`, not exactly
             one claims it.
-        ConfigError: no data is named for a base model, nothing says what to train, or settings of adapters are given
-            without a rank.
+        ConfigError: no data is named for a base model, nothing says what to train, settings of adapters are given
+            without a rank, or processes cannot share the model's heads as asked.
     """
     trackers(config.output.report_to)
     config_module.check(config)
@@ -111,6 +113,7 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
         family = families.load(config.family, config) if config.family else families.detect(described, config)
     family.warning = families.require_claim(family, described, force=config.force_family)
     config = resolve(config, family.recipe())
+    check_heads(described, config.distributed.sequence_parallel)
     if not config.data.train:
         raise ConfigError("no training data is named: give --data SRC (a file, a dataset directory or a hub id)")
     return family, config, described
@@ -221,13 +224,14 @@ def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> R
         The form of rows in which training and evaluation compute.
 
     Raises:
-        ConfigError: no way of computing the model is exact here.
+        ConfigError: no way of computing the model is exact here, or none in which processes can share rows as asked.
     """
     for note in model.notes:
         say(runtime, note)
+    longest = data.train.longest(CHECKED_GROUPS)
     trust = trusted(
         model,
-        data.train.longest(CHECKED_GROUPS),
+        longest,
         Use(
             layout=job.config.train.layout,
             pad_id=job.chat.pad_id,
@@ -239,6 +243,8 @@ def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> R
     )
     if trust.note:
         say(runtime, trust.note)
+    if runtime.share is not None:
+        divide_rows(model, runtime.share, longest, agree=runtime.any)
     return row_form(trust.layout, model.kernel, runtime.device.type, job.chat.pad_id)
 
 

@@ -31,7 +31,7 @@ def pair_rewards(
         pairs: The encoded pairs.
         runtime: This process; all take part.
         form: How rows are laid out.
-        tokens_per_batch: The token budget of a row.
+        tokens_per_batch: The token budget of a process.
     """
     rewards_P2, _ = _rewards(model, pairs, runtime, form, tokens_per_batch, CHUNK, None)
     return rewards_P2
@@ -47,7 +47,7 @@ def some_rewards(
         pairs: What is chosen from.
         runtime: This process; all take part.
         form: How rows are laid out.
-        tokens_per_batch: The token budget of a row.
+        tokens_per_batch: The token budget of a process.
         count: How many; pairs that stay together in a step count as one, and fewer are given if there are fewer.
 
     Returns:
@@ -68,7 +68,8 @@ def _rewards(
     steps: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     size = min(chunk, pairs.places.num_units)
-    made = plan_epoch(pairs.places, form, StepBudget(size, tokens_per_batch, runtime.world))
+    row_tokens = tokens_per_batch * (runtime.world // runtime.ranks)
+    made = plan_epoch(pairs.places, form, StepBudget(size, row_tokens, runtime.ranks))
     rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
     seen = []
     was_training = model.training
@@ -76,11 +77,11 @@ def _rewards(
     for index in range(steps or made.num_steps):
         step = made.step(index)
         seen.append(step.pair_ids)
-        for row in step.rows[runtime.rank]:
+        for row in step.rows[runtime.row_rank]:
             micro = build_micro_batch(pairs, row, form).to(runtime.device)
             rewards_S = model(micro.batch)
             ids_P = torch.as_tensor(micro.pair_ids_P, device=runtime.device)
-            if len(ids_P):
+            if len(ids_P) and runtime.counts:
                 rewards_P2[ids_P] = torch.stack(micro.sides(rewards_S), dim=1).double()
     model.train(was_training)
     return np.asarray(runtime.sum(rewards_P2).cpu().numpy()), np.concatenate(seen)
