@@ -1,4 +1,4 @@
-"""Rows shared by processes give the rewards and gradients of whole rows, whatever is in them and whatever the heads are.
+"""Rows shared by processes give the rewards and gradients of whole rows, whatever is in them, whatever the heads are.
 
 Four processes of one gloo group share rows by twos and by fours. What each has of a gradient is added up over those
 that share a row, and the sum is that of one process that computes the row whole, to 1e-10 in float64. The rows are of
@@ -8,7 +8,6 @@ trees, of lengths that no number of processes divides, with windows that reach o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +140,11 @@ def of_unequal_widths(share: RowShare) -> float:
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp("shared")
     started = processes.start(in_four, str(place / "found.json"), log=place / "log", world=WORLD)
     assert processes.wait(started, timeout=240) == [0] * WORLD, (place / "log").read_text()[-3000:]
-    yield json.loads((place / "found.json").read_text())
+    return json.loads((place / "found.json").read_text())
 
 
 @pytest.mark.distributed
@@ -207,7 +206,7 @@ def test_every_process_has_the_key_heads_of_its_query_heads(heads: int) -> None:
 
 
 def test_flex_takes_what_was_exchanged(flex_on_cpu: None) -> None:
-    """A process that shares rows with itself alone: the same way to the kernel, which torch compiles, without others."""
+    """A process that shares rows with itself alone: the same way to the kernel, which torch compiles."""
     join(60)
     share = RowShare(0, 1, torch.distributed.group.WORLD)
     case = {"name": "mistral", "kernel": "flex", "multiple_of": 128}
