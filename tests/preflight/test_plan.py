@@ -361,9 +361,9 @@ def test_what_is_exchanged():
 
 
 def test_an_8b_model_needs_shared_rows_for_128k_tokens_and_not_for_32k():
-    """On eight GPUs of 80 GB, by hand, for a row of two whole conversations under ZeRO-3 with recomputed activations."""
+    """On eight GPUs of 80 GB, by hand: a row of two whole conversations, ZeRO-3, recomputed activations."""
     hardware = read_hardware(8, "h100")
-    parameters, shape = read_shape(LLAMA3_8B)
+    parameters, _ = read_shape(LLAMA3_8B)
     states = 18 * parameters.total / 8 + 2 * parameters.small  # bf16 weights, fp32 gradients, master and two moments
     # gathered around the turn of the passes and prefetched, one layer; the reduce bucket and its copy
     buffers = 2 * (parameters.largest + 50e6 + parameters.per_layer) + 2 * 2 * 500e6

@@ -91,8 +91,8 @@ def estimate(
     hardware = hardware or read_hardware()
     if (problem := positions_problem(config, workload.max_length)) is not None and problem[0]:
         raise ConfigError(problem[1])
-    check_heads(config, workload.sequence_parallel)
     check_shares(_settings("zero1", workload), hardware.gpus)
+    check_heads(config, workload.sequence_parallel)
     parameters, shape = read_shape(config, workload.lora_rank, workload.quantize != "none")
     found = [
         _estimate(preset, gradient_checkpointing, parameters, shape, hardware, workload)
