@@ -57,7 +57,7 @@ def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | No
         tolerance: accepted difference; None takes 2e-4 where float32 was used (1e-3 under ZeRO-3), 5e-2 for a few
             half-precision layers and 1e-1 for all of them.
     """
-    chosen = [shortened(group) for group in groups[:3]]
+    chosen = [shortened(group, CHECKED_TOKENS) for group in groups[:3]]
     if model.kernel == PADDED:
         return SelfCheck(False, math.inf, tolerance or 0.0, "the model's own attention is in use, which cannot pack")
     config = model.base_model.config.get_text_config()
@@ -89,7 +89,7 @@ def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | No
     )
 
 
-def shortened(group: Tree, longest: int = CHECKED_TOKENS) -> Tree:
+def shortened(group: Tree, longest: int) -> Tree:
     """A group whose sequences have at most so many tokens: the beginning goes first, so that the answers stay.
 
     >>> from btrm_core.packing import grow

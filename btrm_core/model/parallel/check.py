@@ -9,7 +9,7 @@ import torch
 
 from btrm_core.errors import ConfigError
 from btrm_core.model.parallel.share import RowShare, require_heads
-from btrm_core.model.selfcheck import shortened, small_and_exact
+from btrm_core.model.selfcheck import CHECKED_TOKENS, shortened, small_and_exact
 from btrm_core.packing import PADDED, Tree, collate, row_multiple
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def divide_rows(
         raise ConfigError(
             f"{flag} needs packed rows, and this model cannot be computed in them (the reason is above); leave it out"
         )
-    trees = [shortened(tree) for tree in groups[:3]]
+    trees = [shortened(tree, CHECKED_TOKENS) for tree in groups[:3]]
     row = collate(trees, kernel=model.kernel, multiple_of=row_multiple(model.kernel, model.device.type))
     training = model.training
     model.eval()
