@@ -67,7 +67,7 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
         stopped = not gate.step_done()
 
     with runtime_module.group(config), runtime_module.start(config) as runtime:
-        pairs = store_of(work.pairs)
+        pairs = store_of(work.pairs, work.prompts)
         model, form = load_model(work, config, layout, runtime.dtype, runtime.device)
         plans = plans_of(work, pairs, form)
         check_order(work, plans)
@@ -95,7 +95,7 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
 
     config = run_config(work, "shared")
     device = torch.device(work.settings.device)
-    pairs = store_of(work.pairs)
+    pairs = store_of(work.pairs, work.prompts)
     model, form = load_model(work, config, "shared", compute_dtype(work.settings.precision), device)
     model.to(device).train()
     plans = plans_of(work, pairs, form)
@@ -111,7 +111,7 @@ def run_backbone(work: Workload, gate: Gate, steps: range, *, own_attention: boo
         if not going:
             return
         for batch in batches:
-            gate.tokens += batch.computed
+            _add(gate, batch)
             hidden = forward(batch)
             hidden.backward(torch.ones_like(hidden))
         for parameter in model.parameters():
@@ -149,7 +149,13 @@ def time_optimizer(engine: Any, gate: Gate) -> None:
 
 
 def _count(gate: Gate, _: Any, args: tuple[Any, ...]) -> None:
-    gate.tokens += args[0].computed
+    _add(gate, args[0])
+
+
+def _add(gate: Gate, batch: Any) -> None:
+    """Count a row's tokens, and those of them that belong to no conversation."""
+    gate.tokens += batch.computed
+    gate.parts["padding"] = gate.parts.get("padding", 0) + batch.computed + batch.shared - batch.useful
 
 
 def _causal(backbone: Any, batch: Any) -> Any:

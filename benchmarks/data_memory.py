@@ -74,10 +74,10 @@ def measure(file: str, cache: str, workers: int, max_length: int) -> Phases:
     from btrm_core import families
     from btrm_core.chat import prepare_chat
     from btrm_core.data import encode_pairs, load_pairs, split_held_out
-    from btrm_core.model import tiny_tokenizer
+    from btrm_core.model import toy_tokenizer
 
     family = families.load("llama3")
-    chat = prepare_chat(tiny_tokenizer(family.recipe().tiny, [TEXT] * 3), LlamaConfig(), family)
+    chat = prepare_chat(toy_tokenizer(family.recipe().tiny, [TEXT] * 3), LlamaConfig(), family)
     phases.end("imports and tokenizer")
     data = load_pairs([file], cache_dir=cache)
     phases.end("load (first run)")

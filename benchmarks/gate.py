@@ -29,7 +29,7 @@ class Gate:
         self._losses: dict[int, float] = {}
         self._base_memory = 0
         self.tokens = 0  # tokens that went through the backbone in this step; arms add to it
-        self.parts: dict[str, float] = {}  # seconds of named parts of this step, where an arm knows them
+        self.parts: dict[str, float] = {}  # what an arm knows of this step: seconds of parts of it, padding
 
     def open(self) -> bool:
         """Say that set-up is done and wait for the first run; False means stop."""

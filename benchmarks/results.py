@@ -54,6 +54,13 @@ ARM: dict[str, dict[str, Any]] = {
         "wall": list,
         "cpu": list,
     },
+    "score_throughput": {
+        "seconds": dict,
+        "cpu_seconds": dict,
+        "conversations_per_second": dict,
+        "tokens_computed": int,
+        "computed_per_trie_token": float,
+    },
     "score_best_of_n": {"seconds": dict, "cpu_seconds": dict, "tokens_computed": int},
 }
 
@@ -96,19 +103,20 @@ def summarise(work: Workload, runs: dict[str, ArmRun], peak: float | None = None
 def _arm(work: Workload, name: str, run: ArmRun, peak: float | None) -> dict[str, Any]:
     wall, cpu, tokens = ([sum(s[key] for s in steps) for steps in run.passes] for key in ("wall", "cpu", "tokens"))
     pairs, counts = work.settings.steps * work.settings.pairs_per_step, work.facts["measured"]
-    shares = name in ("btrm-shared", "backbone", "backbone-causal")
-    real = counts["minimal"] if shares else counts["conversations"]
     computed = statistics.mean(tokens)
+    known = [sum(s["padding"] for s in steps) for steps in run.passes if all("padding" in s for s in steps)]
+    padding = statistics.mean(known) if known else computed - counts["conversations"]
     seconds = statistics.median(wall)
     optimizer = [sum(s.get("optimizer", 0.0) for s in steps) for steps in run.passes]
     out: dict[str, Any] = {
         "pairs_per_second": spread([pairs / w for w in wall]),
         "pairs_per_cpu_second": spread([pairs / c for c in cpu]),
         "tokens_computed": round(computed),
-        "padding_percent": 100.0 * (1.0 - real / computed),
-        "waste_percent": 100.0 * (1.0 - counts["minimal"] / computed),
+        "padding_percent": 100.0 * padding / computed,
+        "waste_percent": 100.0 * (1.0 - counts["trie"] / computed),
+        "computed_per_trie_token": computed / counts["trie"],
         "tokens_computed_per_second": computed / seconds,
-        "tokens_useful_per_second": counts["minimal"] / seconds,
+        "tokens_useful_per_second": counts["trie"] / seconds,
         "base_memory": run.base_memory,
         "peak_memory": run.peak_memory,
         "loss_first_step": run.losses.get("1"),

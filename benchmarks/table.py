@@ -16,7 +16,7 @@ def render(found: list[dict[str, Any]]) -> str:
     """All results as Markdown, newest kind of run last; says so when there are none."""
     if not found:
         return "No result has been recorded yet."
-    makers = {"train_throughput": _training, "score_best_of_n": _scoring}
+    makers = {"train_throughput": _training, "score_throughput": _windows, "score_best_of_n": _scoring}
     return "\n\n".join(makers[result["benchmark"]](result) for result in found)
 
 
@@ -41,7 +41,17 @@ def _training(result: dict[str, Any]) -> str:
         f"{config['pairs_per_step']} pairs, {config['passes']} passes; {_where(result)}\n\n"
     )
     gpu = any("mfu_minimal_percent" in arm for arm in result["arms"].values())
-    titles = ["arm", "pairs/s", "pairs/CPU s", "x TRL wall", "x TRL CPU", "computed tok/s", "useful tok/s", "padding %"]
+    titles = [
+        "arm",
+        "pairs/s",
+        "pairs/CPU s",
+        "x TRL wall",
+        "x TRL CPU",
+        "computed tok/s",
+        "useful tok/s",
+        "padding %",
+        "tokens / tries",
+    ]
     titles += ["peak GiB", "first loss"] + (["MFU minimal %", "MFU hardware %"] if gpu else [])
     rows = [titles, ["---", *["--:"] * (len(titles) - 1)]]
     for name, arm in result["arms"].items():
@@ -56,6 +66,7 @@ def _training(result: dict[str, Any]) -> str:
             f"{arm['tokens_computed_per_second']:.0f}",
             f"{arm['tokens_useful_per_second']:.0f}",
             f"{arm['padding_percent']:.1f}",
+            f"{arm['computed_per_trie_token']:.2f}" if "computed_per_trie_token" in arm else "",
             f"{arm['peak_memory'] / 2**30:.2f}",
             f"{loss:.6f}" if loss is not None else "",
         ]
@@ -63,6 +74,28 @@ def _training(result: dict[str, Any]) -> str:
             row += [f"{arm.get(key, 0):.1f}" for key in ("mfu_minimal_percent", "mfu_hardware_percent")]
         rows.append(row)
     return head + _table(rows) + _overhead(result) + _notes(result)
+
+
+def _windows(result: dict[str, Any]) -> str:
+    config, counts = result["config"], result["workload"]["measured"]
+    head = (
+        f"### {result['name']}\n\n{Path(config['model']).name}, {result['workload']['layers']} layers, "
+        f"{config['precision']}; {', '.join(Path(source).name for source in config['data'])}; {counts['pairs']} pairs "
+        f"of {counts['prompts']} prompts, both sides scored, {config['passes']} passes; {_where(result)}\n\n"
+    )
+    rows = [["arm", "conversations/s", "CPU s", "btrm is faster, wall", "CPU", "tokens / tries"]]
+    rows.append(["---", *["--:"] * (len(rows[0]) - 1)])
+    for name, arm in result["arms"].items():
+        ratio = result["comparisons"].get(name)
+        times = [_spread(ratio[key], 2) if ratio else "" for key in ("wall", "cpu")]
+        row = [name, _spread(arm["conversations_per_second"], 1), _spread(arm["cpu_seconds"], 2), *times]
+        rows.append([*row, f"{arm['computed_per_trie_token']:.2f}"])
+    return (
+        head
+        + _table(rows)
+        + f"\n\nLargest difference of a reward: {result['largest_difference']:.1e}."
+        + _notes(result)
+    )
 
 
 def _scoring(result: dict[str, Any]) -> str:

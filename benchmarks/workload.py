@@ -18,6 +18,7 @@ import numpy as np
 from btrm_core.model import causal_entries, read_shape, training_flops
 
 Pair = tuple[np.ndarray, np.ndarray]  # chosen ids, rejected ids
+Prompts = list[list[int]]  # places of the pairs of each prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Workload:
     settings: Settings
     directory: Path
     pairs: list[Pair]
+    prompts: list[int]
+    """How many pairs each prompt has; the pairs of a prompt stand one after another."""
     steps: list[list[int]]
     pad_id: int
     facts: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class Workload:
         lengths = np.array([len(ids) for ids in flat], dtype=np.int64)
         np.savez(self.directory / "pairs.npz", tokens=np.concatenate(flat), lengths=lengths)
         record = {"settings": asdict(self.settings), "steps": self.steps, "pad_id": self.pad_id, "facts": self.facts}
+        record["prompts"] = self.prompts
         (self.directory / "workload.json").write_text(json.dumps(record), encoding="utf-8")
 
     @classmethod
@@ -86,6 +90,7 @@ class Workload:
             settings=Settings(**settings),
             directory=directory,
             pairs=list(zip(flat[::2], flat[1::2], strict=True)),
+            prompts=record["prompts"],
             steps=record["steps"],
             pad_id=record["pad_id"],
             facts=record["facts"],
@@ -94,30 +99,65 @@ class Workload:
 
 def build(settings: Settings, directory: Path) -> Workload:
     """Encode the data, choose and order the pairs, prepare the model, and write it all to `directory`."""
-    pairs, pad_id, tokenizer, encoding = encode(settings)
-    kept = [pair for pair in pairs if max(map(len, pair)) <= settings.max_length]
+    pairs, keys, pad_id, tokenizer, encoding = encode(settings)
+    kept = [i for i, pair in enumerate(pairs) if max(map(len, pair)) <= settings.max_length]
     needed = settings.steps * settings.pairs_per_step
     if len(kept) < needed:
         raise ValueError(f"{needed} pairs are needed for {settings.steps} steps, the data has {len(kept)}")
-    order = np.random.default_rng(settings.seed).permutation(len(kept))
-    chosen = [kept[i] for i in order[:needed]]
+    groups = by_prompt(kept, keys, settings.seed)
+    taken = taken_of(groups, needed)
+    chosen = [pairs[i] for group in taken for i in group]
+    counts = [len(group) for group in taken]
     directory.mkdir(parents=True, exist_ok=True)
-    work = Workload(settings, directory, chosen, plan_steps(settings, chosen), pad_id)
+    work = Workload(settings, directory, chosen, counts, plan_steps(settings, chosen, counts), pad_id)
     parameters, config = prepare_model(settings, work.model_dir, tokenizer, pad_id)
     work.facts = {
         **encoding,
         "too_long": len(pairs) - len(kept),
         "parameters": parameters,
         "layers": config.num_hidden_layers,
-        "all_data": token_counts([kept[i] for i in order], settings.micro_batch),
-        "measured": token_counts(chosen, settings.micro_batch),
-        "flops_minimal": minimal_flops(config, chosen),
+        "all_data": token_counts([pairs[i] for i in kept], settings.micro_batch),
+        "measured": token_counts(chosen, settings.micro_batch, counts),
+        "flops_minimal": minimal_flops(config, chosen, counts),
     }
     work.save()
     return work
 
 
-def plan_steps(settings: Settings, pairs: Sequence[Pair]) -> list[list[int]]:
+def by_prompt(kept: Sequence[int], keys: Sequence[str], seed: int) -> Prompts:
+    """The places in `kept` by their prompts, the prompts in a random order."""
+    groups: dict[str, list[int]] = {}
+    for place in kept:
+        groups.setdefault(keys[place], []).append(place)
+    found = list(groups.values())
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+
+
+def taken_of(groups: Prompts, needed: int) -> Prompts:
+    """Whole prompts until `needed` pairs are there; the last one gives what is still missing."""
+    taken: Prompts = []
+    for group in groups:
+        if needed > 0:
+            taken.append(group[:needed])
+            needed -= len(taken[-1])
+    return taken
+
+
+def trees_of(pairs: Sequence[Pair], prompts: Sequence[int]) -> list[Any]:
+    """The trie of each prompt's conversations, as btrm makes them."""
+    from btrm_core.packing import grow
+
+    ends = np.cumsum(prompts)
+    parts = [pairs[end - count : end] for end, count in zip(ends, prompts, strict=True)]
+    return [grow([ids for pair in part for ids in pair]) for part in parts]
+
+
+def trie_tokens(pairs: Sequence[Pair], prompts: Sequence[int]) -> int:
+    """Tokens of the tries of all prompts: what an exact trainer has to compute at least once."""
+    return sum(len(tree.tokens) for tree in trees_of(pairs, prompts))
+
+
+def plan_steps(settings: Settings, pairs: Sequence[Pair], prompts: Sequence[int]) -> list[list[int]]:
     """Pair ids of every step: epoch 0 (its end is the warm-up), then one epoch per pass, each in btrm's seeded order.
 
     Every arm takes the same pairs in the same step. Inside a step they are shuffled, because the peers cut it into
@@ -125,7 +165,7 @@ def plan_steps(settings: Settings, pairs: Sequence[Pair]) -> list[list[int]]:
     """
     from btrm_core.packing import StepBudget, plan_epoch, row_form
 
-    places, form = store_of(pairs).places, row_form("shared", "varlen", "cpu", 0)
+    places, form = store_of(pairs, prompts).places, row_form("shared", "varlen", "cpu", 0)
     what = StepBudget(settings.pairs_per_step, settings.tokens_per_batch, seed=settings.seed)
     steps = []
     for epoch in range(settings.passes + 1):
@@ -135,15 +175,22 @@ def plan_steps(settings: Settings, pairs: Sequence[Pair]) -> list[list[int]]:
     return steps
 
 
-def store_of(pairs: Sequence[Pair]) -> Any:
-    """Pairs given as ids as btrm stores them, each a group of its own."""
+def store_of(pairs: Sequence[Pair], prompts: Sequence[int]) -> Any:
+    """Pairs given as ids as btrm stores them: the pairs of a prompt together, in the order given."""
     from btrm_core.data import TokenStore
 
-    return TokenStore.of_ids([([ids.tolist() for ids in pair], [(0, 1)]) for pair in pairs])
+    ends = np.cumsum(prompts)
+    parts = [pairs[end - count : end] for end, count in zip(ends, prompts, strict=True)]
+    return TokenStore.of_ids(
+        [
+            ([ids.tolist() for pair in part for ids in pair], [(2 * i, 2 * i + 1) for i in range(len(part))])
+            for part in parts
+        ]
+    )
 
 
-def encode(settings: Settings) -> tuple[list[Pair], int, Any, dict[str, Any]]:
-    """Token ids of all pairs, the padding id, the tokenizer, and how they were made.
+def encode(settings: Settings) -> tuple[list[Pair], list[str], int, Any, dict[str, Any]]:
+    """Token ids of all pairs, a key of each pair's prompt, the padding id, the tokenizer, and how they were made.
 
     With a family, btrm's own encoding; without one, the checkpoint's template through transformers.
     """
@@ -170,7 +217,8 @@ def encode(settings: Settings) -> tuple[list[Pair], int, Any, dict[str, Any]]:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
     facts = {"encoding": how, "trl_tokenisation": trl_agreement(tokenizer, rows, arrays)}
-    return list(zip(arrays[::2], arrays[1::2], strict=True)), pad_id, tokenizer, facts
+    keys = [json.dumps(row["chosen"][:-1]) for row in rows]
+    return list(zip(arrays[::2], arrays[1::2], strict=True)), keys, pad_id, tokenizer, facts
 
 
 def read_rows(sources: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -246,12 +294,14 @@ def common_prefix(pair: Pair) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def token_counts(pairs: Sequence[Pair], micro_batch: int) -> dict[str, int]:
+def token_counts(pairs: Sequence[Pair], micro_batch: int, prompts: Sequence[int] | None = None) -> dict[str, int]:
     """Tokens of `pairs`, in this order, under each way to lay them out.
 
-    `conversations`: both conversations in full. `minimal`: shared prefixes once. `padded`: batches of `micro_batch`
-    pairs, all 2 x `micro_batch` sequences padded to the longest.
+    `conversations`: both conversations in full. `minimal`: the prefix that the sides of a pair share once. `trie`: what
+    conversations of a prompt begin with once, which no exact trainer can undercut; `prompts` says how many pairs each
+    prompt has. `padded`: batches of `micro_batch` pairs, all 2 x `micro_batch` sequences padded to the longest.
     """
+    counts = [1] * len(pairs) if prompts is None else prompts
     longest = np.array([max(map(len, pair)) for pair in pairs])
     both = sum(len(a) + len(b) for a, b in pairs)
     groups = [longest[i : i + micro_batch] for i in range(0, len(longest), micro_batch)]
@@ -259,24 +309,25 @@ def token_counts(pairs: Sequence[Pair], micro_batch: int) -> dict[str, int]:
         "pairs": len(pairs),
         "conversations": both,
         "minimal": both - sum(map(common_prefix, pairs)),
+        "trie": trie_tokens(pairs, counts),
+        "prompts": len(counts),
         "padded": int(sum(2 * len(group) * group.max() for group in groups)),
         "longest": int(longest.max()),
     }
 
 
-def shared_entries(shared: int, tails: Sequence[int], window: int | None = None) -> int:
-    """Visible attention entries when the common prefix of several sequences is computed once."""
-    prefix = causal_entries(shared, window)
-    return prefix + sum(causal_entries(shared + tail, window) - prefix for tail in tails)
+def tree_entries(tree: Any, window: int | None = None) -> int:
+    """Visible attention entries of a trie: every token sees those before it on its path, as far as a window reaches."""
+    return sum(
+        causal_entries(int(depth + stop - start), window) - causal_entries(int(depth), window)
+        for (start, stop, _), depth in zip(tree.edges, tree.depths, strict=True)
+    )
 
 
-def minimal_flops(config: Any, pairs: Sequence[Pair]) -> float:
-    """FLOPs of one forward and backward over `pairs` with every shared token computed once."""
+def minimal_flops(config: Any, pairs: Sequence[Pair], prompts: Sequence[int]) -> float:
+    """FLOPs of one forward and backward over `pairs` with every token of a prompt's trie computed once."""
     parameters, shape = read_shape(config)
-    shares = [(common_prefix(pair), pair) for pair in pairs]
-    entries = {
-        window: sum(shared_entries(p, [len(ids) - p for ids in pair], window) for p, pair in shares)
-        for window in set(shape.windows)
-    }
+    trees = trees_of(pairs, prompts)
+    entries = {window: sum(tree_entries(tree, window) for tree in trees) for window in set(shape.windows)}
     per_layer = [entries[window] for window in shape.windows]
-    return training_flops(parameters, shape, token_counts(pairs, 1)["minimal"], per_layer)
+    return training_flops(parameters, shape, trie_tokens(pairs, prompts), per_layer)

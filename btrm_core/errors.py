@@ -13,6 +13,8 @@ class BtrmError(Exception):
     """Something the user can put right; the command line prints it on one line and exits with 2."""
 
     exit_code = 2
+    speaks: bool | None = None
+    """Of several processes that fail: whether this one says why; None where there is one, or it is not settled."""
 
 
 class ConfigError(BtrmError):

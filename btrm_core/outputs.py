@@ -76,8 +76,11 @@ def whole_file(output: str) -> Iterator[Path]:
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")
-        yield partial
-        partial.replace(target)
+        try:
+            yield partial
+            partial.replace(target)
+        finally:  # after an error or Ctrl-C nothing half-written stays
+            partial.unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         partial = Path(folder) / "whole"

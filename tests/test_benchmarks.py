@@ -14,8 +14,19 @@ import pytest
 from benchmarks import environment, harness, results, table
 from benchmarks.gate import Gate
 from benchmarks.harness import ArmRun
-from benchmarks.workload import Settings, Workload, common_prefix, plan_steps, shared_entries, token_counts
+from benchmarks.workload import (
+    Settings,
+    Workload,
+    by_prompt,
+    common_prefix,
+    plan_steps,
+    store_of,
+    taken_of,
+    token_counts,
+    tree_entries,
+)
 from btrm_core.model import causal_entries
+from btrm_core.packing import grow
 
 PAIRS = [([5, 6, 7, 8, 9], [5, 6, 7, 3]), ([5, 6, 4], [5, 6, 4, 4, 4, 4, 2]), ([9, 9], [9, 8]), ([7, 3], [7, 2, 1])]
 PAD = 0
@@ -27,7 +38,7 @@ def work(tmp_path: Path) -> Workload:
     settings = Settings(
         model="tiny", data=("pairs.jsonl",), pairs_per_step=2, micro_batch=2, steps=2, passes=2, threads=1
     )
-    made = Workload(settings, tmp_path, pairs, [[0, 1], [2, 3], [3, 0], [1, 2], [1, 0], [3, 2]], PAD)
+    made = Workload(settings, tmp_path, pairs, [1, 1, 1, 1], [[0, 1], [2, 3], [3, 0], [1, 2], [1, 0], [3, 2]], PAD)
     made.facts = {
         "layers": 1,
         "parameters": {"backbone": 10, "backbone_without_embeddings": 6},
@@ -58,13 +69,25 @@ def test_tokens_are_counted_for_each_layout(work: Workload) -> None:
         "pairs": 4,
         "conversations": 28,
         "minimal": 20,
+        "trie": 20,
+        "prompts": 4,
         "padded": 2 * 2 * 7 + 2 * 2 * 3,
         "longest": 7,
     }
 
 
-def test_shared_attention_entries_are_those_of_the_mask() -> None:
-    full = shared_entries(3, [2, 4])
+def test_the_pairs_of_a_prompt_share_their_trie(work: Workload) -> None:
+    counts = token_counts(work.pairs, 2, [2, 2])
+    assert (counts["prompts"], counts["trie"], counts["minimal"]) == (2, 11 + 7, 20)
+    groups = by_prompt(range(4), ["a", "b", "a", "b"], 0)
+    assert sorted(map(tuple, groups)) == [(0, 2), (1, 3)]
+    assert [len(group) for group in taken_of(groups, 3)] == [2, 1]
+    store = store_of(work.pairs, [2, 2])
+    assert [store.pair(i).sequences[1].tolist() for i in range(4)] == [rejected.tolist() for _, rejected in work.pairs]
+
+
+def test_tree_entries_are_those_of_the_mask() -> None:
+    full = tree_entries(grow([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9]]))
     assert full == causal_entries(5) + causal_entries(7) - causal_entries(3)
     brute = sum(1 for q in range(9) for k in range(q + 1) if q - k < 4)
     assert causal_entries(9, window=4) == brute
@@ -85,7 +108,7 @@ def test_ratios_are_taken_pass_by_pass(work: Workload) -> None:
     assert made["comparisons"]["loss_difference"] == {"btrm-shared": 0.0}
     assert made["arms"]["trl"]["pairs_per_second"]["median"] == pytest.approx(4 / 12)
     assert made["arms"]["trl"]["padding_percent"] == pytest.approx(100 * (1 - 28 / 60))
-    assert made["arms"]["btrm-shared"]["padding_percent"] == pytest.approx(100 * (1 - 20 / 60))
+    assert made["arms"]["btrm-shared"]["computed_per_trie_token"] == pytest.approx(60 / 20)
 
 
 def test_results_are_checked_and_read_back(work: Workload, tmp_path: Path) -> None:
@@ -225,7 +248,7 @@ def test_the_seed_recipe_pads_each_pair_by_itself(work: Workload, tmp_path: Path
 def test_btrm_trains_on_the_same_pairs(work: Workload, tmp_path: Path, layout: str, clean_state: None) -> None:
     from benchmarks.btrm_arms import OURS
 
-    work.steps = plan_steps(work.settings, work.pairs)
+    work.steps = plan_steps(work.settings, work.pairs, work.prompts)
     _tiny_model(work)
     loss, tokens = _first_loss(work, OURS[f"btrm-{layout}"], tmp_path)
     assert loss == pytest.approx(_expected_loss(work), abs=1e-5)
@@ -236,7 +259,7 @@ def test_btrm_trains_on_the_same_pairs(work: Workload, tmp_path: Path, layout: s
 def test_the_ceiling_computes_the_rows_of_btrm_shared(work: Workload, tmp_path: Path) -> None:
     from benchmarks.btrm_arms import OURS
 
-    work.steps = plan_steps(work.settings, work.pairs)
+    work.steps = plan_steps(work.settings, work.pairs, work.prompts)
     _tiny_model(work)
     for arm in ("backbone", "backbone-causal"):
         tokens = _answers(work, OURS[arm], tmp_path)[1]["steps"]
@@ -261,3 +284,22 @@ def test_scoring_arms_give_the_same_rewards_and_a_table(work: Workload) -> None:
     text = table.render([made])
     assert "**with uncommitted changes**" in text
     assert "one prompt of 9 tokens, 5 responses of 3" in text
+
+
+def test_scoring_a_window_gives_the_rewards_of_padded_batches(work: Workload) -> None:
+    from benchmarks import score_throughput as scoring
+    from benchmarks.score_best_of_n import measure
+
+    work.prompts = [2, 2]
+    _tiny_model(work)
+    work.facts["measured"] = token_counts(work.pairs, 2, work.prompts)
+    arms, tokens = scoring.build_arms(work, ["btrm", "btrm-pairs", "sorted", "in-order"])
+    runs, rewards = measure(arms, 1, "cpu")
+    made = results.header("score_throughput", "tiny", work.settings, {"commit": "b" * 40, "dirty": True})
+    made.update(scoring.summarise(work, runs, rewards, tokens))
+    results.check(made)
+    assert made["largest_difference"] < 1e-5
+    assert np.std(rewards["btrm"]) > 0
+    assert (tokens["btrm"], tokens["btrm-pairs"], tokens["in-order"]) == (18, 20, token_counts(work.pairs, 2)["padded"])
+    assert made["arms"]["btrm"]["computed_per_trie_token"] == 1.0
+    assert "| btrm |" in table.render([made])

@@ -5,8 +5,15 @@ Template, tokenizer and maximum length together decide them; nothing else in btr
 
 from btrm_core.chat.format import ChatFormat, Conversation, EncodedResponses, prepare_chat, settle
 from btrm_core.chat.spare import spare
-from btrm_core.chat.templates import ONE, SYSTEM, TWO, opens_turns
-from btrm_core.chat.tokenizers import Encoder, fast_backend, free_pad, install_pad, self_contained
+from btrm_core.chat.templates import ONE, SYSTEM, TWO, begins_once, opens_turns
+from btrm_core.chat.tokenizers import (
+    Encoder,
+    fast_backend,
+    free_pad,
+    install_pad,
+    self_contained,
+    tokenizer_fingerprint,
+)
 
 __all__ = [
     "ONE",
@@ -16,6 +23,7 @@ __all__ = [
     "Conversation",
     "EncodedResponses",
     "Encoder",
+    "begins_once",
     "fast_backend",
     "free_pad",
     "install_pad",
@@ -24,4 +32,5 @@ __all__ = [
     "self_contained",
     "settle",
     "spare",
+    "tokenizer_fingerprint",
 ]

@@ -146,12 +146,11 @@ def _bos(tokenizer: Any, ids: dict[str, list[int]], who: str, terminal_id: int) 
     """
     bos = tokenizer.bos_token_id
     one, two = ids["single-turn"], ids["multi-turn"]
-    counts = [sequence.count(bos) for sequence in ids.values()]
-    if bos is None or bos == terminal_id or not any(counts):
+    if bos is None or bos == terminal_id or not any(bos in sequence for sequence in ids.values()):
         return None
-    first = all(sequence[0] == bos for sequence in ids.values())
-    if first and set(counts) == {1}:
+    if all(begins_once(bos, sequence) for sequence in ids.values()):
         return int(bos)
+    first = all(sequence[0] == bos for sequence in ids.values())
     followers = {two[i + 1] for i, index in enumerate(two[:-1]) if index == bos}
     if first and opens_turns(bos, one, two) and not followers & set(tokenizer.added_tokens_decoder):
         return None
@@ -159,6 +158,19 @@ def _bos(tokenizer: Any, ids: dict[str, list[int]], who: str, terminal_id: int) 
         f"{who} writes the BOS token {tokenizer.bos_token!r} {one.count(bos)} times in a conversation of one exchange "
         f"and {two.count(bos)} times in one of two, expected exactly once, at the beginning; {OTHER_TEMPLATE}"
     )
+
+
+def begins_once(token_id: int, ids: Sequence[int]) -> bool:
+    """Whether a token stands at the beginning and nowhere else: what is asked of BOS, of every conversation.
+
+    Args:
+        token_id: the token.
+        ids: a conversation's.
+
+    >>> begins_once(1, [1, 5, 6]), begins_once(1, [1, 5, 1]), begins_once(1, [5, 1])
+    (True, False, False)
+    """
+    return ids[0] == token_id and ids.count(token_id) == 1
 
 
 def opens_turns(token_id: int, one: Sequence[int], two: Sequence[int]) -> bool:

@@ -12,6 +12,7 @@ knows its control tokens under private names only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,19 @@ def free_pad(tokenizer: Any, template: str) -> PadToken:
     if free:
         return PadToken(free[0], reason="a token that no conversation has")
     return PadToken("<|btrm-pad|>", reason="the vocabulary has no free token", new=True)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 of what decides a fast tokenizer's ids; padding and truncation settings do not count.
+
+    Args:
+        tokenizer: a tokenizer of transformers with a `backend_tokenizer`.
+    """
+    # Cut out of the text: parsing the JSON of a large vocabulary would take a second on every start.
+    text = re.sub(
+        r'"truncation":.*?"added_tokens":', "", tokenizer.backend_tokenizer.to_str(), count=1, flags=re.DOTALL
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def rename_tokens(backend: Tokenizer, names: Mapping[str, str]) -> Tokenizer:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import time
 import traceback
 from importlib import import_module
@@ -78,7 +77,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BtrmError as error:
-            if not _speaks():
+            if not _speaks(error):
                 raise SystemExit(error.exit_code) from None
             if ctx.params.get("debug"):
                 traceback.print_exc()
@@ -90,7 +89,7 @@ class Commands(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except Exception as error:
-            if not _speaks():
+            if not _speaks(error):
                 raise SystemExit(1) from None
             if isinstance(error, UnicodeDecodeError) and (culprit := unreadable_package()):
                 click.echo(f"btrm: {culprit}", err=True)
@@ -111,11 +110,11 @@ def _own_line() -> str:
     return "\n" if os.environ.get("RANK", "0") != "0" else ""
 
 
-def _speaks() -> bool:
+def _speaks(error: Exception) -> bool:
     """Of several processes that fail, one says why: the first, once they know each other; until then, the main one."""
-    failure = sys.modules.get("btrm_core.training.processes.failure")
-    if failure is not None and failure.speaks is not None:
-        return bool(failure.speaks)
+    speaks = getattr(error, "speaks", None)
+    if speaks is not None:
+        return bool(speaks)
     if os.environ.get("RANK", "0") != "0":
         time.sleep(SPEAK_LATER_SECONDS)  # the launcher ends this process meanwhile, if all fail alike
     return True

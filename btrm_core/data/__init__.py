@@ -6,10 +6,11 @@ Loads no torch.
 from btrm_core.data import curate
 from btrm_core.data.cache import cache_root, code_digest
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
+from btrm_core.data.curate.held_out import drop_overlap, split_held_out
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
 from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
-from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, raw_rows, split_held_out
+from btrm_core.data.pairs import PairData, load_pairs, pairs_from_rows, raw_rows
 from btrm_core.data.quality import (
     Finding,
     Sharing,
@@ -26,7 +27,7 @@ from btrm_core.data.sample import sample_path
 from btrm_core.data.shapes.naming import Naming, parse_naming
 from btrm_core.data.shapes.values import RowError, json_value, plain, shown
 from btrm_core.data.shapes.view import RowView
-from btrm_core.data.store import TokenStore, encode_pairs, tokenizer_fingerprint
+from btrm_core.data.store import TokenStore, encode_pairs
 
 __all__ = [
     "PACKED",
@@ -71,5 +72,4 @@ __all__ = [
     "sharing",
     "shown",
     "split_held_out",
-    "tokenizer_fingerprint",
 ]

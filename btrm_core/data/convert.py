@@ -144,6 +144,17 @@ def pairs_of(
 ) -> list[Pair]:
     """Return the pairs of one row, as `convert_row` does; the view then knows what was left unused, and why.
 
+    Args:
+        view: the row.
+        reading: how rows are read.
+        name: short name of the source, for the id of a row that has none.
+        line: its line, likewise.
+        subset: subset of a row that names none.
+        group: number of the row, for its pairs if there are several.
+
+    Returns:
+        At least one pair.
+
     Raises:
         RowError: the row gives no pair; the reason names the key and the value.
     """
@@ -188,6 +199,9 @@ def conversations_of(view: RowView) -> tuple[Shape, list[Conversation]]:
     """Return what a row holds to be scored: its shape, and the prompt and answer of every side in the row's order.
 
     No preference is asked for, and the prompts of the sides may differ.
+
+    Args:
+        view: the row.
 
     Raises:
         RowError: the row is in no known format, or a side is no finished conversation.

@@ -71,7 +71,11 @@ class Chunk:
     altered: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, pairs: Iterable[_Kept]) -> None:
-        """Add the pairs of one group, if there are any."""
+        """Add the pairs of one group, if there are any.
+
+        Args:
+            pairs: the pairs that are kept; equal conversations are stored once.
+        """
         kept = list(pairs)
         if not kept:
             return
@@ -192,6 +196,12 @@ def _taken(chunk: Chunk, rows: Sequence[tuple[int, dict[str, Any], tuple[_Answer
 def by_prompt(hash_P: NDArray[np.uint64]) -> IntArray:
     """The order that puts pairs of one prompt together, prompts as they first appear.
 
+    Args:
+        hash_P: the hash of every pair's prompt, uint64 [P].
+
+    Returns:
+        The indices of the pairs in that order, int64 [P]; pairs of one prompt keep theirs.
+
     >>> by_prompt(np.array([7, 3, 7, 1, 3], dtype=np.uint64)).tolist()
     [0, 2, 1, 4, 3]
     """
@@ -200,7 +210,20 @@ def by_prompt(hash_P: NDArray[np.uint64]) -> IntArray:
 
 
 def encoded_chunks(data: PairData, chat: ChatFormat, max_length: int, workers: int) -> Iterator[Chunk]:
-    """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader."""
+    """Yield the encoded chunks in order, made by up to `workers` processes a few chunks ahead of the reader.
+
+    Args:
+        data: P pairs, in any order.
+        chat: the chat format that gives their ids.
+        max_length: tokens of the longest conversation that is not cut.
+        workers: processes at most; few chunks are encoded in this one.
+
+    Yields:
+        The chunks, in the order of `by_prompt`; they are the same for any number of processes.
+
+    Raises:
+        DataError: an encoding process ended early.
+    """
     index_P = by_prompt(data.prompt_hash_P)
     if (np.diff(index_P) != 1).any():
         data = data.select(index_P, "by prompt", data.issues)

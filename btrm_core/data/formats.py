@@ -81,6 +81,9 @@ def group_single_responses(
 ) -> Iterator[tuple[int, int, dict[str, Any] | RowIssue]]:
     """Join neighbouring rows of one scored response each to the same prompt into one row with all of them.
 
+    Args:
+        rows: line and row, or line and what is wrong there.
+
     Yields:
         (line of the first row, number of rows joined, the row); other rows pass unchanged.
     """
@@ -124,6 +127,12 @@ def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def find_shape(view: RowView) -> Shape | None:
     """Find the answers of a row; None if it is in no known format.
+
+    Args:
+        view: the row, which is told which of its keys hold answers.
+
+    Returns:
+        The answers as they stand in the row, not yet read as messages; or None.
 
     Raises:
         RowError: it has one of two answers, or its answers are no list.
@@ -215,7 +224,11 @@ def _single(view: RowView) -> Shape | None:
 
 
 def score_key(row: Row) -> str | None:
-    """Return the key of a row, or of an entry of a list, that holds its score."""
+    """Return the key of a row, or of an entry of a list, that holds its score; None if there is none.
+
+    Args:
+        row: the row or the entry.
+    """
     return next((key for key in SCORE_KEYS if row.get(key) is not None), None)
 
 

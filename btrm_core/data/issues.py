@@ -24,6 +24,9 @@ _CONTENT = "tool function reason think thought image audio video document contex
 def is_content(key: str) -> bool:
     """True if a key that was not used is likely to hold a part of what was judged, and no metadata.
 
+    Args:
+        key: the name of the key, with the object it is in before a dot.
+
     >>> is_content("messages.reasoning_content"), is_content("worker_id")
     (True, False)
     """
@@ -108,7 +111,15 @@ class IssueReport:
         self._keep(issue.kind, issue)
 
     def observe(self, source: str, line: int, unused: Iterable[str], remarks: Iterable[str], rows: int = 1) -> None:
-        """Count what was left unused in a row that gave pairs, and what is worth saying about it."""
+        """Count what was left unused in a row that gave pairs, and what is worth saying about it.
+
+        Args:
+            source: the file, folder or hub id as the user gave it.
+            line: line of the row, from 1.
+            unused: keys that held something which was not used; of more than 200 the others are counted together.
+            remarks: short phrases; the first rows of each are kept as examples.
+            rows: how many rows it stands for (those of one prompt that were joined).
+        """
         for name in unused:
             name = name if name in self.unused or len(self.unused) < _NAMES_KEPT else _OTHER_KEYS
             self.unused[name] = self.unused.get(name, 0) + rows
@@ -122,7 +133,13 @@ class IssueReport:
             examples.append(issue)
 
     def skip(self, kind: str, number: int, examples: Iterable[RowIssue] = ()) -> IssueReport:
-        """Return a copy in which `number` pairs were left out on purpose."""
+        """Return a copy in which `number` pairs were left out on purpose.
+
+        Args:
+            kind: the reason they are counted under.
+            number: how many pairs; 0 gives the report itself.
+            examples: some of them; no more than `EXAMPLES_KEPT` of a kind are kept.
+        """
         if not number:
             return self
         kept = {**self.examples, kind: [*self.examples.get(kind, []), *examples][:EXAMPLES_KEPT]}
@@ -190,7 +207,14 @@ class IssueReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> IssueReport:
-        """Rebuild a report from `to_dict`'s values."""
+        """Rebuild a report from `to_dict`'s values.
+
+        Args:
+            values: what `to_dict` gave, also after a way through JSON.
+
+        Raises:
+            KeyError: one of the values is not there.
+        """
         stored: dict[str, list[list[object]]] = values["examples"]  # type: ignore[assignment]
         examples = {
             kind: [

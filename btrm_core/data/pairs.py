@@ -1,4 +1,4 @@
-"""Preference pairs: loaded from any mix of sources, checked row by row, and split by prompt.
+"""Preference pairs: loaded from any mix of sources and checked row by row.
 
 Rows are streamed into an Arrow file in the cache and memory-mapped from there, so memory does not grow with
 the data and a second run starts at once with the same pairs and the same report of issues. No token is made
@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from btrm_core import files
 from btrm_core.data import cache
 from btrm_core.data.convert import Message, Pair, Reading
 from btrm_core.data.formats import Ties, WhichPairs
-from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, RowIssue
+from btrm_core.data.issues import IssueReport, RowIssue
 from btrm_core.data.readers import BATCH_ROWS, read_rows
 from btrm_core.data.shapes.naming import Naming
 from btrm_core.data.shapes.reading import read_pairs, strict_error
@@ -49,7 +49,7 @@ class PairData:
 
     Attributes:
         dataset: columns id, subset, prompt (list of role and content), chosen, rejected, margin (null where the
-            row gives none), weight, probability, group; as in `convert.Pair`.
+            row gives none), weight, probability, group, rejected_prompt (null where equal); as in `convert.Pair`.
         issues: what was read and why rows are missing; empty for the held-out part of a split.
         fingerprint: SHA-256 of what the pairs are made from; equal on every machine for equal file contents.
         prompt_hash_P: the first 8 bytes of each pair's prompt hash, uint64.
@@ -72,12 +72,24 @@ class PairData:
                 yield Pair(**row)
 
     def batches(self, size: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield the rows in order, `size` at a time (the last batch may be smaller)."""
+        """Yield the rows in order.
+
+        Args:
+            size: rows of a batch; the last may be smaller.
+
+        Yields:
+            Lists of dictionaries, with the columns of `dataset` as keys.
+        """
         for table in self.dataset.with_format("arrow").iter(batch_size=size):
             yield table.to_pylist()
 
     def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Return the rows from `start` up to `stop` (exclusive)."""
+        """Return the rows from `start` up to `stop` (exclusive).
+
+        Args:
+            start: place of the first, from 0.
+            stop: one past the last.
+        """
         taken: list[dict[str, Any]] = self.dataset.with_format("arrow")[start:stop].to_pylist()
         return taken
 
@@ -86,7 +98,13 @@ class PairData:
         return np.asarray(self.dataset.with_format("numpy", columns=["group"])[:]["group"], dtype=np.int64)
 
     def select(self, indices_P: np.ndarray, label: str, issues: IssueReport) -> PairData:
-        """Return the pairs at `indices_P`; `label` says how they were chosen and goes into the fingerprint."""
+        """Return some of the pairs.
+
+        Args:
+            indices_P: places of the pairs to keep, in the order they shall have.
+            label: says how they were chosen; goes into the fingerprint.
+            issues: the report of the result.
+        """
         return PairData(
             dataset=self.dataset.select(indices_P),
             issues=issues,
@@ -116,6 +134,9 @@ def load_pairs(
         ties: whether ties are skipped or become pairs with probability 0.5.
         naming: the user's own names of columns and roles, from `parse_naming`.
         own_prompts: whether two answers whose prompts differ become a pair, each after its own, or are refused.
+
+    Returns:
+        The pairs, and the report of what became of every row.
 
     Raises:
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
@@ -154,6 +175,9 @@ def pairs_from_rows(
         ties: likewise.
         naming: likewise.
 
+    Returns:
+        The pairs in memory; their fingerprint is that of their content.
+
     Raises:
         DataError: no pair is left.
     """
@@ -177,7 +201,13 @@ def pairs_from_rows(
 
 
 def raw_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yield the rows of a source as they are, each with the short name of its file and its line; for other formats.
+    """Yield the rows of a source as they are, for other formats than pairs.
+
+    Args:
+        source: a file, folder or Hub id, as for `load_pairs`.
+
+    Yields:
+        (short name of its file, line, row).
 
     Raises:
         DataError: the source cannot be read, or a row of it is none.
@@ -194,62 +224,17 @@ def prompt_hash(prompt: Sequence[Message]) -> int:
 
     The canonical form is the JSON of its roles and contents; space around a content does not count, because
     chat templates drop it.
+
+    Args:
+        prompt: its messages.
+
+    Returns:
+        0 to 2^64 - 1.
     """
     canonical = json.dumps(
         [[m["role"], m["content"].strip()] for m in prompt], ensure_ascii=False, separators=(",", ":")
     )
     return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
-
-
-def split_held_out(data: PairData, fraction: float) -> tuple[PairData, PairData]:
-    """Split into (train, held out) so that no prompt is on both sides.
-
-    The prompts with the smallest hashes are held out, until they hold about `fraction` of the pairs. The choice
-    depends on the prompts alone: not on the order of the rows, not on a seed. Of at least two prompts, each side
-    gets at least one; a single prompt stays in train.
-
-    Args:
-        data: the pairs to split.
-        fraction: wanted share of the held-out pairs, at least 0 (nothing is held out) and below 1.
-
-    Raises:
-        DataError: the fraction is out of range.
-    """
-    if not 0 <= fraction < 1:
-        raise DataError(f"the held-out fraction is {fraction}, expected at least 0 and below 1.")
-    prompts_G, group_P, pairs_G = np.unique(data.prompt_hash_P, return_inverse=True, return_counts=True)
-    number = 0  # of prompts held out: np.unique has sorted them by hash
-    if fraction > 0 and len(prompts_G) > 1:
-        held_G = np.cumsum(pairs_G)
-        number = int(np.argmin(np.abs(held_G - fraction * len(data)))) + 1
-        number = min(max(number, 1), len(prompts_G) - 1)
-    is_held_P = group_P < number
-    train = data.select(np.flatnonzero(~is_held_P), f"train without {number} prompts", data.issues)
-    held = data.select(np.flatnonzero(is_held_P), f"held out {number} prompts", IssueReport())
-    return train, replace(held, issues=IssueReport(rows=len(held), pairs=len(held)))
-
-
-def drop_overlap(train: PairData, evaluation: PairData) -> tuple[PairData, int]:
-    """Return `train` without the pairs whose prompt is also in `evaluation`, and how many those are.
-
-    They are counted in the report of the pairs returned.
-
-    Raises:
-        DataError: every training prompt is in the evaluation data.
-    """
-    shared_P = np.isin(train.prompt_hash_P, evaluation.prompt_hash_P)
-    number = int(shared_P.sum())
-    if not number:
-        return train, 0
-    if number == len(train):
-        raise DataError(
-            f"all {number:,} training pairs have a prompt that is also in the evaluation data. "
-            "Give other evaluation data, or none to hold out a part of the training data."
-        )
-    ids = [str(train.dataset[int(i)]["id"]) for i in np.flatnonzero(shared_P)[:5]]
-    examples = [RowIssue(name, 0, PROMPT_IN_EVALUATION, PROMPT_IN_EVALUATION, bad=False) for name in ids]
-    issues = train.issues.skip(PROMPT_IN_EVALUATION, number, examples)
-    return train.select(np.flatnonzero(~shared_P), f"without the prompts of {evaluation.fingerprint}", issues), number
 
 
 def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading) -> None:

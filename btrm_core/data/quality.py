@@ -25,7 +25,13 @@ _EXAMPLES_KEPT = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """How many pairs something is true of, and the ids of the first few."""
+    """How many pairs something is true of, and the ids of the first few.
+
+    Attributes:
+        count: pairs it is true of.
+        pairs: all pairs that were looked at.
+        examples: ids of the first of them, in the order of the data; at most five.
+    """
 
     count: int
     pairs: int
@@ -42,17 +48,31 @@ def duplicate_prompts(data: PairData) -> Finding:
 
     Not wrong in itself: several pairs may compare answers to one prompt. But they weigh more together, and
     their losses are not independent.
+
+    Args:
+        data: P pairs; prompts are compared by their hashes.
     """
     return _finding(data, _repeats(data.prompt_hash_P))
 
 
 def duplicate_pairs(data: PairData) -> Finding:
-    """Pairs that repeat an earlier one: equal prompt, chosen and rejected."""
+    """Pairs that repeat an earlier one: equal prompt, chosen and rejected.
+
+    Args:
+        data: P pairs.
+    """
     return _finding(data, repeated_pairs(data))
 
 
 def repeated_pairs(data: PairData) -> np.ndarray:
-    """True for every pair that an earlier one equals: prompt, chosen and rejected."""
+    """True for every pair that an earlier one equals: prompt, chosen and rejected.
+
+    Args:
+        data: P pairs.
+
+    Returns:
+        bool [P], in the order of the data.
+    """
     return _repeats(_pair_hashes(data)[0])
 
 
@@ -60,15 +80,24 @@ def contradictory_pairs(data: PairData) -> Finding:
     """Pairs for which another pair says the opposite: equal prompt, chosen and rejected swapped.
 
     Both pairs of a contradiction are counted.
+
+    Args:
+        data: P pairs.
     """
     forward_P, backward_P = _pair_hashes(data)
     return _finding(data, np.isin(forward_P, backward_P))
 
 
 def longer_wins_characters(data: PairData) -> float:
-    """Accuracy of preferring the longer answer by characters; equal lengths count half. NaN for no data.
+    """Accuracy of preferring the longer answer by characters; equal lengths count half.
 
     A reward model that does not beat it may have learnt nothing but length.
+
+    Args:
+        data: P pairs; of an answer its own characters count, without the prompt.
+
+    Returns:
+        A share, 0 to 1; NaN for no data.
     """
     import pyarrow.compute as pc
 
@@ -112,7 +141,14 @@ class Sharing:
 
 
 def sharing(data: PairData) -> Sharing:
-    """Measure what the pairs of a prompt share, without a tokenizer: what two answers begin with does not count."""
+    """Measure what the pairs of a prompt share, without a tokenizer: what two answers begin with does not count.
+
+    Args:
+        data: P pairs.
+
+    Returns:
+        Counts, and sums of characters; all 0 for no data.
+    """
     import xxhash
 
     keys: list[np.ndarray] = []
@@ -171,7 +207,14 @@ def _finding(data: PairData, is_found_P: np.ndarray) -> Finding:
 
 
 def inspect_pairs(data: PairData) -> dict[str, Any]:
-    """Counts, lengths, repeats, contradictions and the length baseline, as a value that can be written as JSON."""
+    """Counts, lengths, repeats, contradictions and the length baseline, as a value that can be written as JSON.
+
+    Args:
+        data: P pairs.
+
+    Returns:
+        The figures by name; lengths are in characters, shares from 0 to 1, `subsets` the pairs of each, most first.
+    """
     columns = data.dataset.with_format("arrow")[:]
     turns = np.array([len(prompt) for prompt in columns["prompt"]])
     characters = {side: pc.utf8_length(columns[side]).to_numpy() for side in ("chosen", "rejected")}
@@ -198,7 +241,14 @@ def inspect_pairs(data: PairData) -> dict[str, Any]:
 
 
 def format_inspection(found: dict[str, Any]) -> str:
-    """The inspection for the screen."""
+    """Return the inspection for the screen.
+
+    Args:
+        found: what `inspect_pairs` gave.
+
+    Returns:
+        Lines of text, joined; the report of the rows comes first.
+    """
     lines = [found["report"], ""]
     lines.append(f"pairs {found['pairs']:,}, of which {found['multi_turn']:,} have more than one message in the prompt")
     for side, quantiles in found["characters"].items():

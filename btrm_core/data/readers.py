@@ -42,6 +42,12 @@ def read_rows(source: Source) -> Iterator[Numbered]:
 
     Lines count from 1: the line of the file for JSON Lines, JSON and CSV, the row of the table otherwise.
 
+    Args:
+        source: where the rows are; it is read again from its beginning if a slice needs the number of all rows.
+
+    Yields:
+        Line and row, or line and issue; for a source without a row, line 0 and an issue that says so.
+
     Raises:
         DataError: the file cannot be opened or the disk fails while reading.
     """
@@ -97,6 +103,9 @@ def parse_json_line(raw: bytes, line: int = 0) -> Any:
     Args:
         raw: the bytes of the line.
         line: its number; a byte-order mark is taken off the first.
+
+    Returns:
+        The value that the line spells: of any type, not only an object.
 
     Raises:
         RowError: it is not UTF-8, not JSON, or an object has a key twice.

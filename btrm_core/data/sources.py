@@ -89,7 +89,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Resolved:
-    """All sources of a run, in order, and what the user should know about the choice."""
+    """All sources of a run, in order, and what the user should know about the choice.
+
+    Attributes:
+        sources: what rows are read from; one that the user wrote may be several files.
+        notes: a line for each choice made on the user's behalf.
+    """
 
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
@@ -101,6 +106,9 @@ def resolve(specs: Sequence[str], root: Path) -> Resolved:
     Args:
         specs: what the user wrote, one string per source; `inputs/spec.py` says what may stand there.
         root: the cache directory (content hashes are remembered there).
+
+    Returns:
+        The sources to read rows from, and notes on what was chosen on behalf of the user.
 
     Raises:
         DataError: no source given, a file that does not exist, a folder without data, an unknown format,

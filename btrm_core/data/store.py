@@ -14,20 +14,19 @@ Shapes: P pairs that are left after encoding, G groups, S distinct conversations
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from btrm_core import files
+from btrm_core.chat import tokenizer_fingerprint
 from btrm_core.data import cache
 from btrm_core.data.encode import Chunk, encoded_chunks
-from btrm_core.data.tables import LISTS, Lists, group_schema, numbers, pair_schema, record_batches
+from btrm_core.data.tables import LISTS, Lists, numbers, record_batches, write_store
 from btrm_core.errors import DataError
 from btrm_core.evaluation import Judged
 from btrm_core.packing import Forest, PairPlaces, Tree, grow, part
@@ -45,7 +44,6 @@ ENCODING_VERSION = 3
 """Part of every cache key: raised when equal pairs get other tokens than before."""
 _CODE = ("chat", "data", "packing")
 """Packages whose code decides what is stored."""
-_KINDS_KEPT, _EXAMPLES_KEPT = 20, 5
 
 
 class TokenStore:
@@ -90,6 +88,9 @@ class TokenStore:
     def open(cls, folder: str | os.PathLike[str]) -> TokenStore:
         """Map a cache entry into memory.
 
+        Args:
+            folder: the entry.
+
         Raises:
             DataError: it cannot be read.
         """
@@ -113,6 +114,9 @@ class TokenStore:
 
         Args:
             groups: the distinct sequences of each group, and its pairs as (place of the chosen one, of the rejected).
+
+        Raises:
+            ValueError: a group has no sequence, or an empty one.
         """
         import pyarrow
 
@@ -185,6 +189,9 @@ class TokenStore:
     def group(self, index: int) -> Tree:
         """The distinct conversations of a group; its ids are a read-only view of the file.
 
+        Args:
+            index: the group, from 0.
+
         Raises:
             IndexError: there is no such group.
         """
@@ -196,6 +203,12 @@ class TokenStore:
     def pair(self, index: int) -> Tree:
         """The chosen and the rejected conversation of a pair.
 
+        Args:
+            index: the pair, from 0.
+
+        Returns:
+            A tree of these two, in this order.
+
         Raises:
             IndexError: there is no such pair.
         """
@@ -204,21 +217,43 @@ class TokenStore:
         return part(self.group(int(self.group_P[index])), [int(self.chosen_P[index]), int(self.rejected_P[index])])
 
     def longest(self, count: int) -> list[Tree]:
-        """The pairs with most tokens, at most `count` of them."""
+        """The pairs with most tokens.
+
+        Args:
+            count: how many at most.
+
+        Returns:
+            A tree of two conversations each, the one with most tokens first.
+        """
         order = np.argsort(-self.lengths_P2.sum(1), kind="stable")
         return [self.pair(int(index)) for index in order[:count]]
 
     def pairs_of(self, groups: IntArray) -> IntArray:
-        """The pairs of some groups, in their order."""
+        """The pairs of some groups.
+
+        Args:
+            groups: numbers of groups, at least one.
+
+        Returns:
+            Numbers of pairs, int64, group after group.
+        """
         starts_G = self.first_pair_G
         return np.concatenate([np.arange(starts_G[g], starts_G[g + 1]) for g in groups])
 
     def id(self, index: int) -> str:
-        """The pair's id."""
+        """The id of a pair.
+
+        Args:
+            index: the pair, from 0.
+        """
         return str(self._ids[index].as_py())
 
     def subset(self, index: int) -> str:
-        """The pair's subset."""
+        """The subset of a pair.
+
+        Args:
+            index: the pair, from 0.
+        """
         return str(self._subsets[index].as_py())
 
     def subsets(self) -> list[str]:
@@ -262,8 +297,12 @@ def encode_pairs(
         cache_dir: where the tokens are kept; default `cache.cache_root()`.
         progress: called now and then with the number of pairs done so far; not called for a stored encoding.
 
+    Returns:
+        The store, mapped from the cache.
+
     Raises:
-        DataError: none of the pairs given is left, or the cache cannot be written.
+        DataError: `max_length` is below 1, none of the pairs given is left, an encoding process ended early, or the
+            cache cannot be written.
     """
     if max_length < 1:
         raise DataError(f"the maximum length is {max_length} tokens, expected at least 1.")
@@ -277,7 +316,7 @@ def encode_pairs(
     )
     entry = cache.cache_root(cache_dir) / "encoded" / key
     cache.build_once(
-        entry, lambda folder: _build(folder, encoded_chunks(data, chat, max_length, workers), max_length, progress)
+        entry, lambda folder: write_store(folder, encoded_chunks(data, chat, max_length, workers), max_length, progress)
     )
     encoded = TokenStore.open(entry)
     if not len(encoded) and len(data):
@@ -287,54 +326,3 @@ def encode_pairs(
             f"({number:,}). Raise --max-length, or look at the pairs with: btrm doctor."
         )
     return encoded
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return the SHA-256 of what decides a fast tokenizer's ids; padding and truncation settings do not count."""
-    # Cut out of the text: parsing the JSON of a large vocabulary would take a second on every start.
-    text = re.sub(
-        r'"truncation":.*?"added_tokens":', "", tokenizer.backend_tokenizer.to_str(), count=1, flags=re.DOTALL
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _build(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Callable[[int], None] | None) -> None:
-    """Write groups.arrow, pairs.arrow and report.json."""
-    import pyarrow
-
-    names = ("given", "encoded", "groups", "truncated", "dropped_turns", "cut_characters", "tokens", "pair_tokens")
-    report: dict[str, Any] = dict.fromkeys((*names, "longest", "with_margin"), 0)
-    report |= {"dropped": {}, "altered": {}, "examples": {}, "max_length": max_length}
-    with (
-        pyarrow.OSFile(str(folder / "groups.arrow"), "wb") as groups_file,
-        pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as pairs_file,
-        pyarrow.ipc.new_stream(groups_file, group_schema()) as groups,
-        pyarrow.ipc.new_stream(pairs_file, pair_schema()) as pairs,
-    ):
-        for chunk in chunks:
-            if chunk.groups:
-                for writer, batch in zip(
-                    (groups, pairs), record_batches(chunk, report["groups"], report["encoded"]), strict=True
-                ):
-                    writer.write_batch(batch)
-            _count(report, chunk)
-            if progress:
-                progress(report["given"])
-    (folder / "report.json").write_text(json.dumps(report))
-
-
-def _count(report: dict[str, Any], chunk: Chunk) -> None:
-    report["encoded"] += len(chunk.pairs)
-    report["groups"] += len(chunk.groups)
-    for name in ("given", "truncated", "dropped_turns", "cut_characters", "pair_tokens", "with_margin"):
-        report[name] += getattr(chunk, name)
-    report["tokens"] += sum(len(tree.tokens) for tree in chunk.groups)
-    report["longest"] = max(report["longest"], chunk.longest)
-    for kind, found in (("dropped", chunk.dropped), ("altered", chunk.altered)):
-        for reason, name in found:
-            if reason not in report[kind] and len(report[kind]) >= _KINDS_KEPT:
-                reason = "other reasons"
-            report[kind][reason] = report[kind].get(reason, 0) + 1
-            examples = report["examples"].setdefault(reason, [])
-            if len(examples) < _EXAMPLES_KEPT:
-                examples.append(name)

@@ -1,7 +1,10 @@
-"""The two tables of stored tokens: what their columns are, how chunks are written and columns read."""
+"""The two tables of stored tokens: what their columns are, how chunks are written and counted, and columns read."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.int64]
 
 LISTS = ("tokens", "edges", "leaf")
+_KINDS_KEPT, _EXAMPLES_KEPT = 20, 5
 NUMBERS = {
     "index": "int64",
     "group": "int64",
@@ -30,7 +34,16 @@ NUMBERS = {
 def record_batches(
     chunk: Chunk, groups_before: int, pairs_before: int
 ) -> tuple[pyarrow.RecordBatch, pyarrow.RecordBatch]:
-    """The groups and the pairs of a chunk, numbered after those before it."""
+    """The groups and the pairs of a chunk, numbered after those before it.
+
+    Args:
+        chunk: G groups and their pairs; at least one of each.
+        groups_before: groups of all chunks before it.
+        pairs_before: pairs of all chunks before it.
+
+    Returns:
+        A batch of G rows of `group_schema`, and one of `pair_schema` with a row per pair.
+    """
     import pyarrow
 
     def lists(arrays: list[NDArray[np.int32]]) -> pyarrow.ListArray:
@@ -68,11 +81,66 @@ def pair_schema() -> pyarrow.Schema:
     return pa.schema([*texts, *((name, getattr(pa, kind)()) for name, kind in NUMBERS.items())])
 
 
+def write_store(folder: Path, chunks: Iterable[Chunk], max_length: int, progress: Callable[[int], None] | None) -> None:
+    """Write groups.arrow, pairs.arrow and report.json.
+
+    Args:
+        folder: where they are written; must exist.
+        chunks: the encoded chunks, in their order.
+        max_length: tokens of the longest conversation that was not cut, for the report.
+        progress: called after every chunk with the number of pairs done so far.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    import pyarrow
+
+    names = ("given", "encoded", "groups", "truncated", "dropped_turns", "cut_characters", "tokens", "pair_tokens")
+    report: dict[str, Any] = dict.fromkeys((*names, "longest", "with_margin"), 0)
+    report |= {"dropped": {}, "altered": {}, "examples": {}, "max_length": max_length}
+    with (
+        pyarrow.OSFile(str(folder / "groups.arrow"), "wb") as groups_file,
+        pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as pairs_file,
+        pyarrow.ipc.new_stream(groups_file, group_schema()) as groups,
+        pyarrow.ipc.new_stream(pairs_file, pair_schema()) as pairs,
+    ):
+        for chunk in chunks:
+            if chunk.groups:
+                for writer, batch in zip(
+                    (groups, pairs), record_batches(chunk, report["groups"], report["encoded"]), strict=True
+                ):
+                    writer.write_batch(batch)
+            _count(report, chunk)
+            if progress:
+                progress(report["given"])
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def _count(report: dict[str, Any], chunk: Chunk) -> None:
+    report["encoded"] += len(chunk.pairs)
+    report["groups"] += len(chunk.groups)
+    for name in ("given", "truncated", "dropped_turns", "cut_characters", "pair_tokens", "with_margin"):
+        report[name] += getattr(chunk, name)
+    report["tokens"] += sum(len(tree.tokens) for tree in chunk.groups)
+    report["longest"] = max(report["longest"], chunk.longest)
+    for kind, found in (("dropped", chunk.dropped), ("altered", chunk.altered)):
+        for reason, name in found:
+            if reason not in report[kind] and len(report[kind]) >= _KINDS_KEPT:
+                reason = "other reasons"
+            report[kind][reason] = report[kind].get(reason, 0) + 1
+            examples = report["examples"].setdefault(reason, [])
+            if len(examples) < _EXAMPLES_KEPT:
+                examples.append(name)
+
+
 class Lists:
     """A column of lists: views of what is mapped, a chunk at a time; nothing is copied before a row is built.
 
+    Args:
+        column: a column of lists of int32, none of them null.
+
     Attributes:
-        chunks: the values of each chunk, one list after another.
+        chunks: the values of each chunk, one list after another, int32.
     """
 
     def __init__(self, column: pyarrow.ChunkedArray) -> None:
@@ -87,15 +155,23 @@ class Lists:
         return cast("NDArray[np.int32]", self.chunks[chunk][start:stop])
 
     def flat(self) -> NDArray[np.int32]:
-        """All values, one list after another."""
+        """All values, one list after another, int32; a copy."""
         return np.concatenate([np.zeros(0, np.int32), *self.chunks])
 
     def sizes(self) -> IntArray:
-        """The length of every list."""
+        """The length of every list, int64."""
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in self._offsets)])
 
 
 def numbers(table: pyarrow.Table, name: str) -> np.ndarray:
-    """A numeric column in one piece (a copy: a few bytes a pair)."""
+    """A numeric column in one piece (a copy: a few bytes a pair).
+
+    Args:
+        table: the table.
+        name: the column.
+
+    Returns:
+        An array of the column's own type, one number a row.
+    """
     column = table[name].combine_chunks()
     return np.array(column.to_numpy(zero_copy_only=False))

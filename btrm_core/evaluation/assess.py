@@ -34,7 +34,13 @@ _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pairs whose margin is from `low` to `high`."""
+    """Pairs whose margin is from `low` to `high`.
+
+    Attributes:
+        low: the smallest of their margins, or of the sizes of these.
+        high: the largest.
+        accuracy: of these pairs.
+    """
 
     low: float
     high: float
@@ -43,7 +49,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, standard deviation and quantiles (1, 5, 25, 50, 75, 95 and 99 %) of numbers."""
+    """Mean, standard deviation and quantiles of numbers.
+
+    Attributes:
+        mean: of all.
+        std: standard deviation.
+        smallest: of all.
+        largest: of all.
+        quantiles: at 1, 5, 25, 50, 75, 95 and 99 %.
+    """
 
     mean: float
     std: float
@@ -74,7 +88,14 @@ class RewardSpread:
 
 @dataclass(frozen=True)
 class SubsetEvaluation:
-    """One named part of the pairs."""
+    """One named part of the pairs.
+
+    Attributes:
+        name: of the part; empty for pairs without a subset.
+        accuracy: under three conventions for ties, with intervals.
+        loss: mean negative log-likelihood of its pairs, in nats.
+        reward_margin: mean of chosen less rejected.
+    """
 
     name: str
     accuracy: Accuracy

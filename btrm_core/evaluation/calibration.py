@@ -28,7 +28,13 @@ _WIDEST = 1e4
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs of about equal confidence: how many, the mean confidence, and how often the confident side was right."""
+    """Pairs of about equal confidence.
+
+    Attributes:
+        pairs: how many.
+        confidence: mean of their confidence, 0.5 to 1.
+        accuracy: how often the confident side was right, 0 to 1.
+    """
 
     pairs: int
     confidence: float

@@ -112,7 +112,16 @@ def _reward_figures(rewards_P2: FloatArray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SubsetResult:
-    """Accuracy of one named part of the evaluation pairs."""
+    """Accuracy of one named part of the evaluation pairs.
+
+    Attributes:
+        name: of the part.
+        pairs: how many.
+        accuracy: share of them that are right, 0 to 1; ties count half.
+        ties: pairs of two equal rewards.
+        reward_margin: mean of chosen less rejected.
+        loss: mean of the pairs, in nats.
+    """
 
     name: str
     pairs: int

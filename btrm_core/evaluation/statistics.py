@@ -32,7 +32,12 @@ _DRAWN_TOGETHER = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a figure lies with 95 % confidence."""
+    """Where a figure lies with 95 % confidence.
+
+    Attributes:
+        low: its lower end.
+        high: its upper end.
+    """
 
     low: float
     high: float

@@ -56,7 +56,7 @@ class PadToken:
 
 @dataclass(frozen=True)
 class TinyShape:
-    """A toy of the family: what the embedded default trains and what the tests build, without any download."""
+    """A toy of the family: what the demo trains and what the tests build, without any download."""
 
     model_type: str
     """The transformers `model_type`, e.g. "llama"."""

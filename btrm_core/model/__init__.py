@@ -11,7 +11,7 @@ from btrm_core.model.base import (
 )
 from btrm_core.model.card import Trained, model_card, run_manifest, template_difference
 from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, sha256_of, write_model
-from btrm_core.model.leakage import Trust, Use, trusted
+from btrm_core.model.leakage import Trust, Use, positions_problem, trusted
 from btrm_core.model.load import (
     chat_from_checkpoint,
     check_head,
@@ -37,11 +37,10 @@ from btrm_core.model.shape import (
     flops_per_token,
     mfu_per_token_rate,
     peak_flops,
-    positions_problem,
     read_shape,
     training_flops,
 )
-from btrm_core.model.toy import build_toy, tiny_tokenizer, toy_model
+from btrm_core.model.toy import build_toy, toy_model, toy_tokenizer
 
 __all__ = [
     "GPUS",
@@ -97,9 +96,9 @@ __all__ = [
     "saved_config",
     "sha256_of",
     "template_difference",
-    "tiny_tokenizer",
     "tolerance",
     "toy_model",
+    "toy_tokenizer",
     "training_flops",
     "trusted",
     "uses_softcap",

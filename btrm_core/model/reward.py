@@ -195,7 +195,7 @@ class RewardModel(nn.Module):
 
     def _share_of(self, batch: Batch) -> RowShare | None:
         """The part of a batch that this process computes; None if it computes all of it."""
-        divided = batch.layout is not None and self.kernel != PADDED
+        divided = batch.visibility is not None and self.kernel != PADDED
         if self.share is None or not divided or not self.share.divides(batch.input_ids.shape[1]):
             return None
         return self.share
@@ -207,16 +207,16 @@ class RewardModel(nn.Module):
             batch: a packed row (B is 1), or padded lines; hidden states at padding mean nothing. Of a row that is
                 shared, T counts this process's own tokens.
         """
-        if batch.layout is None:
+        if batch.visibility is None:
             return self._line_by_line(batch) if self.one_by_one else self._backbone(batch, batch.attention_mask)
         if self.kernel == PADDED:
-            if len(batch.layout.runs) > 1:
+            if len(batch.visibility.runs) > 1:
                 raise ValueError("kernel 'padded' takes padded lines, not a packed row of several sequences")
             return self._backbone(batch, None)
         share, length = self._share_of(batch), batch.input_ids.shape[1]
         own = slice(0, length) if share is None else share.own(length)
         ids, positions = batch.input_ids[:, own], batch.position_ids[:, own]
-        with masks_for(batch.layout, share):
+        with masks_for(batch.visibility, share):
             # A mask of ones keeps transformers from looking for packed sequences in the positions.
             return self._run(ids, torch.ones_like(ids), positions)
 

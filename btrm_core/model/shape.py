@@ -326,24 +326,3 @@ def check_ids(chat: ChatFormat, config: Any, name: str) -> None:
     """
     written = {chat.bos_id, chat.terminal_id, *(chat.encoder.controls[anchor] for anchor in chat.anchors)}
     check_vocabulary(chat.tokenizer, config, name, written)
-
-
-def positions_problem(config: Any, longest: int) -> tuple[bool, str] | None:
-    """Compare the longest conversation with the positions that a model knows.
-
-    Args:
-        config: the model's transformers configuration.
-        longest: tokens of the longest conversation.
-
-    Returns:
-        None if all is well; else whether it is impossible (learned positions: there are no more) or only unwise
-        (rotary positions that training never saw), and that in words.
-    """
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not limit or longest <= limit:
-        return None
-    what = f"the longest conversation has {longest:,} tokens, and the base model knows {limit:,} positions"
-    if getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None):
-        return False, f"{what}: what is beyond them it has never seen; keep to them with --max-length {limit}"
-    return True, f"{what}, and no more: keep to them with --max-length {limit}"

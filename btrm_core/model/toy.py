@@ -75,7 +75,7 @@ def build_toy(tiny: Any, directory: Path, **overrides: Any) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = tiny_tokenizer(tiny, _sample_texts(), vocab_size=VOCABULARY)
+    tokenizer = toy_tokenizer(tiny, _sample_texts(), vocab_size=VOCABULARY)
     shape = {**SHAPE, **dict(tiny.config), **overrides}
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     config = AutoConfig.for_model(tiny.model_type, vocab_size=len(tokenizer), **ids, **shape)
@@ -94,7 +94,7 @@ def _sample_texts() -> list[str]:
     return texts
 
 
-def tiny_tokenizer(shape: TinyShape, texts: Iterable[str], vocab_size: int = 1024) -> Any:
+def toy_tokenizer(shape: TinyShape, texts: Iterable[str], vocab_size: int = 1024) -> Any:
     """Train a byte-level BPE tokenizer in memory, with the control tokens of a family.
 
     Deterministic: the same shape, texts and size give the same tokenizer, in any process.

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from btrm_core.packing.batch import Batch
 from btrm_core.packing.bundles import Bundle, bundles, divided, packed_rows, padded_rows
+from btrm_core.packing.cuts import KEYS_PER_TOKEN, room, split
 from btrm_core.packing.forest import Forest, PairPlaces
-from btrm_core.packing.rows import PADDED, Batch, RowForm, collate, pack_row, pad_rows, row_form, row_multiple
+from btrm_core.packing.forms import PADDED, RowForm, collate, row_form, row_multiple
+from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.steps import GROUP_BY, EpochPlan, StepBudget, plan_epoch
-from btrm_core.packing.trees import KEYS_PER_TOKEN, Tree, alone, common, grow, part, room, split
+from btrm_core.packing.trees import Tree, alone, common, grow, part
 
 if TYPE_CHECKING:
     from btrm_core.packing.visibility import Visibility

@@ -12,12 +12,18 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from btrm_core.packing.trees import Tree, grow, part, room, split
+from btrm_core.packing.cuts import room, split
+from btrm_core.packing.trees import Tree, grow, part
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A tree and the places of its sequences among all that are scored."""
+    """A tree and the places of its sequences among all that are scored.
+
+    Attributes:
+        tree: K sequences.
+        members: the place of each, from 0.
+    """
 
     tree: Tree
     members: tuple[int, ...]
@@ -39,6 +45,9 @@ def bundles(sequences: Sequence[Sequence[int]], together: Sequence[Hashable], bu
         sequences: S finished sequences, none empty.
         together: S keys; sequences of one key are expected to begin alike, which only the speed depends on.
         budget: tokens of a row. A single sequence over it gets a bundle of its own.
+
+    Returns:
+        Bundles in which each of the S sequences is once, `members` being their places.
     """
     members_of: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(together):
@@ -70,6 +79,9 @@ def packed_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
     Args:
         found: bundles in any order; one that is over the budget gets a row of its own.
         budget: tokens of a row.
+
+    Returns:
+        The bundles of every row; each bundle is in one.
     """
     rows: list[list[Bundle]] = []
     left: list[int] = []
@@ -90,6 +102,9 @@ def padded_rows(found: Sequence[Bundle], budget: int) -> list[list[Bundle]]:
     Args:
         found: bundles in any order; each is taken apart into its sequences.
         budget: tokens of a batch, padding included; a longer line gets a batch of its own.
+
+    Returns:
+        The lines of every batch, as bundles of one sequence each, longest first.
     """
     lines = [
         Bundle(alone, (member,))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from btrm_core.packing.trees import KEYS_PER_TOKEN, Tree, cut
+from btrm_core.packing.cuts import KEYS_PER_TOKEN, cut
+from btrm_core.packing.trees import Tree
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +51,7 @@ class Sizes:
 
     @property
     def room_I(self) -> IntArray:
-        """What each takes of a row's budget, as `trees.room` says."""
+        """What each takes of a row's budget, as `cuts.room` says."""
         return np.maximum(self.tokens_I, -(-self.keys_I // KEYS_PER_TOKEN))
 
     def cost_I(self, hidden_size: int) -> FloatArray:
@@ -147,6 +148,9 @@ class Forest:
         Args:
             item_N: number of an item.
             sequence_N: a sequence that it holds; an item has as many entries as sequences.
+
+        Returns:
+            Item and edge of each combination, int64 arrays of one length.
         """
         width = len(self.size_E)
         found = [np.unique(item_N * width + self.leaf_S[sequence_N])]
@@ -282,12 +286,15 @@ class PairPlaces:
         return self.forest.sizes(np.tile(item_N, 2), sequence_N, len(items))
 
     def divided(self, item: IntArray, budget: int, whole: bool) -> list[IntArray]:
-        """Cut the pairs of a tree into parts that have room in a row, as `trees.split` does.
+        """Cut the pairs of a tree into parts that have room in a row, as `cuts.split` does.
 
         Args:
             item: pairs of one tree.
             budget: room for a part.
             whole: whether the pairs of a unit must stay together.
+
+        Returns:
+            Numbers of pairs, an array for each part; every pair of `item` is in one.
         """
         keys = self.unit_P[item] if whole else item
         _, unit = np.unique(keys, return_inverse=True)

@@ -20,19 +20,18 @@ B lines of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core.packing.trees import BLOCK, Tree
+from btrm_core.packing.batch import Batch
+from btrm_core.packing.trees import Tree
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
-
-    from btrm_core.packing.visibility import Visibility
 
     IntArray = NDArray[np.int64]
 
@@ -78,7 +77,7 @@ class Row:
         return self.computed + self.shared - self.useful
 
     def batch(self) -> Batch:
-        """The row as tensors on the host, with its attention layout."""
+        """The row as tensors on the host, with who sees whom in it: input ids and positions are [1, T]."""
         import torch
 
         from btrm_core.packing.visibility import Visibility
@@ -87,7 +86,7 @@ class Row:
             input_ids=torch.from_numpy(self.input_ids_T)[None],
             position_ids=torch.from_numpy(self.position_ids_T)[None],
             attention_mask=None,
-            layout=Visibility.from_runs(
+            visibility=Visibility.from_runs(
                 self.runs_R2, self.prefix_starts_R, self.prefixes_M2, self.end_T, self.position_ids_T
             ),
             reward_index=torch.from_numpy(self.reward_index_S),
@@ -98,7 +97,11 @@ class Row:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The row as tensors on `device`."""
+        """The row as tensors on a device.
+
+        Args:
+            device: where the tensors shall lie.
+        """
         return self.batch().to(device)
 
 
@@ -154,6 +157,9 @@ def pack_row(trees: Sequence[Tree], *, share_prefix: bool = True, multiple_of: i
         share_prefix: False computes every sequence whole, through the same code.
         multiple_of: round T up to this with pad tokens.
         pad_id: id of the tokens that fill the row up; any id of the vocabulary will do.
+
+    Returns:
+        The row, with the rewards of the first tree's sequences first.
     """
     parts = _RowParts()
     for tree in trees:
@@ -211,14 +217,14 @@ class PaddedRows:
         return self.computed - self.useful
 
     def batch(self) -> Batch:
-        """The lines as tensors on the host."""
+        """The lines as tensors on the host: input ids, positions and mask are [B, T]."""
         import torch
 
         return Batch(
             input_ids=torch.from_numpy(self.input_ids_BT),
             position_ids=torch.from_numpy(self.position_ids_BT),
             attention_mask=torch.from_numpy(self.attention_mask_BT),
-            layout=None,
+            visibility=None,
             reward_index=torch.from_numpy(self.reward_index_S),
             group_sizes=self.group_sizes,
             computed=self.computed,
@@ -227,7 +233,11 @@ class PaddedRows:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The lines as tensors on `device`."""
+        """The lines as tensors on a device.
+
+        Args:
+            device: where the tensors shall lie.
+        """
         return self.batch().to(device)
 
 
@@ -243,6 +253,9 @@ def pad_rows(trees: Sequence[Tree], *, pad_id: int = 0, multiple_of: int = 1) ->
         trees: the trees, in order; sequences keep the order of `pack_row`.
         pad_id: id of the tokens that fill lines up; masked out, so any id of the vocabulary will do.
         multiple_of: round the length of the lines up to this.
+
+    Returns:
+        B lines: one a sequence, or one of padding alone if there is no tree.
     """
     sequences = [sequence for tree in trees for sequence in tree.sequences]
     lengths_S = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
@@ -262,102 +275,3 @@ def pad_rows(trees: Sequence[Tree], *, pad_id: int = 0, multiple_of: int = 1) ->
         group_sizes=tuple(len(tree.leaf) for tree in trees),
         useful=int(lengths_S.sum()),
     )
-
-
-@dataclass
-class Batch:
-    """What the reward model is called with: one packed row, or padded lines, as tensors.
-
-    Attributes:
-        input_ids: [B, T] int64; B is 1 for a packed row.
-        position_ids: [B, T] int64.
-        attention_mask: [B, T] int64 for padded lines, None for a packed row.
-        layout: who sees whom in a packed row (`visibility.Visibility`), None for padded lines.
-        reward_index: [S] int64, offsets into the flattened B*T tokens, trees in order.
-        group_sizes: K of every tree; they sum to S.
-        computed: tokens computed, padding included.
-        useful: tokens of all sequences, each counted by itself.
-        shared: tokens of `useful` that are not computed again.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    layout: Visibility | None
-    reward_index: torch.Tensor
-    group_sizes: tuple[int, ...]
-    computed: int
-    useful: int
-    shared: int
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch on `device`; without waiting if `non_blocking` and the memory is pinned."""
-        return self._moved(lambda data: data.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory (a `DataLoader` with `pin_memory` calls this)."""
-        return self._moved(lambda data: data.pin_memory())
-
-    def _moved(self, move: Callable[[Any], Any]) -> Batch:
-        return Batch(
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
-            layout=None if self.layout is None else move(self.layout),
-            reward_index=move(self.reward_index),
-            group_sizes=self.group_sizes,
-            computed=self.computed,
-            useful=self.useful,
-            shared=self.shared,
-        )
-
-
-@dataclass(frozen=True)
-class RowForm:
-    """How the pairs of a micro-batch are laid out: shared or packed rows for a kernel, or padded lines."""
-
-    layout: str
-    kernel: str
-    multiple_of: int
-    pad_id: int
-
-
-def row_form(layout: str, kernel: str, device_type: str, pad_id: int) -> RowForm:
-    """The form of a layout ("shared", "packed", "padded") for a model's kernel on a device."""
-    kernel = PADDED if layout == "padded" else kernel
-    return RowForm(layout, kernel, row_multiple(kernel, device_type), pad_id)
-
-
-PADDED = "padded"
-"""The kernel name of padded batches through the model's own attention: the fallback."""
-
-
-def row_multiple(kernel: str, device_type: str) -> int:
-    """What row lengths are rounded up to: 128 where kernels or allocators profit, else 1.
-
-    FlexAttention must have multiples of 128 (other lengths gave NaN gradients with both a block mask
-    and a score function); on a GPU few distinct lengths keep memory from fragmenting.
-    """
-    return BLOCK if kernel == "flex" or (device_type == "cuda" and kernel != PADDED) else 1
-
-
-def collate(
-    trees: Sequence[Tree],
-    *,
-    kernel: str,
-    share_prefix: bool = True,
-    multiple_of: int = 1,
-    pad_id: int = 0,
-) -> Batch:
-    """Build one micro-batch for a kernel; pure, for loader workers.
-
-    Args:
-        trees: the micro-batch's trees, possibly none.
-        kernel: one of `KERNELS` for a packed row, `PADDED` for padded lines.
-        share_prefix: compute shared beginnings once (packed rows only).
-        multiple_of: round lengths up to this (see `row_multiple`).
-        pad_id: id of the tokens that fill up.
-    """
-    if kernel == PADDED:
-        return pad_rows(trees, pad_id=pad_id, multiple_of=multiple_of).batch()
-    return pack_row(trees, share_prefix=share_prefix, multiple_of=multiple_of, pad_id=pad_id).batch()

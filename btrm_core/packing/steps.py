@@ -30,7 +30,7 @@ import numpy as np
 from btrm_core.errors import ConfigError
 from btrm_core.packing.balance import even_out, fill, share_out
 from btrm_core.packing.forest import PairPlaces, Sizes
-from btrm_core.packing.rows import RowForm
+from btrm_core.packing.forms import RowForm
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

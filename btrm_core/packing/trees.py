@@ -155,7 +155,11 @@ def _extended(path: Ranges, start: int, stop: int) -> Ranges:
 
 
 def alone(sequence: IdArray) -> Tree:
-    """A tree of one sequence."""
+    """A tree of one sequence.
+
+    Args:
+        sequence: its token ids, int32, at least one.
+    """
     return Tree(sequence, np.array([[0, len(sequence), -1]], dtype=np.int32), np.zeros(1, dtype=np.int32))
 
 
@@ -205,7 +209,15 @@ def grow(sequences: Sequence[Sequence[int] | IdArray]) -> Tree:
 
 
 def common(left: IdArray, right: IdArray) -> int:
-    """Tokens that two sequences both begin with."""
+    """Tokens that two sequences both begin with.
+
+    Args:
+        left: token ids.
+        right: token ids.
+
+    Returns:
+        Their number, 0 to the length of the shorter.
+    """
     length = min(len(left), len(right))
     differs = left[:length] != right[:length]
     first = int(differs.argmax()) if length else 0
@@ -241,6 +253,9 @@ def part(tree: Tree, sequences: Sequence[int] | IntArray) -> Tree:
     Args:
         tree: the tree.
         sequences: places among its sequences, in any order, at least one.
+
+    Returns:
+        The tree, its `leaf` in the order of `sequences`.
     """
     places = np.asarray(sequences, dtype=np.int64)
     start, stop, parent = (column.tolist() for column in tree.edges.T)
@@ -271,80 +286,3 @@ def part(tree: Tree, sequences: Sequence[int] | IntArray) -> Tree:
         np.array(edges, dtype=np.int32),
         np.array([number[edge] for edge in leaf.tolist()], dtype=np.int32),
     )
-
-
-KEYS_PER_TOKEN = 16
-"""Keys of a row per token of its budget. Attention gathers the keys of a shared beginning for every run below it, so
-without a limit hundreds of short responses to a long prompt would need little compute and much memory."""
-
-
-def room(tokens: int, keys: int) -> int:
-    """What a tree takes of a row's budget, in tokens: its tokens, or its keys where these are many."""
-    return max(tokens, -(-keys // KEYS_PER_TOKEN))
-
-
-def split(tree: Tree, budget: int, together: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
-    """Cut what is too large for a row into parts that repeat little of each other.
-
-    A part begins with the first sequence left, in depth-first order, and takes the one of which it has the largest
-    share already, as long as that fits. One that is too large by itself is a part of its own.
-
-    >>> tree = grow([[1, 2, 3, n] for n in range(4)] + [[5]])
-    >>> split(tree, 6), split(tree, 5, together=[[0, 3], [1, 2], [3, 4]])
-    ([[0, 1, 2], [3, 4]], [[0], [1], [2]])
-
-    Args:
-        tree: the tree.
-        budget: room for a part; see `room`.
-        together: sequences that must not be parted, as lists of places; None: each by itself.
-
-    Returns:
-        Numbers of entries of `together`, or places of sequences: each in one part.
-    """
-    if together is None:
-        together = [[place] for place in range(len(tree.leaf))]
-    paths_EE = np.eye(len(tree.edges), dtype=bool)
-    for edge, parent in enumerate(tree.edges[:, 2].tolist()):
-        if parent >= 0:
-            paths_EE[edge] |= paths_EE[parent]
-    on_UE = np.stack([paths_EE[tree.leaf[list(places)]].any(0) for places in together])
-    return cut(on_UE, tree.edges[:, 1] - tree.edges[:, 0], tree.edges[:, 2], budget)
-
-
-def cut(
-    on_UE: NDArray[np.bool_], size_E: IntArray | IdArray, parent_E: IntArray | IdArray, budget: int
-) -> list[list[int]]:
-    """Cut units of a tree into parts, as `split` says.
-
-    Args:
-        on_UE: which edges each unit needs.
-        size_E: tokens of each edge.
-        parent_E: the edge that each goes on from, or -1.
-        budget: room for a part.
-    """
-    size_E, parent_E = size_E.astype(np.int64), parent_E.astype(np.int64)
-    length_E = size_E.copy()
-    for edge, parent in enumerate(parent_E.tolist()):
-        length_E[edge] += length_E[parent] if parent >= 0 else 0
-
-    def fits(have_E: NDArray[np.bool_]) -> bool:
-        last_E = have_E.copy()
-        last_E[parent_E[have_E & (parent_E >= 0)]] = False
-        return room(int(size_E[have_E].sum()), int(length_E[last_E].sum())) <= budget
-
-    left = np.array(sorted(range(len(on_UE)), key=lambda unit: np.flatnonzero(on_UE[unit]).tolist()))
-    whole_U = on_UE @ size_E
-    parts: list[list[int]] = []
-    while len(left):
-        have_E, members, left = on_UE[left[0]].copy(), [int(left[0])], left[1:]
-        while len(left):
-            new_U = on_UE[left] @ np.where(have_E, 0.0, size_E) / whole_U[left]
-            best = int(new_U.argmin())
-            taken = new_U == 0 if new_U[best] == 0 else np.arange(len(left)) == best
-            if new_U[best] > 0 and not fits(have_E | on_UE[left[best]]):
-                break
-            have_E |= on_UE[left[best]]
-            members += left[taken].tolist()
-            left = left[~taken]
-        parts.append(members)
-    return parts

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """Queries [start, stop) of a row against the `prefix` keys before them on their path and, causally, themselves."""
+    """Queries [start, stop) of a row against the `prefix` keys before them on their path and, causally, themselves.
+
+    Attributes:
+        start: row offset of the first query.
+        stop: one past the last.
+        prefix: number of keys before them, in tokens.
+    """
 
     start: int
     stop: int
@@ -207,7 +213,7 @@ class Visibility:
         return self._cache[key]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Visibility:
-        """Return the layout on `device`.
+        """Return the visibility on `device`.
 
         Args:
             device: where its tensors shall lie.
@@ -216,7 +222,7 @@ class Visibility:
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Visibility:
-        """Return the layout in page-locked host memory."""
+        """Return the visibility in page-locked host memory."""
         return self._moved(lambda tensor: tensor.pin_memory())
 
     def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Visibility:

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from btrm_core.chat import tokenizer_fingerprint
 from btrm_core.config import flat
-from btrm_core.data import tokenizer_fingerprint
 from btrm_core.errors import CheckpointError
 from btrm_core.settings import OutputConfig, RunConfig
 from btrm_core.training.processes import gather

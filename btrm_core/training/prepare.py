@@ -68,7 +68,7 @@ SHOW_PROGRESS_FROM = 20_000
 
 
 def choose(config: RunConfig) -> Job:
-    """Find the family, fill the settings from its recipe (or the embedded default), and set up its tokenizer.
+    """Find the family, fill the settings from its recipe (without a base model the toy's), set up its tokenizer.
 
     Args:
         config: The settings as the user gave them.
@@ -103,10 +103,10 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     if config.force_family and config.family is None:
         raise ConfigError("--force-family forces the family that is named: give --family NAME too")
     if config.model.name is None and config.family is None:
-        raise ConfigError("nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR")
+        raise ConfigError("nothing says what to train: give --family NAME for the demo, or --model ID|DIR")
     if config.model.name is None:
         family = families.load(str(config.family), config)
-        config = embedded_settings(config, family, cache_root(config.data.cache_dir))
+        config = toy_settings(config, family, cache_root(config.data.cache_dir))
         described = base_config(config.model)
     else:
         described = base_config(config.model)
@@ -307,7 +307,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def embedded_settings(config: RunConfig, family: Family, cache_dir: Path) -> RunConfig:
+def toy_settings(config: RunConfig, family: Family, cache_dir: Path) -> RunConfig:
     """Fill in the toy base model, the sample and settings that suit them, where the run says nothing.
 
     Args:

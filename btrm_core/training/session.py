@@ -39,7 +39,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded pairs of both sides, and what was reported about them."""
+    """Encoded pairs of both sides, and what was reported about them.
+
+    Attributes:
+        train: pairs to train on.
+        eval: held-out pairs; None without any.
+        report: sources, fingerprint and counts of reading and encoding, as JSON values for `btrm.json`.
+        lines: what the user is told of them.
+        eval_rows: the held-out pairs as text; None without any.
+    """
 
     train: TokenStore
     eval: TokenStore | None

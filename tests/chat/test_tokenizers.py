@@ -16,15 +16,23 @@ from support.chat_samples import (
     HEADERS,
     TEXTS,
     byte_tokenizer,
+    make_chat,
     metaspace_tokenizer,
     unigram_tokenizer,
 )
 from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
 
-from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, rename_tokens, self_contained
+from btrm_core.chat.tokenizers import (
+    Encoder,
+    fast_backend,
+    install_pad,
+    rename_tokens,
+    self_contained,
+    tokenizer_fingerprint,
+)
 from btrm_core.errors import FamilyError
 from btrm_core.families.hookspecs import PadToken, TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 MAKERS = {"bytes": byte_tokenizer, "metaspace": metaspace_tokenizer, "unigram": unigram_tokenizer}
 
@@ -34,11 +42,11 @@ def encoder(tokenizer) -> Encoder:
     return Encoder(fast_backend(tokenizer), {str(token): i for i, token in added.items() if token.special})
 
 
-# tiny_tokenizer
+# toy_tokenizer
 
 
-def test_tiny_tokenizer_has_the_tokens_of_its_shape_first():
-    tokenizer = tiny_tokenizer(HEADERS, TEXTS, vocab_size=400)
+def test_toy_tokenizer_has_the_tokens_of_its_shape_first():
+    tokenizer = toy_tokenizer(HEADERS, TEXTS, vocab_size=400)
     names = [*HEADERS.special_tokens.values(), *HEADERS.control_tokens]
     assert [tokenizer.convert_tokens_to_ids(name) for name in names] == list(range(len(names)))
     assert all(tokenizer.added_tokens_decoder[i].special for i in range(len(names)))
@@ -48,18 +56,18 @@ def test_tiny_tokenizer_has_the_tokens_of_its_shape_first():
     assert 256 + len(names) < len(tokenizer) <= 400
 
 
-def test_tiny_tokenizer_has_a_pad_token_only_if_the_shape_names_one():
-    tokenizer = tiny_tokenizer(TinyShape("gemma", special_tokens={"pad_token": "<pad>", "bos_token": "<bos>"}), [])
+def test_toy_tokenizer_has_a_pad_token_only_if_the_shape_names_one():
+    tokenizer = toy_tokenizer(TinyShape("gemma", special_tokens={"pad_token": "<pad>", "bos_token": "<bos>"}), [])
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 0)
 
 
-def test_tiny_tokenizer_never_has_fewer_tokens_than_bytes_and_control_tokens():
-    assert len(tiny_tokenizer(HEADERS, [], vocab_size=1)) == 256 + 6
+def test_toy_tokenizer_never_has_fewer_tokens_than_bytes_and_control_tokens():
+    assert len(toy_tokenizer(HEADERS, [], vocab_size=1)) == 256 + 6
 
 
 @given(st.text())
 @settings(max_examples=50, deadline=None)
-def test_tiny_tokenizer_loses_nothing(text):
+def test_toy_tokenizer_loses_nothing(text):
     tokenizer = _TINY
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
@@ -72,7 +80,7 @@ def _digest(tokenizer) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def test_tiny_tokenizer_is_the_same_in_another_process():
+def test_toy_tokenizer_is_the_same_in_another_process():
     code = (
         "import hashlib\nfrom support.chat_samples import byte_tokenizer\n"
         "print(hashlib.sha256(byte_tokenizer().backend_tokenizer.to_str().encode()).hexdigest())"
@@ -88,8 +96,8 @@ def test_tiny_tokenizer_is_the_same_in_another_process():
     assert done.stdout.strip() == _digest(byte_tokenizer())
 
 
-def test_tiny_tokenizer_survives_saving(tmp_path):
-    tokenizer = tiny_tokenizer(CHATML, TEXTS, vocab_size=400)
+def test_toy_tokenizer_survives_saving(tmp_path):
+    tokenizer = toy_tokenizer(CHATML, TEXTS, vocab_size=400)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>user\n" + TEXTS[3] + "<|im_end|>"
@@ -97,6 +105,18 @@ def test_tiny_tokenizer_survives_saving(tmp_path):
     assert again.special_tokens_map == tokenizer.special_tokens_map
     assert again.all_special_ids == tokenizer.all_special_ids
     assert _digest(again) == _digest(tokenizer)
+
+
+def test_tokenizer_fingerprint_is_of_the_ids_alone():
+    chat = make_chat()
+    first = tokenizer_fingerprint(chat.tokenizer)
+    assert tokenizer_fingerprint(pickle.loads(pickle.dumps(chat.tokenizer))) == first
+    assert tokenizer_fingerprint(make_chat().tokenizer) == first
+    copy = pickle.loads(pickle.dumps(chat.tokenizer))
+    copy(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the backend
+    assert tokenizer_fingerprint(copy) == first
+    copy.add_tokens(["quick brown"])
+    assert tokenizer_fingerprint(copy) != first
 
 
 # self_contained

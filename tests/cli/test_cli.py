@@ -198,9 +198,7 @@ def test_a_base_model_cannot_score(base, tmp_path):
 
 
 def test_nothing_to_train():
-    assert fails("train") == (
-        "nothing says what to train: give --family NAME for the embedded default, or --model ID|DIR"
-    )
+    assert fails("train") == ("nothing says what to train: give --family NAME for the demo, or --model ID|DIR")
 
 
 def test_no_data(base):

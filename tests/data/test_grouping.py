@@ -21,7 +21,7 @@ from btrm_core.data.store import encode_pairs
 from btrm_core.errors import BtrmError, ConfigError
 from btrm_core.evaluation.figures import figures_of
 from btrm_core.model.reward import RewardModel
-from btrm_core.packing.rows import RowForm
+from btrm_core.packing.forms import RowForm
 from btrm_core.packing.steps import StepBudget, plan_epoch
 from btrm_core.training.loss import bradley_terry, plackett_luce
 from btrm_core.training.micro_batches import build_micro_batch

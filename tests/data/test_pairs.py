@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btrm_core.data.convert import Pair
+from btrm_core.data.curate.held_out import drop_overlap, split_held_out
 from btrm_core.data.issues import IssueReport, RowIssue
-from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, prompt_hash, split_held_out
+from btrm_core.data.pairs import PairData, load_pairs, pairs_from_rows, prompt_hash
 from btrm_core.errors import DataError
 
 

@@ -10,8 +10,9 @@ import pytest
 from support.chat_samples import make_chat
 
 from btrm_core.data import encode
-from btrm_core.data.pairs import load_pairs, pairs_from_rows, split_held_out
-from btrm_core.data.store import TokenStore, encode_pairs, tokenizer_fingerprint
+from btrm_core.data.curate.held_out import split_held_out
+from btrm_core.data.pairs import load_pairs, pairs_from_rows
+from btrm_core.data.store import TokenStore, encode_pairs
 from btrm_core.errors import DataError
 
 
@@ -144,17 +145,6 @@ def test_encoding_is_reused_until_something_changes(chat, tmp_path):
     counting.tokenizer = make_chat(texts=["other merges entirely"]).tokenizer
     encode_pairs(data, counting, 64)
     assert counting.calls == 6
-
-
-def test_tokenizer_fingerprint(chat):
-    first = tokenizer_fingerprint(chat.tokenizer)
-    assert tokenizer_fingerprint(pickle.loads(pickle.dumps(chat.tokenizer))) == first
-    assert tokenizer_fingerprint(make_chat().tokenizer) == first
-    copy = pickle.loads(pickle.dumps(chat.tokenizer))
-    copy(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the backend
-    assert tokenizer_fingerprint(copy) == first
-    copy.add_tokens(["quick brown"])
-    assert tokenizer_fingerprint(copy) != first
 
 
 def test_pickled_pairs_reopen_the_file(chat):

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from support.old_directory import as_the_first_version_wrote
 from support.scorer_samples import CONVERSATIONS, FAMILIES, base_model, finished, real_tokenizer_base
 
 from btrm_core import config, run
@@ -77,6 +79,22 @@ def test_scorer(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     assert scorer.model.kernel != "padded"
     assert scorer.self_test() <= EXACT
     np.testing.assert_allclose(scorer.rewards(trained.conversations), trained.rewards, atol=EXACT, rtol=0)
+
+
+def test_a_directory_of_the_first_manifest(trained: Trained, tmp_path: Path) -> None:
+    """What was saved before files had hashes, figures had intervals and 4.x had its own names scores the same."""
+    old = tmp_path / "model"
+    shutil.copytree(trained.directory, old)
+    as_the_first_version_wrote(old)
+    assert Scorer(str(old), device="cpu").self_test() <= EXACT
+    np.testing.assert_allclose(
+        Scorer(str(old), device="cpu").rewards(trained.conversations), trained.rewards, atol=EXACT
+    )
+    verified = CliRunner().invoke(main, ["verify", str(old), "--json"])
+    assert verified.exit_code == 0, verified.output
+    found = {check["name"]: check["verdict"] for check in json.loads(verified.stdout)}
+    assert found.pop("files as they were written") == "skip"
+    assert set(found.values()) == {"ok"}
 
 
 def test_score_command(trained: Trained, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from support.tiny_models import (
 )
 
 from btrm_core.model.reward import RewardModel
+from btrm_core.packing.batch import Batch
 from btrm_core.packing.forest import Forest, PairPlaces
-from btrm_core.packing.rows import PADDED, Batch, RowForm, collate
+from btrm_core.packing.forms import PADDED, RowForm, collate
 from btrm_core.packing.steps import StepBudget, plan_epoch
 from btrm_core.packing.trees import Tree
 
@@ -135,20 +136,20 @@ def row_offsets_as_positions(batch: Batch) -> None:
 
 
 def window_on_row_offsets(batch: Batch) -> None:
-    assert batch.layout is not None
-    batch.layout.position_T = torch.arange(batch.computed)
+    assert batch.visibility is not None
+    batch.visibility.position_T = torch.arange(batch.computed)
 
 
 def plain_causal_mask(batch: Batch) -> None:
-    assert batch.layout is not None
-    batch.layout.end_T = torch.full_like(batch.layout.end_T, batch.computed)
+    assert batch.visibility is not None
+    batch.visibility.end_T = torch.full_like(batch.visibility.end_T, batch.computed)
 
 
 def siblings_see_each_other(batch: Batch) -> None:
-    assert batch.layout is not None
-    layout = batch.layout
-    for tokens, _ in layout.readers:
-        layout.end_T[int(tokens[0]) : int(layout.end_T[tokens].max())] = layout.end_T[tokens].max()
+    assert batch.visibility is not None
+    visibility = batch.visibility
+    for tokens, _ in visibility.readers:
+        visibility.end_T[int(tokens[0]) : int(visibility.end_T[tokens].max())] = visibility.end_T[tokens].max()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_transformers_own_packing_by_positions_is_noticed(name: str) -> None:
     with true_float64():
         right = model(batch)
         model.use_kernel(PADDED)
-        batch.layout = None
+        batch.visibility = None
         wrong = model(batch)
     assert float((right - wrong).detach().abs().max()) > 1e-2
 

@@ -130,7 +130,7 @@ def refused(model: RewardModel, share: RowShare) -> str:
 
 def of_unequal_widths(share: RowShare) -> float:
     """Largest difference of attention whose values have another width than its keys."""
-    row = collate(awkward_groups(), kernel="eager").layout
+    row = collate(awkward_groups(), kernel="eager").visibility
     assert isinstance(row, Visibility)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, row.length, width) for heads, width in ((8, 6), (2, 6), (2, 3)))

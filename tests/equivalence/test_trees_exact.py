@@ -20,9 +20,11 @@ from support.tiny_models import CONFIGS, SOFTCAPPED, WINDOW, WINDOWED, deep_sequ
 
 from btrm_core.data.store import TokenStore
 from btrm_core.model.reward import RewardModel
-from btrm_core.packing.rows import PADDED, Batch, RowForm, collate
+from btrm_core.packing.batch import Batch
+from btrm_core.packing.cuts import split
+from btrm_core.packing.forms import PADDED, RowForm, collate
 from btrm_core.packing.steps import StepBudget, plan_epoch
-from btrm_core.packing.trees import Tree, grow, part, split
+from btrm_core.packing.trees import Tree, grow, part
 from btrm_core.training.loss import bradley_terry
 from btrm_core.training.micro_batches import build_micro_batch
 
@@ -160,18 +162,18 @@ def test_a_step_of_weighted_pairs_equals_separate_passes(name: str, layout: str,
 
 def a_cousin_is_seen(batch: Batch) -> None:
     """What one branch may see reaches into the next."""
-    layout = batch.layout
-    assert layout is not None
-    for tokens, _ in layout.readers[:1]:
-        layout.end_T[int(tokens[0]) :] = layout.end_T[int(tokens[0])]
+    visibility = batch.visibility
+    assert visibility is not None
+    for tokens, _ in visibility.readers[:1]:
+        visibility.end_T[int(tokens[0]) :] = visibility.end_T[int(tokens[0])]
 
 
 def a_grandparent_is_lost(batch: Batch) -> None:
     """The first token of every tree is seen by its first branch only."""
-    layout = batch.layout
-    assert layout is not None
-    roots = torch.nonzero(layout.position_T == 0).flatten()
-    layout.end_T[roots] = roots + 1
+    visibility = batch.visibility
+    assert visibility is not None
+    roots = torch.nonzero(visibility.position_T == 0).flatten()
+    visibility.end_T[roots] = roots + 1
 
 
 def branches_go_on_counting(batch: Batch) -> None:
@@ -179,8 +181,8 @@ def branches_go_on_counting(batch: Batch) -> None:
 
 
 def the_window_counts_row_offsets(batch: Batch) -> None:
-    assert batch.layout is not None
-    batch.layout.position_T = torch.arange(batch.computed)
+    assert batch.visibility is not None
+    batch.visibility.position_T = torch.arange(batch.computed)
 
 
 @pytest.mark.parametrize(
@@ -207,15 +209,15 @@ def test_a_wrong_mask_or_position_is_noticed(spoil: Any, names: tuple[str, ...])
 def test_a_wrong_gather_is_noticed(lost: str) -> None:
     model = reward_model("llama3", "varlen", torch.float64)
     batch = collate(trees(), kernel="varlen")
-    layout = batch.layout
-    assert layout is not None
-    assert layout.key_index_K is not None
+    visibility = batch.visibility
+    assert visibility is not None
+    assert visibility.key_index_K is not None
     if lost == "a reader":
-        tokens, keys = layout.readers[0]
-        layout.readers = ((tokens, keys.view(len(tokens), -1)[:, :-1].flatten()), *layout.readers[1:])
+        tokens, keys = visibility.readers[0]
+        visibility.readers = ((tokens, keys.view(len(tokens), -1)[:, :-1].flatten()), *visibility.readers[1:])
     else:
-        run = next(number for number, run in enumerate(layout.runs) if run.prefix)
-        layout.key_index_K[layout.key_starts[run]] = layout.runs[run].start
+        run = next(number for number, run in enumerate(visibility.runs) if run.prefix)
+        visibility.key_index_K[visibility.key_starts[run]] = visibility.runs[run].start
     rewards_S, found = in_rows(model, [batch], torch.float64)
     right_S, expected = separate("llama3", torch.float64)
     reward_error = float((rewards_S - right_S).abs().max())

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from btrm_core.families import defaults
 from btrm_core.families.hookspecs import PadToken, TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 
 def tokenizer_with(special: dict[str, str], *control: str) -> PreTrainedTokenizerFast:
-    return tiny_tokenizer(TinyShape("llama", special_tokens=special, control_tokens=control), [], 400)
+    return toy_tokenizer(TinyShape("llama", special_tokens=special, control_tokens=control), [], 400)
 
 
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:

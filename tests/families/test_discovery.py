@@ -17,7 +17,7 @@ from btrm_core.families import view
 from btrm_core.families.discovery import detect, discover, list_families, load, require_claim
 from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import HOOKS, PadToken, Recipe, TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 BUILT_IN = ["checkpoint", "gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen3"]
 LISTED = ", ".join(BUILT_IN)
@@ -266,7 +266,7 @@ def test_a_compatible_btrm_is_accepted(install, requirement):
 
 # asking
 
-TOKENIZER = tiny_tokenizer(
+TOKENIZER = toy_tokenizer(
     TinyShape("x", special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, control_tokens=("<pad>",)), [], 300
 )
 ARGUMENTS = {
@@ -516,7 +516,7 @@ def model_dir(tmp_path):
     from transformers import LlamaConfig
 
     tiny = load("llama3").recipe().tiny
-    tiny_tokenizer(tiny, ["hello"], 400).save_pretrained(tmp_path / "model")
+    toy_tokenizer(tiny, ["hello"], 400).save_pretrained(tmp_path / "model")
     LlamaConfig(hidden_size=64, vocab_size=400, **tiny.config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

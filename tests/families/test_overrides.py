@@ -12,7 +12,7 @@ from btrm_core.config import read_settings
 from btrm_core.errors import ConfigError
 from btrm_core.families.hookspecs import TinyShape
 from btrm_core.families.overrides import Overrides
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 
 def settings(pad_token=None, chat_template=None, init_std=None):
@@ -31,7 +31,7 @@ def tokenizer():
         "<|reserved_special_token_0|>",
         "<|reserved_special_token_1|>",
     )
-    return tiny_tokenizer(TinyShape("llama", special_tokens=special, control_tokens=control), ["the cat the dog"], 400)
+    return toy_tokenizer(TinyShape("llama", special_tokens=special, control_tokens=control), ["the cat the dog"], 400)
 
 
 def test_settings_left_alone_are_no_opinion(tokenizer):

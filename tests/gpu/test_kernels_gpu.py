@@ -14,7 +14,8 @@ from support.tiny_models import WINDOW, awkward_groups, deep_sequences, group, t
 from btrm_core.model import kernels
 from btrm_core.model.reward import RewardModel
 from btrm_core.model.selfcheck import self_check
-from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.forms import collate
+from btrm_core.packing.rows import pack_row
 from btrm_core.packing.trees import grow
 from btrm_core.packing.visibility import Visibility
 
@@ -42,14 +43,14 @@ def long_groups(seed: int = 0, scale: int = 10) -> list[Any]:
     return [*(group(*(scale * n for n in sizes), seed=seed) for sizes in lengths), *deep]
 
 
-def layout_of(groups: list[Any]) -> Visibility:
-    layout = pack_row(groups, multiple_of=128).batch().to("cuda").layout
-    assert layout is not None
-    return layout
+def visibility_of(groups: list[Any]) -> Visibility:
+    visibility = pack_row(groups, multiple_of=128).batch().to("cuda").visibility
+    assert visibility is not None
+    return visibility
 
 
 def evaluate(
-    kernel: Callable[..., Any], layout: Visibility, dtype: torch.dtype, head_dim: int, kv_heads: int, **options: Any
+    kernel: Callable[..., Any], visibility: Visibility, dtype: torch.dtype, head_dim: int, kv_heads: int, **options: Any
 ) -> list[torch.Tensor]:
     """Output and gradients of a kernel for inputs that are the same up to rounding."""
     generator = torch.Generator().manual_seed(0)
@@ -57,8 +58,8 @@ def evaluate(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).bfloat16().to("cuda", dtype)
 
-    inputs = [random(1, layout.length, heads, head_dim).requires_grad_() for heads in (8, kv_heads, kv_heads)]
-    output = kernel(*(state.transpose(1, 2) for state in inputs), layout, scaling=head_dim**-0.5, **options)
+    inputs = [random(1, visibility.length, heads, head_dim).requires_grad_() for heads in (8, kv_heads, kv_heads)]
+    output = kernel(*(state.transpose(1, 2) for state in inputs), visibility, scaling=head_dim**-0.5, **options)
     (output * random(*output.shape)).sum().backward()
     return [output.detach().float(), *(state.grad.float() for state in inputs)]
 
@@ -72,22 +73,22 @@ def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> f
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 8), (64, 2), (128, 1), (256, 1), (256, 4)])
 @pytest.mark.parametrize("kernel", HALF_KERNELS)
 def test_half_precision(kernel: Callable[..., torch.Tensor], head_dim: int, kv_heads: int, window: int | None) -> None:
-    layout = layout_of(long_groups())
-    found = evaluate(kernel, layout, torch.bfloat16, head_dim, kv_heads, window=window)
-    expected = evaluate(kernels.eager, layout, torch.float32, head_dim, kv_heads, window=window)
+    visibility = visibility_of(long_groups())
+    found = evaluate(kernel, visibility, torch.bfloat16, head_dim, kv_heads, window=window)
+    expected = evaluate(kernels.eager, visibility, torch.float32, head_dim, kv_heads, window=window)
     assert relative_error(found, expected) < 1e-2
 
 
 def test_gathered_gradients_are_the_same_every_time() -> None:
     """Keys that many runs read: their gradients are added up in one order, without atomic additions."""
-    layout = layout_of(long_groups())
-    assert layout.key_index_K is not None
-    rows = torch.randn(1, 4, layout.length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weights = torch.randn(len(layout.key_index_K), 4, 64, device="cuda", dtype=torch.bfloat16)
+    visibility = visibility_of(long_groups())
+    assert visibility.key_index_K is not None
+    rows = torch.randn(1, 4, visibility.length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.randn(len(visibility.key_index_K), 4, 64, device="cuda", dtype=torch.bfloat16)
     found = []
     for _ in range(5):
         rows.grad = None
-        kernels._keys(rows, layout).backward(weights)
+        kernels._keys(rows, visibility).backward(weights)
         found.append(rows.grad.clone())
     assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -96,26 +97,26 @@ def test_gathered_gradients_are_the_same_every_time() -> None:
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("kernel", CAPPING)
 def test_half_precision_with_softcap(kernel: Callable[..., torch.Tensor], head_dim: int, window: int | None) -> None:
-    layout = layout_of(long_groups())
+    visibility = visibility_of(long_groups())
     options = {"window": window, "softcap": 1.5}
-    found = evaluate(kernel, layout, torch.bfloat16, head_dim, 4, **options)
-    assert relative_error(found, evaluate(kernels.eager, layout, torch.float32, head_dim, 4, **options)) < 1e-2
+    found = evaluate(kernel, visibility, torch.bfloat16, head_dim, 4, **options)
+    assert relative_error(found, evaluate(kernels.eager, visibility, torch.float32, head_dim, 4, **options)) < 1e-2
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 50])
 def test_flex_in_float32(window: int | None, softcap: float | None) -> None:
-    layout = layout_of(long_groups())
+    visibility = visibility_of(long_groups())
     options = {"window": window, "softcap": softcap}
-    found = evaluate(kernels.flex, layout, torch.float32, 64, 2, **options)
-    assert relative_error(found, evaluate(kernels.eager, layout, torch.float32, 64, 2, **options)) < 2e-3
+    found = evaluate(kernels.flex, visibility, torch.float32, 64, 2, **options)
+    assert relative_error(found, evaluate(kernels.eager, visibility, torch.float32, 64, 2, **options)) < 2e-3
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_the_run_loop_stands_in_for_float32(window: int | None) -> None:
-    layout = layout_of(long_groups())
-    found = evaluate(kernels.varlen, layout, torch.float32, 64, 2, window=window)
-    assert relative_error(found, evaluate(kernels.eager, layout, torch.float32, 64, 2, window=window)) < 2e-3
+    visibility = visibility_of(long_groups())
+    found = evaluate(kernels.varlen, visibility, torch.float32, 64, 2, window=window)
+    assert relative_error(found, evaluate(kernels.eager, visibility, torch.float32, 64, 2, window=window)) < 2e-3
 
 
 def gradients_of(model: RewardModel, groups: list[Any]) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from support.tiny_models import awkward_groups, tiny_model
 
 from btrm_core.model.reward import RewardModel, use_kernels
-from btrm_core.packing.rows import collate
+from btrm_core.packing.forms import collate
 
 pytestmark = pytest.mark.gpu
 

@@ -22,44 +22,44 @@ from transformers.masking_utils import (
 from btrm_core.errors import ConfigError
 from btrm_core.model import attention, kernels
 from btrm_core.model.attention import KERNELS, LayerMask, attend, choose_kernel, layer_mask, masks_for
-from btrm_core.packing import rows
-from btrm_core.packing.rows import collate, pack_row
+from btrm_core.packing.forms import collate, row_multiple
+from btrm_core.packing.rows import pack_row
 from btrm_core.packing.trees import Tree
 from btrm_core.packing.visibility import Visibility
 
 WINDOWS = (None, 1, 5, 9, 1000)
 
 
-def layout_of(groups: list[Tree], multiple_of: int = 1) -> Visibility:
-    layout = pack_row(groups, multiple_of=multiple_of).batch().layout
-    assert layout is not None
-    return layout
+def visibility_of(groups: list[Tree], multiple_of: int = 1) -> Visibility:
+    visibility = pack_row(groups, multiple_of=multiple_of).batch().visibility
+    assert visibility is not None
+    return visibility
 
 
-def states(layout: Visibility, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+def states(visibility: Visibility, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     """Query [1, 4, T, 8], key and value [1, 2, T, 8], laid out in memory as projections leave them."""
     generator = torch.Generator().manual_seed(0)
     shapes = (4, 2, 2)
-    made = [torch.randn(1, layout.length, heads, 8, generator=generator, dtype=dtype) for heads in shapes]
+    made = [torch.randn(1, visibility.length, heads, 8, generator=generator, dtype=dtype) for heads in shapes]
     return tuple(state.requires_grad_() for state in made)
 
 
-def evaluate(kernel: Callable[..., torch.Tensor], layout: Visibility, **options: Any) -> list[torch.Tensor]:
+def evaluate(kernel: Callable[..., torch.Tensor], visibility: Visibility, **options: Any) -> list[torch.Tensor]:
     """A kernel's output and its gradients for queries, keys and values."""
-    inputs = states(layout)
-    output = kernel(*(state.transpose(1, 2) for state in inputs), layout, scaling=0.3, **options)
-    assert output.shape == (1, layout.length, 4, 8)
+    inputs = states(visibility)
+    output = kernel(*(state.transpose(1, 2) for state in inputs), visibility, scaling=0.3, **options)
+    assert output.shape == (1, visibility.length, 4, 8)
     (output * torch.cos(torch.arange(output.numel(), dtype=output.dtype)).view_as(output)).sum().backward()
     return [output.detach(), *(state.grad for state in inputs)]
 
 
-def written_out(query, key, value, layout, *, window, scaling, softcap=None) -> torch.Tensor:
+def written_out(query, key, value, visibility, *, window, scaling, softcap=None) -> torch.Tensor:
     """Attention by the T x T rule, in the plainest form."""
     key, value = (state.repeat_interleave(query.shape[1] // key.shape[1], 1) for state in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    return (scores.masked_fill(~layout.visible(window), -math.inf).softmax(-1) @ value).transpose(1, 2)
+    return (scores.masked_fill(~visibility.visible(window), -math.inf).softmax(-1) @ value).transpose(1, 2)
 
 
 def assert_same(left: list[torch.Tensor], right: list[torch.Tensor], tolerance: float = 1e-12) -> None:
@@ -73,44 +73,48 @@ def assert_same(left: list[torch.Tensor], right: list[torch.Tensor], tolerance: 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kernel", [kernels.run_loop, kernels.varlen, kernels.dense, kernels.eager])
 def test_kernels_compute_the_rule(kernel: Callable[..., torch.Tensor], window: int | None) -> None:
-    layout = layout_of(awkward_groups(), multiple_of=16)
-    assert_same(evaluate(kernel, layout, window=window), evaluate(written_out, layout, window=window))
+    visibility = visibility_of(awkward_groups(), multiple_of=16)
+    assert_same(evaluate(kernel, visibility, window=window), evaluate(written_out, visibility, window=window))
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kernel", [kernels.run_loop, kernels.dense, kernels.eager])
 def test_kernels_compute_the_rule_on_deep_trees(kernel: Callable[..., torch.Tensor], window: int | None) -> None:
-    layout = layout_of([deep_tree(depth, seed) for depth in (1, 3, 5) for seed in (0, 1)], multiple_of=16)
-    assert len(layout.readers) > 4, "tokens that are read by many runs"
-    assert_same(evaluate(kernel, layout, window=window), evaluate(written_out, layout, window=window))
+    visibility = visibility_of([deep_tree(depth, seed) for depth in (1, 3, 5) for seed in (0, 1)], multiple_of=16)
+    assert len(visibility.readers) > 4, "tokens that are read by many runs"
+    assert_same(evaluate(kernel, visibility, window=window), evaluate(written_out, visibility, window=window))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 5), st.integers(0, 10**6), st.sampled_from([torch.float64, torch.float32]))
 def test_the_gradient_of_gathered_keys_is_autograds_own(depth: int, seed: int, dtype: torch.dtype) -> None:
-    layout = layout_of([group(3, 2), deep_tree(depth, seed), group(0, 4, 2)])
-    assert layout.key_index_K is not None
-    states = torch.randn(1, 2, layout.length, 4, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-    weights = torch.randn(len(layout.key_index_K), 2, 4, dtype=dtype, generator=torch.Generator().manual_seed(seed + 1))
+    visibility = visibility_of([group(3, 2), deep_tree(depth, seed), group(0, 4, 2)])
+    assert visibility.key_index_K is not None
+    states = torch.randn(1, 2, visibility.length, 4, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    weights = torch.randn(
+        len(visibility.key_index_K), 2, 4, dtype=dtype, generator=torch.Generator().manual_seed(seed + 1)
+    )
     ours, theirs = (states.clone().requires_grad_() for _ in range(2))
-    (kernels._keys(ours, layout) * weights).sum().backward()
-    (kernels._rows(theirs).index_select(0, layout.key_index_K) * weights).sum().backward()
+    (kernels._keys(ours, visibility) * weights).sum().backward()
+    (kernels._rows(theirs).index_select(0, visibility.key_index_K) * weights).sum().backward()
     assert float((ours.grad - theirs.grad).abs().max()) <= (1e-13 if dtype == torch.float64 else 1e-5)
 
 
 def test_gathered_gradients_are_added_up_in_at_least_float32() -> None:
     """Forty readers in half precision: adding one after another in bfloat16 would lose the small ones."""
-    layout = layout_of([group(1, *([1] * 40))])
-    rows = torch.zeros(1, 1, layout.length, 1, dtype=torch.bfloat16, requires_grad=True)
-    kernels._keys(rows, layout).backward(torch.full((len(layout.key_index_K), 1, 1), 1 + 2**-7, dtype=torch.bfloat16))
+    visibility = visibility_of([group(1, *([1] * 40))])
+    rows = torch.zeros(1, 1, visibility.length, 1, dtype=torch.bfloat16, requires_grad=True)
+    kernels._keys(rows, visibility).backward(
+        torch.full((len(visibility.key_index_K), 1, 1), 1 + 2**-7, dtype=torch.bfloat16)
+    )
     assert rows.grad[0, 0, 0, 0].item() == torch.tensor(40 * (1 + 2**-7)).bfloat16().item()
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_eager_computes_softcaps(window: int | None) -> None:
-    layout = layout_of(awkward_groups())
-    expected = evaluate(written_out, layout, window=window, softcap=0.7)
-    assert_same(evaluate(kernels.eager, layout, window=window, softcap=0.7), expected)
+    visibility = visibility_of(awkward_groups())
+    expected = evaluate(written_out, visibility, window=window, softcap=0.7)
+    assert_same(evaluate(kernels.eager, visibility, window=window, softcap=0.7), expected)
 
 
 def flash_semantics(
@@ -143,25 +147,25 @@ def flash_semantics(
 def test_the_variable_length_call_computes_the_rule(groups: list[Tree], window: int | None) -> None:
     """The numbers handed to the GPU kernels, through a reference of what those kernels do."""
 
-    def call(query, key, value, layout, *, window, scaling) -> torch.Tensor:
+    def call(query, key, value, visibility, *, window, scaling) -> torch.Tensor:
         options, native = kernels.varlen_options(frozenset({"window_size", "enable_gqa"}), window)
         assert native
         output = flash_semantics(
             kernels._rows(query),
-            kernels._keys(key, layout),
-            kernels._keys(value, layout),
-            layout.query_starts,
-            layout.key_starts,
-            layout.max_queries,
-            layout.max_keys,
+            kernels._keys(key, visibility),
+            kernels._keys(value, visibility),
+            visibility.query_starts,
+            visibility.key_starts,
+            visibility.max_queries,
+            visibility.max_keys,
             scale=scaling,
             enable_gqa=True,
             **options,
         )
         return output[None]
 
-    layout = layout_of(groups, multiple_of=16)
-    assert_same(evaluate(call, layout, window=window), evaluate(written_out, layout, window=window))
+    visibility = visibility_of(groups, multiple_of=16)
+    assert_same(evaluate(call, visibility, window=window), evaluate(written_out, visibility, window=window))
 
 
 def test_variable_length_attention_is_asked_in_the_words_of_each_torch() -> None:
@@ -173,10 +177,10 @@ def test_variable_length_attention_is_asked_in_the_words_of_each_torch() -> None
 
 
 def test_an_unshared_row_copies_no_keys() -> None:
-    layout = layout_of([group(0, 7), group(0, 9, 4)])
-    assert layout.key_index_K is None
-    key = states(layout)[1].transpose(1, 2)
-    assert kernels._keys(key, layout).data_ptr() == key.data_ptr()
+    visibility = visibility_of([group(0, 7), group(0, 9, 4)])
+    assert visibility.key_index_K is None
+    key = states(visibility)[1].transpose(1, 2)
+    assert kernels._keys(key, visibility).data_ptr() == key.data_ptr()
 
 
 # --- FlexAttention's block masks -----------------------------------------------------------------
@@ -201,9 +205,9 @@ lengths = st.tuples(st.integers(0, 150), st.integers(1, 120), st.integers(1, 120
 @settings(max_examples=15, deadline=None)
 @given(st.lists(lengths, min_size=1, max_size=5), st.sampled_from([None, 1, 40, 150]))
 def test_host_built_blocks_agree_with_create_block_mask(sizes, window: int | None) -> None:
-    layout = layout_of([group(*size) for size in sizes], multiple_of=128)
-    built = layout.block_mask(window)
-    expected = create_block_mask(built.mask_mod, 1, 1, layout.length, layout.length, device="cpu")
+    visibility = visibility_of([group(*size) for size in sizes], multiple_of=128)
+    built = visibility.block_mask(window)
+    expected = create_block_mask(built.mask_mod, 1, 1, visibility.length, visibility.length, device="cpu")
     partial, full = blocks_of(built)
     expected_partial, expected_full = blocks_of(expected)
     assert not (full & ~expected_full).any(), "a block counted as wholly visible is not"
@@ -216,24 +220,24 @@ def test_host_built_blocks_agree_with_create_block_mask(sizes, window: int | Non
 @settings(max_examples=15, deadline=None)
 @given(st.lists(lengths, min_size=1, max_size=4), st.sampled_from([None, 1, 40, 150]))
 def test_the_rule_inside_blocks_is_the_mask(sizes, window: int | None) -> None:
-    layout = layout_of([group(*size) for size in sizes], multiple_of=128)
-    offsets = torch.arange(layout.length)
-    rule = layout.block_mask(window).mask_mod(torch.tensor(0), torch.tensor(0), offsets[:, None], offsets[None, :])
-    assert torch.equal(rule, layout.visible(window))
+    visibility = visibility_of([group(*size) for size in sizes], multiple_of=128)
+    offsets = torch.arange(visibility.length)
+    rule = visibility.block_mask(window).mask_mod(torch.tensor(0), torch.tensor(0), offsets[:, None], offsets[None, :])
+    assert torch.equal(rule, visibility.visible(window))
 
 
 def test_block_masks_need_whole_blocks() -> None:
     with pytest.raises(ValueError, match="needs rows of a multiple of 128 tokens, not 130"):
-        layout_of([group(100, 20, 10)]).block_mask(None)
+        visibility_of([group(100, 20, 10)]).block_mask(None)
 
 
 def test_masks_are_built_once_per_window() -> None:
-    layout = layout_of([group(100, 20, 8)])
-    assert layout.block_mask(None) is layout.block_mask(None)
-    assert layout.block_mask(None) is not layout.block_mask(9)
-    assert layout.visible(9) is layout.visible(9)
-    run = layout.runs[1]
-    assert layout.run_mask(run, None, torch.float32) is layout.run_mask(run, 1000, torch.float32)
+    visibility = visibility_of([group(100, 20, 8)])
+    assert visibility.block_mask(None) is visibility.block_mask(None)
+    assert visibility.block_mask(None) is not visibility.block_mask(9)
+    assert visibility.visible(9) is visibility.visible(9)
+    run = visibility.runs[1]
+    assert visibility.run_mask(run, None, torch.float32) is visibility.run_mask(run, 1000, torch.float32)
 
 
 def test_flex_compiles_two_graphs_for_rows_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +259,10 @@ def test_flex_compiles_two_graphs_for_rows_of_any_length(monkeypatch: pytest.Mon
     compiled = torch.compile(module.flex_attention, backend=counting)
     monkeypatch.setattr(kernels, "_compiled_flex", lambda: compiled)
     for length in (128, 256, 384, 256):
-        layout = layout_of([group(60, 20, 8, seed=length), group(3, 5, 4)], multiple_of=length)
+        visibility = visibility_of([group(60, 20, 8, seed=length), group(3, 5, 4)], multiple_of=length)
         for window in (None, 9):
             options = {"window": window, "softcap": 0.7}
-            assert_same(evaluate(kernels.flex, layout, **options), evaluate(written_out, layout, **options))
+            assert_same(evaluate(kernels.flex, visibility, **options), evaluate(written_out, visibility, **options))
     assert graphs == 2
 
 
@@ -266,7 +270,7 @@ def test_flex_compiles_two_graphs_for_rows_of_any_length(monkeypatch: pytest.Mon
 
 
 def understood(rule: Callable[..., Any], size: int | None = None) -> LayerMask:
-    with masks_for(layout_of([group(3, 2, 2)])):
+    with masks_for(visibility_of([group(3, 2, 2)])):
         return layer_mask(mask_function=rule, local_size=size)
 
 
@@ -295,11 +299,11 @@ def test_other_rules_are_refused(rule: Callable[..., Any], size: int | None) -> 
 
 
 def call_attend(kernel: str = "eager", mask: object = None, **options: Any) -> torch.Tensor:
-    layout = layout_of([group(3, 2, 2)])
-    inputs = (state.transpose(1, 2) for state in states(layout))
-    with masks_for(layout):
+    visibility = visibility_of([group(3, 2, 2)])
+    inputs = (state.transpose(1, 2) for state in states(visibility))
+    with masks_for(visibility):
         return attend(
-            torch.nn.Module(), *inputs, LayerMask(layout, None) if mask is None else mask, kernel=kernel, **options
+            torch.nn.Module(), *inputs, LayerMask(visibility, None) if mask is None else mask, kernel=kernel, **options
         )[0]
 
 
@@ -321,9 +325,9 @@ def test_what_a_kernel_does_not_compute_is_refused(options: dict[str, Any], mess
     assert call_attend(softcap=30.0, sliding_window=None, position_ids=None).shape == (1, 7, 4, 8)
 
 
-def test_a_layout_is_seen_only_inside_its_context() -> None:
-    layout = layout_of([group(3, 2, 2)])
-    with pytest.raises(ZeroDivisionError), masks_for(layout):
+def test_a_visibility_is_seen_only_inside_its_context() -> None:
+    visibility = visibility_of([group(3, 2, 2)])
+    with pytest.raises(ZeroDivisionError), masks_for(visibility):
         _ = 1 / 0
     assert attention._ROW.get() is None
 
@@ -457,10 +461,10 @@ def test_flash_attn_is_reported_missing_where_it_is() -> None:
 
 
 def test_row_lengths_are_rounded_where_it_pays() -> None:
-    assert rows.row_multiple("varlen", "cpu") == 1
-    assert rows.row_multiple("varlen", "cuda") == 128
-    assert rows.row_multiple("flex", "cpu") == 128
-    assert rows.row_multiple("padded", "cuda") == 1
+    assert row_multiple("varlen", "cpu") == 1
+    assert row_multiple("varlen", "cuda") == 128
+    assert row_multiple("flex", "cpu") == 128
+    assert row_multiple("padded", "cuda") == 1
 
 
 def test_collate_lays_out_for_the_kernel() -> None:
@@ -469,5 +473,5 @@ def test_collate_lays_out_for_the_kernel() -> None:
     assert collate(groups, kernel="varlen", share_prefix=False).computed == 15
     assert collate(groups, kernel="varlen", multiple_of=128).computed == 128
     padded = collate(groups, kernel="padded")
-    assert padded.layout is None
+    assert padded.visibility is None
     assert np.prod(padded.input_ids.shape) == 16

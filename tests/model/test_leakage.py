@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.architectures import ARCHITECTURES, form_of, tiny_reward_model
 from support.tiny_models import SIZE, VOCAB
+from transformers import MambaConfig
 
 from btrm_core.errors import CheckpointError, ConfigError
 from btrm_core.model.leakage import (
@@ -18,6 +19,7 @@ from btrm_core.model.leakage import (
     check_max_length,
     examine,
     positions_depend_on_batch,
+    positions_problem,
     require_head_class,
     token_mixers,
     trusted,
@@ -226,12 +228,16 @@ def test_learned_positions_are_a_limit_and_rotary_ones_a_warning() -> None:
     learned, opt, rotary = (tiny_reward_model(name).base_model for name in ("gpt2", "opt", "llama"))
     for model in (learned, opt):
         assert check_max_length(model, 256) is None
-        with pytest.raises(
-            ConfigError, match=r"data\.max_length is 257.* learned positions for 256 tokens .*--max-length"
-        ):
+        with pytest.raises(ConfigError, match=r"257 tokens.* knows 256 positions, and no more: .*--max-length 256"):
             check_max_length(model, 257)
+        assert positions_problem(model.config, 257) == positions_problem(model.config, 257, model)
     assert check_max_length(rotary, 256) is None
-    assert "more than the 256 positions" in str(check_max_length(rotary, 257))
+    assert check_max_length(rotary, 257) == (
+        "conversations may have 257 tokens, and the base model (llama) knows 256 positions: what is beyond them it has "
+        "never seen; keep to them with --max-length 256"
+    )
+    assert positions_problem(rotary.config, 257) == (False, check_max_length(rotary, 257))
+    assert positions_problem(MambaConfig(), 10_000_000) is None
 
 
 @pytest.mark.parametrize("kind", ["granite", "cohere", "lfm2", "falcon_mamba"])

@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from btrm_core.errors import ConfigError
 from btrm_core.model.reward import RewardHead, RewardModel, choose_for
 from btrm_core.model.selfcheck import self_check
-from btrm_core.packing.rows import PADDED, collate, pack_row, pad_rows
+from btrm_core.packing.forms import PADDED, collate
+from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.trees import grow
 
 
@@ -239,7 +240,7 @@ def test_self_check_notices_a_difference() -> None:
     class Skewed(RewardModel):
         def hidden(self, batch: Any) -> torch.Tensor:
             hidden = super().hidden(batch)
-            return hidden * 1.1 if batch.layout is not None else hidden
+            return hidden * 1.1 if batch.visibility is not None else hidden
 
     check = self_check(Skewed(tiny_model("llama3"), "varlen"), awkward_groups())
     assert not check.ok

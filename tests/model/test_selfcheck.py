@@ -74,7 +74,7 @@ def test_long_groups_are_compared_in_part(monkeypatch):
 
     class Watched(RewardModel):
         def forward(self, batch: Batch):
-            lengths.append(batch.input_ids.shape[1] if batch.layout is None else int(batch.position_ids.max()) + 1)
+            lengths.append(batch.input_ids.shape[1] if batch.visibility is None else int(batch.position_ids.max()) + 1)
             return super().forward(batch)
 
     lengths: list[int] = []

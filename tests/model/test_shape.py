@@ -1,12 +1,12 @@
 """MFU against arithmetic by hand."""
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MambaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from btrm_core.errors import CheckpointError
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.shape import check_vocabulary, mfu_per_token_rate, positions_problem
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.shape import check_vocabulary, mfu_per_token_rate
+from btrm_core.model.toy import toy_tokenizer
 
 
 def test_a_llama_on_an_h100_by_hand():
@@ -31,23 +31,9 @@ def test_what_cannot_be_said_is_not_said():
     assert mfu_per_token_rate(GPT2Config(n_layer=1), "NVIDIA H200", 1, 100.0) is None
 
 
-def test_learned_positions_end_and_rotary_ones_are_only_unseen():
-    assert positions_problem(LlamaConfig(max_position_embeddings=64), 64) is None
-    impossible, text = positions_problem(LlamaConfig(max_position_embeddings=64), 65)
-    assert not impossible
-    assert text == (
-        "the longest conversation has 65 tokens, and the base model knows 64 positions: what is beyond them it has "
-        "never seen; keep to them with --max-length 64"
-    )
-    impossible, text = positions_problem(GPT2Config(n_positions=64), 65)
-    assert impossible
-    assert text.endswith("knows 64 positions, and no more: keep to them with --max-length 64")
-    assert positions_problem(MambaConfig(), 10_000_000) is None
-
-
 def test_tokens_beyond_the_embeddings_may_only_be_ones_that_nothing_writes():
     shape = TinyShape("llama", special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
-    tokenizer = tiny_tokenizer(shape, ["hello"], 300)
+    tokenizer = toy_tokenizer(shape, ["hello"], 300)
     size = len(tokenizer)
     config = LlamaConfig(vocab_size=size)
     check_vocabulary(tokenizer, config, "m")
@@ -61,6 +47,6 @@ def test_tokens_beyond_the_embeddings_may_only_be_ones_that_nothing_writes():
     tokenizer.add_tokens(["a word"])
     with pytest.raises(CheckpointError, match=f"'a word' is {size + 1}"):
         check_vocabulary(tokenizer, config, "m")
-    padded = tiny_tokenizer(shape, ["hello"], 300)
+    padded = toy_tokenizer(shape, ["hello"], 300)
     padded.add_special_tokens({"pad_token": "[PAD]"})  # new: it gets a row
     check_vocabulary(padded, config, "m", written={size})

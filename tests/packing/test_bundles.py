@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btrm_core.packing.bundles import bundles, packed_rows, padded_rows
-from btrm_core.packing.trees import room
+from btrm_core.packing.cuts import room
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 labelled = st.lists(st.tuples(ids, st.integers(0, 3)), max_size=30)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btrm_core.packing.rows import Batch, pack_row, pad_rows
+from btrm_core.packing.batch import Batch
+from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.trees import Tree, grow
 
 
@@ -103,15 +104,15 @@ def test_batches_are_tensors_that_survive_a_loader_worker() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.reward_index.dtype == torch.int64
     again: Batch = pickle.loads(pickle.dumps(batch)).to("cpu")
-    assert again.layout is not None
-    assert again.layout.runs == batch.layout.runs
-    assert torch.equal(again.layout.visible(None), batch.layout.visible(None))
+    assert again.visibility is not None
+    assert again.visibility.runs == batch.visibility.runs
+    assert torch.equal(again.visibility.visible(None), batch.visibility.visible(None))
     assert (again.computed, again.useful, again.shared, again.group_sizes) == (8, 7, 2, (2,))
 
 
 def test_padded_batches_have_a_mask_and_no_layout() -> None:
     batch = pad_rows([grow([[1, 2, 3, 4], [1, 2, 5]])], pad_id=9).to("cpu")
-    assert batch.layout is None
+    assert batch.visibility is None
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]

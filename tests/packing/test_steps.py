@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from btrm_core.errors import ConfigError
 from btrm_core.packing.balance import fill
+from btrm_core.packing.cuts import room
 from btrm_core.packing.forest import Forest, PairPlaces
-from btrm_core.packing.rows import PADDED, RowForm, pack_row, pad_rows
+from btrm_core.packing.forms import PADDED, RowForm
+from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.steps import EpochPlan, StepBudget, plan_epoch
-from btrm_core.packing.trees import Tree, grow, part, room
+from btrm_core.packing.trees import Tree, grow, part
 
 LAYOUTS = ("shared", "packed", "padded")
 

@@ -29,7 +29,7 @@ from btrm_core.data.sample import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.toy import build_toy, tiny_tokenizer
+from btrm_core.model.toy import build_toy, toy_tokenizer
 from btrm_core.run import train
 from btrm_core.settings import RunConfig
 
@@ -60,7 +60,7 @@ def test_no_family_claims_gemma_3_with_images():
 
 
 def test_setup_tokenizer_refuses_a_foreign_vocabulary(family):
-    foreign = tiny_tokenizer(TinyShape("gemma", special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"}), [], 300)
+    foreign = toy_tokenizer(TinyShape("gemma", special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"}), [], 300)
     with pytest.raises(FamilyError, match="has no <pad>, <start_of_turn>, <end_of_turn>, which the Gemma chat format"):
         family.setup_tokenizer(foreign, None)
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from btrm_core import families
 from btrm_core.chat.format import ChatFormat, prepare_chat
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONVERSATIONS = json.loads((GOLDEN / "conversations.json").read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def tiny_format(variant: str, family: str) -> ChatFormat:
     loaded = families.load(family)
     shape = dataclasses.replace(loaded.recipe().tiny, **VARIANTS[variant][1])
     texts = [message["content"] for conversation in CONVERSATIONS.values() for message in conversation]
-    return prepare_chat(tiny_tokenizer(shape, texts, vocab_size=512), None, loaded)
+    return prepare_chat(toy_tokenizer(shape, texts, vocab_size=512), None, loaded)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, MistralConfig
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 REAL = {"llama3-first": "<|reserved_special_token_0|>", "llama3": "<|reserved_special_token_0|>"}
 REAL["llama3.1"] = "<|finetune_right_pad_id|>"
@@ -66,7 +66,7 @@ def test_does_not_claim_another_architecture_with_its_rotary_base(family):
 
 
 def test_setup_tokenizer_refuses_a_foreign_vocabulary(family):
-    foreign = tiny_tokenizer(TinyShape("llama", special_tokens={"bos_token": "<s>", "eos_token": "</s>"}), [], 300)
+    foreign = toy_tokenizer(TinyShape("llama", special_tokens={"bos_token": "<s>", "eos_token": "</s>"}), [], 300)
     foreign.name_or_path = "some/model"
     with pytest.raises(FamilyError) as caught:
         family.setup_tokenizer(foreign, None)
@@ -81,7 +81,7 @@ def test_setup_tokenizer_refuses_a_foreign_vocabulary(family):
 def test_setup_tokenizer_names_bos(family):
     shape = family.recipe().tiny
     nameless = TinyShape("llama", special_tokens={"eos_token": "<|eot_id|>"}, control_tokens=shape.control_tokens)
-    tokenizer = tiny_tokenizer(nameless, [], 400)
+    tokenizer = toy_tokenizer(nameless, [], 400)
     with pytest.raises(FamilyError, match=r"has no <\|begin_of_text\|>"):
         family.setup_tokenizer(tokenizer, None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|begin_of_text|>"]})
@@ -101,7 +101,7 @@ def test_pad_token_without_a_reserved_token_is_btrms_choice(family):
         special_tokens={"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
         control_tokens=("<|start_header_id|>", "<|end_header_id|>"),
     )
-    answer = family.pad_answer(tiny_tokenizer(shape, [], 400))
+    answer = family.pad_answer(toy_tokenizer(shape, [], 400))
     assert (answer.value.token, answer.value.new, answer.given_by) == ("[PAD]", True, "btrm default")
 
 

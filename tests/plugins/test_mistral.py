@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, MistralConfig, MixtralConfig
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 VERSIONS = ["mistral-v1", "mistral-v3"]
 
@@ -36,7 +36,7 @@ def tokenizer(request, family):
     if request.param == "mistral-v3":
         return family.setup_tokenizer(toy(family), None)
     shape = TinyShape("mistral", special_tokens=family.recipe().tiny.special_tokens)
-    return family.setup_tokenizer(tiny_tokenizer(shape, ["What is 2 + 2?"], 600), None)
+    return family.setup_tokenizer(toy_tokenizer(shape, ["What is 2 + 2?"], 600), None)
 
 
 @pytest.mark.parametrize("size", [300, 32000, 32002, 32768])
@@ -51,7 +51,7 @@ def test_does_not_claim_nemo_or_mixtral(family):
 
 
 def test_setup_tokenizer_refuses_a_foreign_vocabulary(family):
-    foreign = tiny_tokenizer(TinyShape("mistral", special_tokens={"eos_token": "<|im_end|>"}), [], 300)
+    foreign = toy_tokenizer(TinyShape("mistral", special_tokens={"eos_token": "<|im_end|>"}), [], 300)
     with pytest.raises(FamilyError, match="has no <s>, </s>, <unk>, which the Mistral chat format needs"):
         family.setup_tokenizer(foreign, None)
 
@@ -78,7 +78,7 @@ def test_chat_template_spaces_as_the_vocabulary_needs(family):
     assert text(control, family.chat_template(control), messages) == (
         "<s>[INST] Be brief.\n\nHi[/INST] Hello</s>[INST] Bye[/INST] Bye</s>"
     )
-    plain = tiny_tokenizer(TinyShape("mistral", special_tokens=family.recipe().tiny.special_tokens), [], 300)
+    plain = toy_tokenizer(TinyShape("mistral", special_tokens=family.recipe().tiny.special_tokens), [], 300)
     assert text(plain, family.chat_template(plain), messages) == (
         "<s> [INST] Be brief.\n\nHi [/INST] Hello</s> [INST] Bye [/INST] Bye</s>"
     )

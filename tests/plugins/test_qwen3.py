@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load
 from btrm_core.families.hookspecs import TinyShape
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,13 @@ def test_claims_the_dense_models_of_both_generations(family):
 
 
 def test_setup_tokenizer_refuses_a_foreign_vocabulary(family):
-    foreign = tiny_tokenizer(TinyShape("qwen2", special_tokens={"eos_token": "<|endoftext|>"}), [], 300)
+    foreign = toy_tokenizer(TinyShape("qwen2", special_tokens={"eos_token": "<|endoftext|>"}), [], 300)
     with pytest.raises(FamilyError, match=r"has no <\|im_start\|>, <\|im_end\|>, which the Qwen chat format needs"):
         family.setup_tokenizer(foreign, None)
 
 
 def test_setup_tokenizer_names_eos_as_a_base_checkpoint_does_not(family):
-    base = tiny_tokenizer(
+    base = toy_tokenizer(
         TinyShape(
             "qwen3",
             special_tokens={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},

@@ -25,7 +25,7 @@ from btrm_core.model import shape as shape_module
 from btrm_core.model.parallel import exchange
 from btrm_core.model.parallel.share import RowShare
 from btrm_core.model.shape import Parameters, read_shape
-from btrm_core.packing.trees import KEYS_PER_TOKEN
+from btrm_core.packing.cuts import KEYS_PER_TOKEN
 from btrm_core.preflight.plan import memory
 from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, reach, read_zero, to_dict
 from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware

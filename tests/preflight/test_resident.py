@@ -45,7 +45,7 @@ def trained(config: Any, runtime: Any, shape: dict[str, Any]) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from btrm_core.model.reward import RewardModel
-    from btrm_core.packing.rows import PADDED, collate
+    from btrm_core.packing.forms import PADDED, collate
     from btrm_core.packing.trees import alone
     from btrm_core.training.engine import make_engine
 

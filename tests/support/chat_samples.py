@@ -12,7 +12,7 @@ from btrm_core import families
 from btrm_core.chat.format import ChatFormat, prepare_chat
 from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import PadToken, TinyShape, hookimpl
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 TEXTS = [
     "The capital of France is Paris, and the river is the Seine.",
@@ -74,7 +74,7 @@ def family(template: str | None = None, pad: PadToken | None = None) -> Family:
 
 
 def byte_tokenizer(shape: TinyShape = HEADERS) -> Any:
-    return tiny_tokenizer(shape, TEXTS, vocab_size=400)
+    return toy_tokenizer(shape, TEXTS, vocab_size=400)
 
 
 def metaspace_tokenizer() -> Any:
@@ -141,4 +141,4 @@ def make_chat(family="llama3", texts=("the quick brown fox", "a question", "an a
     from transformers import LlamaConfig
 
     loaded = families.load(family)
-    return prepare_chat(tiny_tokenizer(loaded.recipe().tiny, texts), LlamaConfig(), loaded)
+    return prepare_chat(toy_tokenizer(loaded.recipe().tiny, texts), LlamaConfig(), loaded)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from btrm_core.model.toy import tiny_tokenizer
+from btrm_core.model.toy import toy_tokenizer
 
 NAMES = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -37,7 +37,7 @@ SYSTEM_AND_MORE = [name for name, messages in CONVERSATIONS.items() if any(m["ro
 
 def toy(family, texts=("What is 2 + 2? Hello, be brief.",)):
     """The family's own toy tokenizer."""
-    return tiny_tokenizer(family.recipe().tiny, texts, 600)
+    return toy_tokenizer(family.recipe().tiny, texts, 600)
 
 
 def text(tokenizer, template, messages, prompt=False):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from btrm_core.data.store import TokenStore
-from btrm_core.packing.rows import Batch, RowForm
+from btrm_core.packing.batch import Batch
+from btrm_core.packing.forms import RowForm
 from btrm_core.packing.steps import EpochPlan, StepBudget, plan_epoch
 from btrm_core.training.micro_batches import MicroBatch, StepBatches, build_micro_batch, steps, to_bytes
 

@@ -60,4 +60,7 @@ def test_conversations_beyond_the_positions_of_a_rotary_model_are_trained_on_wit
     values = {"model.name": str(tmp_path / "base"), "data.train": (sample_path("train"),), "train.max_steps": 1}
     train(config_module.apply(RunConfig(family="llama3"), {**values, "output.dir": str(tmp_path / "run")}))
     said = capsys.readouterr().err
-    assert "data.max_length is 4096, more than the 32 positions the base model (llama) was made for" in said
+    assert (
+        "conversations may have 4,096 tokens, and the base model (llama) knows 32 positions: what is beyond them it "
+        "has never seen; keep to them with --max-length 32"
+    ) in said

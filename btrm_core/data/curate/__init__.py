@@ -1,7 +1,8 @@
-"""Data sets looked through, filtered and written: what `btrm data` does."""
+"""Data sets looked through, divided, filtered and written: what `btrm data` does."""
 
 from btrm_core.data.curate.judged import with_rewards
-from btrm_core.data.curate.overview import Survey, format_survey, survey, survey_report
+from btrm_core.data.curate.overview import Survey, survey
+from btrm_core.data.curate.report import format_survey, survey_report
 from btrm_core.data.curate.select import Filters, filtered
 from btrm_core.data.curate.write import check_target, write_pairs
 

@@ -18,6 +18,9 @@ def with_rewards(data: PairData, pairs: TokenStore, reward_P2: np.ndarray, model
         reward_P2: rewards of the encoded pairs, chosen and rejected.
         model: what gave the rewards.
         source: where the pairs are from, for the reader.
+
+    Returns:
+        The rewards [P, 2] of the encoded pairs, with what the data says of them.
     """
     import pyarrow.compute as pc
 

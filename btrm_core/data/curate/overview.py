@@ -21,8 +21,7 @@ import numpy as np
 from btrm_core.data.curate.select import encoded, prompt_texts
 from btrm_core.data.curate.similar import has_passage, near_duplicates, passages
 from btrm_core.data.pairs import PairData
-from btrm_core.data.quality import contradictory_pairs, format_inspection, inspect_pairs
-from btrm_core.evaluation import PairText, Report, Table, percent, short
+from btrm_core.data.quality import contradictory_pairs, inspect_pairs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 TOKEN_PAIRS = 20_000
-SHOWN_PAIRS = 40
 _TOGETHER = 1000
 _PADDED_TOGETHER = 8
 _CONTROL = re.compile(
@@ -91,7 +89,10 @@ def survey(
         chat: how conversations become ids, for lengths in tokens.
         against: other data that should not be in this one, such as a benchmark.
         near: look for near-duplicate prompts, the slowest part.
-        progress: told now and then.
+        progress: told now and then what is done, how much of it, and of how much.
+
+    Returns:
+        What was found; the parts that were not asked for are None.
     """
     roles: Counter[str] = Counter()
     turns: Counter[int] = Counter()
@@ -259,88 +260,3 @@ def _tree_tokens(sequences: list[tuple[int, ...]]) -> int:
 
 def _quantiles(values: NDArray[np.int64]) -> dict[str, int]:
     return {name: int(np.quantile(values, q)) for name, q in (("median", 0.5), ("90 %", 0.9), ("longest", 1.0))}
-
-
-def format_survey(found: Survey) -> str:
-    """A survey for the terminal."""
-    lines = [format_inspection(found.basic), ""]
-    lines += [f"{table.title}\n{_lines(table)}" for table in tables_of(found) if table.title != "Subsets"]
-    return "\n".join(lines)
-
-
-def _lines(table: Table) -> str:
-    from btrm_core.console import table as aligned
-
-    rows = [[f"  {row[0]}", *(_cell(cell) for cell in row[1:])] for row in table.rows]
-    return "\n".join(aligned(rows, right=range(1, len(table.columns)))) if rows else "  none"
-
-
-def _cell(value: str | float | None) -> str:
-    return value if isinstance(value, str) else "–" if value is None else f"{value:,}"
-
-
-def tables_of(found: Survey) -> list[Table]:
-    """Everything as tables of name and number."""
-
-    def table(title: str, rows: dict[Any, Any], note: str = "") -> Table:
-        return Table(title, ("what", "number"), [(str(k), v) for k, v in rows.items()], note)
-
-    out = [
-        table("Labels (pairs)", found.labels),
-        table("Roles (messages of prompts)", found.roles),
-        table("Messages of a prompt (pairs)", found.turns),
-        table("Pairs of a prompt (prompts)", found.pairs_per_prompt),
-        table("Control tokens spelled in text (pairs)", found.control_tokens),
-        table("Preferences in a circle", {k: v for k, v in found.cycles.items() if k != "examples"}),
-    ]
-    if found.near_duplicates is not None:
-        out.append(table("Near-duplicate prompts", {k: found.near_duplicates[k] for k in ("count", "prompts")}))
-    if found.against is not None:
-        out.append(table("In the other data (pairs)", {k: v for k, v in found.against.items() if k != "examples"}))
-    if found.tokens is not None:
-        rows: dict[str, Any] = {}
-        for side in ("chosen", "rejected"):
-            rows |= {f"{side}, {name}": value for name, value in found.tokens[side].items()}
-        rows["more tokens wins"] = percent(found.tokens["longer_wins_tokens"])
-        names = {"separate": "each conversation alone", "padded": "padded, 8 pairs together"}
-        names |= {"shared": "a pair's prompt once", "trees": "every common beginning once"}
-        rows |= {f"tokens, {label}": found.tokens[name] for name, label in names.items()}
-        rows["padded over pairs' prompts once"] = f"{found.tokens['padded_over_shared']:.2f} times"
-        rows["padded over common beginnings once"] = f"{found.tokens['padded_over_trees']:.2f} times"
-        out.append(table(f"Tokens ({found.tokens['pairs']:,} pairs counted)", rows))
-    out.append(table("Subsets", {name or "(none)": n for name, n in found.basic["subsets"].items()}))
-    return out
-
-
-def survey_report(data: PairData, found: Survey, sources: Sequence[str]) -> Report:
-    """A survey as a report to be written as a page, with pictures and some pairs to read."""
-    places = np.linspace(0, len(data) - 1, min(SHOWN_PAIRS, len(data))).round().astype(int)
-    sample = []
-    for place in np.unique(places):
-        pair = data[int(place)]
-        text = PairText(tuple((m["role"], m["content"]) for m in pair.prompt), pair.chosen, pair.rejected)
-        sample.append((pair.id, pair.subset, text))
-    return Report(
-        title=f"Preference data: {', '.join(short(source) for source in sources)}",
-        evaluations=(),
-        facts={
-            "pairs": f"{len(data):,}",
-            "more characters wins": percent(found.basic["longer_wins_characters"]),
-            "fingerprint": data.fingerprint[:12],
-            **{name: f"{finding['count']:,}" for name, finding in found.basic["findings"].items()},
-        },
-        tables=tables_of(found),
-        lengths=character_lengths(data),
-        sample=sample,
-        extra={"survey": found.to_dict()},
-    )
-
-
-def character_lengths(data: PairData) -> NDArray[np.int64]:
-    """Characters of both answers of every pair (P, 2)."""
-    import pyarrow.compute as pc
-
-    parts = []
-    for table in data.dataset.with_format("arrow").select_columns(["chosen", "rejected"]).iter(batch_size=10_000):
-        parts.append(np.stack([pc.utf8_length(table[s]).to_numpy() for s in ("chosen", "rejected")], axis=1))
-    return np.concatenate(parts).astype(np.int64)

@@ -53,8 +53,17 @@ def filtered(
 ) -> PairData:
     """Keep the pairs that pass all filters; its report counts the others by reason.
 
+    Args:
+        data: P pairs.
+        filters: what to leave out.
+        chat: the chat format, for `max_tokens`.
+        progress: called with the number of pairs done each time that some are encoded.
+
+    Returns:
+        The pairs left, in their order.
+
     Raises:
-        DataError: nothing is left, or a number makes no sense.
+        DataError: nothing is left, the sample is below 1, or `max_tokens` is given without a chat format.
     """
     for mask_P, reason in _masks(data, filters, chat, progress):
         data = kept(data, mask_P, reason)
@@ -94,6 +103,11 @@ def _masks(
 def kept(data: PairData, mask: Mask | Callable[[PairData], Mask], reason: str) -> PairData:
     """The pairs for which the mask is true; the others are counted in the report under the reason.
 
+    Args:
+        data: P pairs.
+        mask: bool [P], or what makes it of the pairs.
+        reason: why the others are left out.
+
     Raises:
         DataError: none is left.
     """
@@ -110,7 +124,14 @@ def kept(data: PairData, mask: Mask | Callable[[PairData], Mask], reason: str) -
 
 
 def prompt_texts(data: PairData) -> Iterator[str]:
-    """The contents of every prompt, as one text."""
+    """The contents of every prompt, as one text.
+
+    Args:
+        data: P pairs.
+
+    Yields:
+        P texts: the contents of the messages, with line breaks between.
+    """
     for rows in data.batches(_TOGETHER):
         for row in rows:
             yield "\n".join(message["content"] for message in row["prompt"])
@@ -123,7 +144,16 @@ def _margin(data: PairData) -> NDArray[np.float64]:
 
 
 def token_lengths(data: PairData, chat: ChatFormat, progress: Progress | None = None) -> NDArray[np.int64]:
-    """Tokens of both whole conversations of every pair (P, 2), uncut."""
+    """Tokens of both whole conversations of every pair, uncut.
+
+    Args:
+        data: P pairs.
+        chat: the chat format that gives their ids.
+        progress: called with the number of pairs done each time that some are encoded.
+
+    Returns:
+        int64 [P, 2], chosen and rejected; 0 for a pair that the template refuses.
+    """
     lengths: list[Sequence[int]] = []
     for rows in data.batches(_TOGETHER):
         lengths += [[len(ids) for ids in one] for one in encoded(rows, chat)]
@@ -133,7 +163,15 @@ def token_lengths(data: PairData, chat: ChatFormat, progress: Progress | None = 
 
 
 def encoded(rows: Sequence[dict[str, Any]], chat: ChatFormat) -> Iterator[list[list[int]]]:
-    """Ids of both conversations of some pairs; two empty lists for one that the template refuses."""
+    """Ids of both conversations of some pairs; two empty lists for one that the template refuses.
+
+    Args:
+        rows: rows of `PairData.dataset`.
+        chat: the chat format.
+
+    Yields:
+        The ids of chosen and of rejected, uncut, for each row.
+    """
     asked = [(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows]
     for result in chat.encode_groups(asked, NO_LIMIT):
         yield result.sequences if not result.error else [[], []]

@@ -32,14 +32,29 @@ _OFFSETS_H = _GENERATOR.integers(0, 2**63, _HASHES, dtype=np.uint64)
 
 
 def word_hashes(text: str) -> Hashes:
-    """One number per word [W], without regard to case and punctuation."""
+    """One number per word, without regard to case and punctuation.
+
+    Args:
+        text: any text; a word is letters, digits and underscores.
+
+    Returns:
+        CRC-32 of every word, uint64 [W].
+    """
     words = _WORD.findall(text.lower())
     crc = (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words)
     return np.fromiter(crc, dtype=np.uint64, count=len(words))
 
 
 def ngrams(word_W: Hashes, number: int) -> Hashes:
-    """One number for every `number` consecutive words; a shorter text is one n-gram as a whole, an empty one none."""
+    """One number for every `number` consecutive words; a shorter text is one n-gram as a whole, an empty one none.
+
+    Args:
+        word_W: the words, from `word_hashes`.
+        number: words of an n-gram, at least 1.
+
+    Returns:
+        uint64 [W - number + 1].
+    """
     number = min(number, len(word_W))
     if not number:
         return word_W
@@ -52,7 +67,14 @@ def ngrams(word_W: Hashes, number: int) -> Hashes:
 
 
 def signature(text: str) -> NDArray[np.uint32]:
-    """The MinHash signature [H] of a text.
+    """The MinHash signature of a text.
+
+    Args:
+        text: any text.
+
+    Returns:
+        uint32 [H]; zeros for a text without a word. The share of equal numbers in two signatures estimates the overlap
+        of their sets of `SHINGLE_WORDS` words.
 
     Reference:
         Broder 1997, On the resemblance and containment of documents.
@@ -73,6 +95,12 @@ def near_duplicates(texts: Iterable[str]) -> NDArray[np.int64]:
 
     Texts are compared with the first and the previous one of those that agree in a band of eight hashes, so the time
     grows with the number of texts, not with its square.
+
+    Args:
+        texts: N texts.
+
+    Returns:
+        Places from 0, int64 [N].
     """
     signatures = [signature(text) for text in texts]
     if not signatures:
@@ -96,13 +124,28 @@ def near_duplicates(texts: Iterable[str]) -> NDArray[np.int64]:
 
 
 def passages(texts: Iterable[str]) -> Hashes:
-    """All passages of 13 words of some texts, sorted; texts that are shorter have none."""
+    """All passages of 13 words of some texts; texts that are shorter have none.
+
+    Args:
+        texts: any number of texts.
+
+    Returns:
+        The n-gram of each passage, sorted and each once, uint64.
+    """
     found = [ngrams(words, PASSAGE_WORDS) for words in map(word_hashes, texts) if len(words) >= PASSAGE_WORDS]
     return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
 
 
 def has_passage(texts: Iterable[str], known: Hashes) -> Iterator[bool]:
-    """For every text whether it has a passage of 13 words of `known`."""
+    """For every text whether it has a passage of 13 words of `known`.
+
+    Args:
+        texts: any number of texts.
+        known: what `passages` gave for the texts to look for.
+
+    Yields:
+        One answer a text, in order.
+    """
     for text in texts:
         words = word_hashes(text)
         if len(words) < PASSAGE_WORDS or not len(known):

@@ -21,7 +21,14 @@ _TOGETHER = 1000
 
 
 def standard_rows(data: PairData) -> Iterator[dict[str, Any]]:
-    """Every pair as a row of the standard format."""
+    """Every pair as a row of the standard format.
+
+    Args:
+        data: P pairs.
+
+    Yields:
+        P dictionaries that JSON can hold, in the order of the data.
+    """
     for batch in data.batches(_TOGETHER):
         for pair in batch:
             prompt = [{"role": m["role"], "content": m["content"]} for m in pair["prompt"]]
@@ -36,6 +43,10 @@ def standard_rows(data: PairData) -> Iterator[dict[str, Any]]:
 
 def check_target(path: str | Path, overwrite: bool = False) -> Path:
     """The file to write; a link is followed.
+
+    Args:
+        path: what the user named; its ending says the format.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
         DataError: its ending says no format, it is no file (a pipe, a device), or it is there already.
@@ -53,16 +64,20 @@ def check_target(path: str | Path, overwrite: bool = False) -> Path:
 def write_pairs(data: PairData, path: str | Path, progress: Callable[[int], None] | None = None) -> None:
     """Write pairs as JSON Lines, gzipped JSON Lines or Parquet, by the ending of the name; whole or not at all.
 
+    Args:
+        data: P pairs.
+        path: the file; one that is there is replaced, folders that are not are made.
+        progress: called with 1 for every pair written.
+
     Raises:
-        DataError: the file cannot be written.
+        DataError: it is no file of a known ending, or cannot be written.
     """
     target = check_target(path, overwrite=True)
-    partial = target.with_name(target.name + ".partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".parquet":
-            _parquet(data, partial, progress)
-        else:
+        with outputs.whole_file(str(target)) as partial:
+            if target.suffix == ".parquet":
+                _parquet(data, partial, progress)
+                return
             # Level 6 and no time: equal pairs give equal bytes, which caches know again.
             with partial.open("wb") as file:
                 packed = target.suffix == ".gz"
@@ -70,13 +85,8 @@ def write_pairs(data: PairData, path: str | Path, progress: Callable[[int], None
                 _json_lines(data, stream, progress)
                 if packed:
                     stream.close()
-        partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise DataError(f"cannot write {target}: {error.strerror or error}; name another output") from error
-    except BaseException:  # Ctrl-C included: nothing half-written stays
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _json_lines(data: PairData, file: IO[bytes], progress: Callable[[int], None] | None) -> None:

@@ -24,6 +24,9 @@ def load(spec: Spec) -> datasets.Dataset:
     Args:
         spec: the id of the data set, and its configuration, split and options if given.
 
+    Returns:
+        The rows of the split, memory-mapped.
+
     Raises:
         DataError: there is no such data set, it may not be read, or it cannot be loaded.
     """

@@ -91,7 +91,11 @@ class Spec:
     weight: float = 1.0
 
     def option(self, *names: str) -> str | None:
-        """The value of the first of some options that is given."""
+        """The value of the first of some options that is given, or None.
+
+        Args:
+            *names: names of options; `config` and `name` mean the same, say.
+        """
         return next((value for key, value in self.options if key in names), None)
 
     @property
@@ -111,6 +115,9 @@ def parse_spec(text: str, exists: Callable[[str], bool]) -> Spec:
     Args:
         text: what the user wrote.
         exists: tells whether there is a file or folder of that path; what exists is not taken apart further.
+
+    Returns:
+        Its parts; what the text does not say is empty or None.
 
     Raises:
         DataError: an option is unknown, or a weight is out of range.
@@ -146,12 +153,23 @@ def parse_spec(text: str, exists: Callable[[str], bool]) -> Spec:
 
 
 def is_pattern(place: str) -> bool:
-    """True if a path holds a wildcard."""
+    """True if a path holds a wildcard.
+
+    Args:
+        place: the path as written.
+    """
     return any(character in place for character in "*?[")
 
 
 def expand(place: str) -> list[Path]:
-    """Return the files and folders that fit a pattern, in the order of their names; `**` goes into folders."""
+    """Return the files and folders that fit a pattern, in the order of their names; `**` goes into folders.
+
+    Args:
+        place: the pattern, relative to the working directory or from the root on.
+
+    Returns:
+        What exists; nothing if none fits.
+    """
     path = Path(place)
     anchor = Path(path.anchor) if path.anchor else Path()
     inner = path.relative_to(path.anchor) if path.anchor else path

@@ -35,9 +35,15 @@ STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 class Unpacked(io.RawIOBase):
     """The unpacked bytes of a file; where they break off they end, and `broken` says why.
 
+    Args:
+        path: the file; its packing is told by its ending, else by its first bytes (gzip and zstd).
+
     Attributes:
         packing: gzip, zstd, bzip2, xz or an empty string.
-        broken: what is wrong with the packed data, once the end was reached.
+        broken: what is wrong with the packed data, once the end was reached; None if nothing is.
+
+    Raises:
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +59,17 @@ class Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read into a buffer; 0 at the end, or where the data is broken."""
+        """Read into a buffer.
+
+        Args:
+            buffer: a writable buffer of bytes, filled from its beginning.
+
+        Returns:
+            The number of bytes read; 0 at the end, or where the data is broken.
+
+        Raises:
+            OSError: the disk fails.
+        """
         if self.broken:
             return 0
         try:
@@ -97,13 +113,26 @@ def _reader(file: io.BufferedReader, packing: str) -> Callable[[int], bytes]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[io.BufferedReader, Unpacked]]:
-    """Open a file for reading its unpacked bytes; also gives the stream that knows whether they broke off."""
+    """Open a file for reading its unpacked bytes; also gives the stream that knows whether they broke off.
+
+    Args:
+        path: the file, packed or not.
+
+    Yields:
+        The bytes, buffered, and the stream under them; both are closed at the end of the block.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
     with Unpacked(path) as raw:
         yield io.BufferedReader(raw, _BUFFER), raw
 
 
 def local_path(spec: str) -> Path:
     """Return a path with `~` put in.
+
+    Args:
+        spec: the path as the user wrote it.
 
     Raises:
         DataError: it is no path: there is no such user, or it holds a NUL.
@@ -118,6 +147,10 @@ def local_path(spec: str) -> Path:
 
 def kind_of_file(path: Path, spec: str) -> str:
     """Return "file", "folder", "pipe" or "" for nothing there.
+
+    Args:
+        path: the path; links are followed.
+        spec: the same as the user wrote it, for messages; one of `STANDARD_INPUT` is a pipe.
 
     Raises:
         DataError: it is a device or a socket, or it cannot be looked at.
@@ -144,6 +177,13 @@ def kind_of_file(path: Path, spec: str) -> str:
 def data_path(spec: str, root: Path) -> tuple[Path, str]:
     """Return the file or folder that is meant, and which: "file", "folder" or "". A pipe is copied into the cache.
 
+    Args:
+        spec: the path as the user wrote it, or `-` for standard input.
+        root: the cache directory.
+
+    Returns:
+        The path (of the copy, for a pipe) and its kind; "" if nothing is there.
+
     Raises:
         DataError: it is a device, or cannot be read.
     """
@@ -158,6 +198,9 @@ def spooled(spec: str, root: Path) -> Path:
     Args:
         spec: `-`, `/dev/stdin` or the path of a pipe.
         root: the cache directory.
+
+    Returns:
+        The copy, named by its content; asked again, the process gives the same without reading.
 
     Raises:
         DataError: nothing can be read, the cache cannot be written, or several processes would share the pipe.

@@ -26,7 +26,18 @@ Decode = Callable[[Any], Any]
 
 
 def parquet_rows(source: Source) -> Iterator[Numbered]:
-    """Yield the rows of a Parquet file."""
+    """Yield the rows of a Parquet file.
+
+    Args:
+        source: a source with the path of a file.
+
+    Yields:
+        (row counted from 1, the row as Python values or what is wrong with it); of data that breaks off the rows
+        before, and one issue.
+
+    Raises:
+        OSError: the file cannot be opened, or the disk fails while reading.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -38,7 +49,17 @@ def parquet_rows(source: Source) -> Iterator[Numbered]:
 
 
 def arrow_rows(source: Source) -> Iterator[Numbered]:
-    """Yield the rows of an Arrow file, in the stream format (as `datasets` writes it) or the file format (Feather)."""
+    """Yield the rows of an Arrow file, in the stream format (as `datasets` writes it) or the file format (Feather).
+
+    Args:
+        source: a source with the path of a file.
+
+    Yields:
+        As `parquet_rows`.
+
+    Raises:
+        OSError: the file cannot be opened, or the disk fails while reading.
+    """
     import pyarrow
 
     def batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
@@ -60,7 +81,17 @@ def arrow_rows(source: Source) -> Iterator[Numbered]:
 
 
 def table_rows(source: Source) -> Iterator[Numbered]:
-    """Yield the rows of a `save_to_disk` folder or of a Hub data set."""
+    """Yield the rows of a `save_to_disk` folder or of a Hub data set.
+
+    Args:
+        source: a source with a `datasets` table.
+
+    Yields:
+        As `parquet_rows`.
+
+    Raises:
+        OSError: the disk fails while reading.
+    """
     assert source.table is not None
     tables = source.table.with_format("arrow").iter(batch_size=BATCH_ROWS)
     yield from _rows(source, (batch for table in tables for batch in table.to_batches()), "Arrow")

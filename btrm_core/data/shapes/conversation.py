@@ -46,6 +46,13 @@ class Prompt:
 def finished(shape: Shape, view: RowView) -> list[Conversation]:
     """Return the prompt and the answer of every side of a row, in its order.
 
+    Args:
+        shape: the answers that were found in the row.
+        view: the row, which is told what was used and what is worth saying.
+
+    Returns:
+        A conversation a side: the messages before the answer, at least one, and the answer's text.
+
     Raises:
         RowError: one of them is no finished conversation; the reason names its place.
     """
@@ -81,6 +88,9 @@ def prompt_of(view: RowView, among: Sequence[str] = PROMPT_KEYS) -> Prompt:
         view: the row.
         among: the keys it may stand under, the first that is there.
 
+    Returns:
+        The prompt; without messages if the row has none apart, or only a blank one.
+
     Raises:
         RowError: it is neither text nor messages.
     """
@@ -111,6 +121,14 @@ def prompt_of(view: RowView, among: Sequence[str] = PROMPT_KEYS) -> Prompt:
 
 def one_side(view: RowView, prompt: Prompt, side: Side) -> Conversation:
     """Return the prompt and the answer of one side.
+
+    Args:
+        view: the row.
+        prompt: what the row says comes before its answers.
+        side: the answer, or the whole conversation that ends in it.
+
+    Returns:
+        The messages before the answer, the row's system text first, and the answer's text.
 
     Raises:
         RowError: it is no finished conversation, or contradicts the row's prompt.

@@ -37,6 +37,9 @@ def messages(value: Any, where: str, view: RowView) -> list[Message]:
         where: its place in the row, for the reason of a refusal.
         view: the row, which is told what was left unused and what is worth saying.
 
+    Returns:
+        At least one message, each a dictionary of `role` (one of the four) and `content` (text).
+
     Raises:
         RowError: it cannot be read as messages; the reason names the place and the value.
     """
@@ -60,6 +63,14 @@ def conversation(text: str, where: str, view: RowView) -> tuple[str, list[Messag
 
     A header of the assistant without a text at the end, which asks for an answer, is left out.
 
+    Args:
+        text: a text of the row.
+        where: its place in the row, for the reason of a refusal.
+        view: the row, which is told that the text was read back.
+
+    Returns:
+        One of the forms of `shapes/text.py`, and the messages; or None.
+
     Raises:
         RowError: the text looks like messages and cannot be read.
     """
@@ -79,6 +90,14 @@ def conversation(text: str, where: str, view: RowView) -> tuple[str, list[Messag
 
 def history_messages(value: Any, where: str, view: RowView) -> list[Message]:
     """Return the earlier turns that a row keeps apart: pairs of a question and its answer, or messages.
+
+    Args:
+        value: what stands there; texts alone are the user's and the assistant's by turns.
+        where: its place in the row, for the reason of a refusal.
+        view: the row.
+
+    Returns:
+        The messages; none for an empty list.
 
     Raises:
         RowError: it is neither.
@@ -100,6 +119,13 @@ def history_messages(value: Any, where: str, view: RowView) -> list[Message]:
 
 def text_of(content: Any, where: str) -> str:
     """Return the text of a content: text, or parts whose texts are joined as chat templates do.
+
+    Args:
+        content: the content of a message.
+        where: its place in the row, for the reason of a refusal.
+
+    Returns:
+        The text, as it stands.
 
     Raises:
         RowError: it holds anything but text, for example an image.

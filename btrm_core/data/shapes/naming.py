@@ -95,6 +95,12 @@ class Naming:
 def parse_naming(entries: Iterable[str] | Mapping[str, Any]) -> Naming:
     """Read `name=column` texts, or the table of a settings file.
 
+    Args:
+        entries: texts of one or several entries with commas between, or a table; `role` and `message` are tables in it.
+
+    Returns:
+        The names; of an entry given twice, the last.
+
     Raises:
         ConfigError: an entry is malformed, or its left side is unknown.
 

@@ -47,8 +47,18 @@ class Compared:
 def compared(shape: Shape, view: RowView, which: WhichPairs, ties: Ties = "skip") -> list[Compared]:
     """Return which answers are preferred to which; at least one pair of them.
 
+    Args:
+        shape: the answers that were found in the row.
+        view: the row, asked for winner, scores and probability.
+        which: the pairs that scored answers give; see `convert`.
+        ties: "half" makes comparisons of ties, with probability 0.5; "skip" refuses them.
+
+    Returns:
+        The comparisons; of scored answers the best first.
+
     Raises:
-        RowError: the row names no winner, or is a tie and ties do not count half.
+        RowError: the row names no winner, or is a tie and ties do not count half; it has one answer alone, or a score,
+            `probability` or `choice` that cannot be read.
     """
     sides = shape.sides
     if shape.kind == "single":

@@ -81,6 +81,12 @@ class Found:
 def conversation_in(text: str) -> Found | None:
     """Return the conversation that a text spells from its beginning on; None for a plain text.
 
+    Args:
+        text: a text of a row.
+
+    Returns:
+        Its form and turns, or the parsed value of serialised messages; or None.
+
     Raises:
         RowError: the text looks like serialised messages and cannot be read as such.
     """
@@ -96,7 +102,14 @@ def conversation_in(text: str) -> Found | None:
 
 
 def transcript_turns(text: str) -> list[Turn]:
-    """Split a transcript into role and content of each turn, stripped; empty if it does not begin like one."""
+    """Split a transcript into its turns.
+
+    Args:
+        text: the transcript, "Human: ... Assistant: ...".
+
+    Returns:
+        Role in lower case and content, stripped, of each turn; empty if the text does not begin like a transcript.
+    """
     head, *parts = _TURN.split(text)
     if head or not parts:
         return []
@@ -105,6 +118,9 @@ def transcript_turns(text: str) -> list[Turn]:
 
 def without_terminal(text: str) -> str:
     """Return an answer without the control tokens at its end.
+
+    Args:
+        text: the answer; if it ends in none of them, it is returned as it stands.
 
     >>> without_terminal("a<|eot_id|>"), without_terminal("a b")
     ('a', 'a b')
@@ -116,7 +132,11 @@ def without_terminal(text: str) -> str:
 
 
 def ends_in_terminal(text: str) -> bool:
-    """True if a text ends in a control token that ends a turn in some chat format (`</s>` may be HTML)."""
+    """True if a text ends in a control token that ends a turn in some chat format (`</s>` may be HTML).
+
+    Args:
+        text: the text; space at its end does not count.
+    """
     return text.rstrip().endswith(tuple(token for token in _TERMINALS if token != "</s>"))
 
 

@@ -21,7 +21,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(ValueError):
-    """The row gives no pair; `kind` is what it is counted under, `bad` False for a tie and the like."""
+    """The row gives no pair.
+
+    Args:
+        kind: the short class it is counted under, such as "missing key".
+        reason: what is wrong, with the value, and what was expected.
+        bad: True if the row breaks the format; False for a tie and the like.
+    """
 
     def __init__(self, kind: str, reason: str, *, bad: bool = True):
         super().__init__(reason)
@@ -30,7 +36,11 @@ class RowError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return a value of the data as a message shows it: cut to 40 characters, with its type unless it is text."""
+    """Return a value of the data as a message shows it: cut to 40 characters, with its type unless it is text.
+
+    Args:
+        value: any value.
+    """
     try:
         text = repr(value[:50] if isinstance(value, str) else value)
     except ValueError:  # a whole number of more digits than Python turns into text
@@ -42,6 +52,9 @@ def shown(value: Any) -> str:
 
 def as_number(value: Any) -> float | None:
     """Return a finite number, also one written as text, as float; None for anything else.
+
+    Args:
+        value: any value; True and False are no numbers.
 
     >>> as_number("2.5"), as_number(True), as_number("N/A"), as_number(10**400)
     (2.5, None, None, None)
@@ -56,7 +69,11 @@ def as_number(value: Any) -> float | None:
 
 
 def finite(value: Any, where: str) -> float:
-    """Return a number, also one written as text, as float; `where` names its place in the row.
+    """Return a number, also one written as text, as float.
+
+    Args:
+        value: any value.
+        where: its place in the row, for the reason of a refusal.
 
     Raises:
         RowError: it is no number, or not a finite one.
@@ -70,8 +87,12 @@ def finite(value: Any, where: str) -> float:
 def bounded_margin(value: Any, where: str) -> float:
     """Return a margin that is safe in float32.
 
+    Args:
+        value: a number, also as text.
+        where: its place in the row, for the reason of a refusal.
+
     Raises:
-        RowError: it is no number, or larger than `LARGEST`.
+        RowError: it is no number, or its size is larger than `LARGEST`.
     """
     number = finite(value, where)
     if abs(number) > LARGEST:
@@ -82,8 +103,12 @@ def bounded_margin(value: Any, where: str) -> float:
 def bounded_weight(value: Any, where: str) -> float:
     """Return a weight above 0 that is safe in float32, also after sums and divisions.
 
+    Args:
+        value: a number, also as text.
+        where: its place in the row, for the reason of a refusal.
+
     Raises:
-        RowError: it is no number, not above 0, or beyond the bounds.
+        RowError: it is no number, not above 0, or not from `SMALLEST_WEIGHT` to `LARGEST`.
     """
     number = finite(value, where)
     if number <= 0:
@@ -97,6 +122,9 @@ def bounded_weight(value: Any, where: str) -> float:
 def clean_text(text: str) -> str:
     """Return a text that UTF-8 can hold: halves of surrogate pairs become U+FFFD. For names, never for contents.
 
+    Args:
+        text: any text.
+
     >>> clean_text("a" + chr(0xD800)) == "a" + chr(0xFFFD)
     True
     """
@@ -105,6 +133,9 @@ def clean_text(text: str) -> str:
 
 def label(value: Any) -> str | None:
     """Return an id or subset as text, or None if the value is none: neither text nor a number.
+
+    Args:
+        value: any value; a whole number loses its ".0", and one that is not finite is none.
 
     >>> label(1.0), label("x"), label([1]), label(True)
     ('1', 'x', None, None)
@@ -125,6 +156,12 @@ def label(value: Any) -> str | None:
 
 def plain(value: Any) -> Any:
     """Return the value with numpy arrays and scalars, pandas' missing values, tuples and mappings made plain.
+
+    Args:
+        value: any value; what is of none of these types is left as it is, at any depth.
+
+    Returns:
+        The value of text, numbers, lists, dictionaries with keys of text, and None (also for what is no number).
 
     >>> import numpy as np
     >>> plain({"a": np.array([np.float32(1.5), None], dtype=object), "b": float("nan")})
@@ -148,6 +185,9 @@ def plain(value: Any) -> Any:
 def listed(value: Any) -> Any:
     """Return the list that a text spells as JSON (a cell of a CSV file, a column of the arena); else the value itself.
 
+    Args:
+        value: any value.
+
     >>> listed('["a", "b"]'), listed("[not one"), listed("a")
     (['a', 'b'], '[not one', 'a')
     """
@@ -162,6 +202,9 @@ def listed(value: Any) -> Any:
 
 def json_value(value: Any) -> Any:
     """Return a value that JSON can hold: numbers that are not finite become null, wherever they are.
+
+    Args:
+        value: text, numbers, None, and lists and dictionaries of them.
 
     >>> json_value({"a": [float("inf"), 1.5]})
     {'a': [None, 1.5]}

@@ -4,7 +4,12 @@ Made for every way of laying out sequences alike: packed rows, padded lines, one
 """
 
 from btrm_core.model.leakage.exact import Leak, examine
-from btrm_core.model.leakage.positions import check_max_length, position_limit, positions_depend_on_batch
+from btrm_core.model.leakage.positions import (
+    check_max_length,
+    position_limit,
+    positions_depend_on_batch,
+    positions_problem,
+)
 from btrm_core.model.leakage.structure import architectures, require_head_class, token_mixers, without_dropout
 from btrm_core.model.leakage.trust import Trust, Use, trusted
 
@@ -17,6 +22,7 @@ __all__ = [
     "examine",
     "position_limit",
     "positions_depend_on_batch",
+    "positions_problem",
     "require_head_class",
     "token_mixers",
     "trusted",

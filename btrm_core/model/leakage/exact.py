@@ -275,7 +275,7 @@ def _compare(
 def _gradient(model: RewardModel, value: torch.Tensor, leaves: list[torch.Tensor], batch: Batch) -> np.ndarray:
     """The gradient [T, H] of one reward at every token's embedding."""
     found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-    if model.one_by_one and batch.layout is None:  # one leaf for each line, of the line's own length
+    if model.one_by_one and batch.visibility is None:  # one leaf for each line, of the line's own length
         lines, length = batch.input_ids.shape
         whole = torch.zeros(lines, length, leaves[0].shape[-1])
         for line, part in enumerate(found):

@@ -169,8 +169,37 @@ def position_limit(hf: Any) -> tuple[int | None, bool]:
     return (int(limit) if limit else None), False
 
 
+def positions_problem(config: Any, longest: int, hf: Any | None = None) -> tuple[bool, str] | None:
+    """Compare the longest conversation with the positions that a model knows.
+
+    Args:
+        config: the model's transformers configuration.
+        longest: tokens of the longest conversation.
+        hf: the model itself, where it is loaded: its tables of learned positions are counted. By its configuration
+            alone, a model has learned positions if it names no rotary ones.
+
+    Returns:
+        None if all is well; else whether it is impossible (learned positions: there are no more) or only unwise
+        (rotary positions that training never saw), and that in words.
+    """
+    text = config.get_text_config()
+    if hf is not None:
+        limit, learned = position_limit(hf)
+    else:
+        limit = getattr(text, "max_position_embeddings", None)
+        learned = not (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None))
+    if not limit or longest <= limit:
+        return None
+    what = (
+        f"conversations may have {longest:,} tokens, and the base model ({config.model_type}) knows {limit:,} positions"
+    )
+    if learned:
+        return True, f"{what}, and no more: keep to them with --max-length {limit}"
+    return False, f"{what}: what is beyond them it has never seen; keep to them with --max-length {limit}"
+
+
 def check_max_length(hf: Any, max_length: int | None) -> str | None:
-    """Compare the longest conversation with what the model has positions for.
+    """Compare the longest conversation that is kept with what a loaded model has positions for.
 
     Args:
         hf: the base model.
@@ -182,16 +211,10 @@ def check_max_length(hf: Any, max_length: int | None) -> str | None:
     Raises:
         ConfigError: positions are learned, and there are fewer.
     """
-    limit, learned = position_limit(hf)
-    if limit is None or max_length is None or max_length <= limit:
+    problem = None if max_length is None else positions_problem(hf.config, max_length, hf)
+    if problem is None:
         return None
-    name = hf.config.model_type
-    if learned:
-        raise ConfigError(
-            f"data.max_length is {max_length}, but the base model ({name}) has learned positions for {limit} tokens "
-            f"only; expected at most {limit}: give --max-length {limit}"
-        )
-    return (
-        f"data.max_length is {max_length}, more than the {limit} positions the base model ({name}) was made for; "
-        "rewards of longer conversations are extrapolated"
-    )
+    impossible, what = problem
+    if impossible:
+        raise ConfigError(what)
+    return what

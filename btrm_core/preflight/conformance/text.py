@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from btrm_core.chat import ONE, SYSTEM, TWO, opens_turns
+from btrm_core.chat import ONE, SYSTEM, TWO, begins_once, opens_turns
 from btrm_core.errors import first_line
 from btrm_core.preflight.conformance.subject import Subject
 from btrm_core.preflight.conformance.verdict import Missing, NotConforming, require
@@ -110,10 +110,9 @@ class TextChecks:
         if opens_turns(bos, rendered["of one exchange"], rendered["of two exchanges"]):
             return  # ChatML vocabularies name as BOS the token that opens every turn
         for name, ids in rendered.items():
-            count = ids.count(bos)
             require(
-                count == 1 and ids[0] == bos,
-                f"BOS {tokenizer.bos_token!r} occurs {count} times in a conversation {name}, "
+                begins_once(bos, ids),
+                f"BOS {tokenizer.bos_token!r} occurs {ids.count(bos)} times in a conversation {name}, "
                 f"which begins with {tokenizer.convert_ids_to_tokens(ids[0])!r}",
                 "base models were trained with it once, at the beginning; otherwise the hidden states are off",
                 "begin the template with {{- bos_token }} and write it nowhere else",

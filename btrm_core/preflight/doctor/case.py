@@ -235,8 +235,8 @@ def _checks_of_model(case: Case, chat: ChatFormat, data: Data, full: bool) -> It
         yield from (Check(name, "skip", "needs the model") for name in _MODEL_CHECKS[1:])
         return
     model = patient.model
-    problem = positions_problem(model.base_model.config, max(report["longest"] for report in _reports(data)))
-    if problem is not None:
+    hf, longest = model.base_model, max(report["longest"] for report in _reports(data))
+    if (problem := positions_problem(hf.config, longest, hf)) is not None:
         impossible, what = problem
         yield positions(impossible, what)
         if impossible:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from btrm_core.chat import ChatFormat
+from btrm_core.chat import ChatFormat, begins_once
 from btrm_core.packing import Tree, pack_row
 from btrm_core.preflight import Check
 
@@ -90,8 +90,8 @@ def _count_row(batch: Sequence[tuple[str, Tree]], chat: ChatFormat, counts: Toke
         return
     for name, group in batch:
         for sequence in group.sequences:
-            number = int((sequence == bos).sum())
-            if number != 1 or sequence[0] != bos:
+            if not begins_once(bos, sequence.tolist()):
+                number = int((sequence == bos).sum())
                 counts.bos_wrong += 1
                 counts.first.setdefault("bos", f"{name} has {number}" + (" elsewhere" if number == 1 else ""))
 

@@ -32,10 +32,6 @@ GRACE_SECONDS = 5.0
 LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe|gloo/transport|remote process", re.IGNORECASE)
 
 
-speaks: bool | None = None
-"""After a failure among several processes: whether this one says why; None as long as none of this applies."""
-
-
 @contextlib.contextmanager
 def shared(world: int) -> Iterator[None]:
     """While active, a failure of this process ends all, and a failure of another ends this one.
@@ -45,6 +41,8 @@ def shared(world: int) -> Iterator[None]:
 
     Raises:
         TrainingError: another process is gone, in place of what torch says about connections.
+
+    What is raised carries in an attribute `speaks` whether this process is the one that says why.
     """
     if world == 1:
         yield
@@ -56,24 +54,27 @@ def shared(world: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _claim(store, over)
+        speaks = _claim(store, over)
         if _lost_a_peer(error):
-            raise TrainingError(
+            lost = TrainingError(
                 "another process of this run has ended; its own message is above, or in the log of its machine, or the "
                 "system ended it (out of memory?). Go on from the last checkpoint with the same command and --resume"
-            ) from error
+            )
+            lost.speaks = speaks
+            raise lost from error
+        error.speaks = speaks  # type: ignore[attr-defined]  # of any class: read by the command line
         raise
     finally:
         over.set()
 
 
-def _claim(store: Any, over: threading.Event) -> None:
-    global speaks
+def _claim(store: Any, over: threading.Event) -> bool:
+    """Tell all others to end; whether this is the first process that fails."""
     over.set()
     try:
-        speaks = store.add(KEY, 1) == 1
+        return bool(store.add(KEY, 1) == 1)
     except RuntimeError:  # the process that keeps the store is gone, and has said why
-        speaks = False
+        return False
 
 
 def _lost_a_peer(error: BaseException) -> bool:

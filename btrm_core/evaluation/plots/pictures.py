@@ -1,102 +1,37 @@
-"""The pictures of an evaluation: drawn once, written as PNG, and put into the report as SVG that follows its colours.
+"""What is drawn of an evaluation, a comparison, a run and a data set. How it is drawn is `drawing`'s decision.
 
-Decides: what is drawn and how. Text stays text in the SVG; colours become CSS variables, so one drawing is right on a
-light and on a dark page.
+Shapes: P pairs.
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core.errors import ConfigError
 from btrm_core.evaluation.assess import Bucket, Evaluation
 from btrm_core.evaluation.calibration import Reliability
 from btrm_core.evaluation.compare import Comparison
+from btrm_core.evaluation.plots.drawing import (
+    CHOSEN,
+    GRID,
+    INK,
+    MUTED,
+    REJECTED,
+    Plot,
+    accuracy_dot,
+    draw,
+    edges_of,
+    height_of,
+    short_name,
+)
 from btrm_core.evaluation.scores import PairRewards
 from btrm_core.evaluation.statistics import Accuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-INK, MUTED, GRID, CHOSEN, REJECTED, ACCENT = "#1c2430", "#5d6775", "#d9dee5", "#2563a8", "#c2571a", "#6b4fa0"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", CHOSEN: "chosen", REJECTED: "rejected", ACCENT: "accent"}
-_WIDTH, _HEIGHT = 4.8, 3.1
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "axes.titlesize": 10.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "lines.linewidth": 1.7,
-}
-_LONGEST_NAME = 22
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A finished picture: its file name without ending, what it shows in one sentence, and the SVG."""
-
-    name: str
-    caption: str
-    svg: str
-
-
-def require_matplotlib() -> None:
-    """Raise a ConfigError that says what to install, if matplotlib is missing.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("a report needs matplotlib, which is not installed: pip install 'btrm[report]'") from error
-
-
-def draw(name: str, caption: str, paint: Callable[[Axes], None], directory: Path, height: float = _HEIGHT) -> Plot:
-    """Draw one picture, write `directory/name.png` and return it as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no window, no state that plots of a program would share
-
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        paint(figure.add_subplot())
-        figure.savefig(directory / f"{name}.png", dpi=150, facecolor="white")
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Plot(name, caption, themed(out.getvalue(), name, caption))
-
-
-def themed(svg: str, name: str, caption: str) -> str:
-    """Matplotlib's SVG as a part of a page: own ids, colours as variables of the page, a name for screen readers."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = re.sub(colour, f"var(--{variable})", svg, flags=re.IGNORECASE)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", svg)
-    label = caption.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    opening = rf'<svg role="img" aria-label="{label}" viewBox="\1">'
-    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, svg, count=1)
 
 
 def plots_of(evaluation: Evaluation, rewards: PairRewards, prefix: str, directory: Path) -> list[Plot]:
@@ -107,6 +42,9 @@ def plots_of(evaluation: Evaluation, rewards: PairRewards, prefix: str, director
         rewards: the pairs; ties and pairs without two finite rewards are left out.
         prefix: put before every file name.
         directory: must exist.
+
+    Returns:
+        The pictures, in the order of the page.
     """
     kept = rewards.reward_P2[np.isfinite(rewards.reward_P2).all(axis=1) & (rewards.probability_P > 0.5)]
     calibration = evaluation.calibration
@@ -138,7 +76,7 @@ def plots_of(evaluation: Evaluation, rewards: PairRewards, prefix: str, director
         rows = [(part.name or "(none)", part.accuracy) for part in evaluation.subsets]
         found.append(
             draw(named("subsets"), "Accuracy of every subset with 95 % intervals",
-                 lambda axes: _dots(axes, rows), directory, _height_of(len(rows)))
+                 lambda axes: _dots(axes, rows), directory, height_of(len(rows)))
         )  # fmt: skip
     return found
 
@@ -151,7 +89,7 @@ def plot_of_models(rows: Sequence[tuple[str, Accuracy]], directory: Path) -> Plo
         directory: must exist.
     """
     caption = "Accuracy of every model with 95 % intervals; on the same pairs, read the paired comparison instead"
-    return draw("models", caption, lambda axes: _dots(axes, rows), directory, _height_of(len(rows)))
+    return draw("models", caption, lambda axes: _dots(axes, rows), directory, height_of(len(rows)))
 
 
 def plot_of_comparison(comparison: Comparison, name: str, directory: Path) -> Plot:
@@ -171,12 +109,14 @@ def plot_of_comparison(comparison: Comparison, name: str, directory: Path) -> Pl
                 axes.plot([100 * row.interval.low, 100 * row.interval.high], [place, place], color=colour)
             axes.plot([100 * row.difference], [place], "o", color=colour, markersize=5)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(rows)), [_short(row.name or "all pairs") for row in reversed(rows)], parse_math=False)
+        axes.set_yticks(
+            range(len(rows)), [short_name(row.name or "all pairs") for row in reversed(rows)], parse_math=False
+        )
         axes.set_xlabel("difference in points")
         axes.set_ylim(-0.6, len(rows) - 0.4)
 
     caption = "First model minus second, with 95 % intervals of the paired difference; grey: no difference shown"
-    return draw(name, caption, paint, directory, _height_of(len(rows)))
+    return draw(name, caption, paint, directory, height_of(len(rows)))
 
 
 def plot_of_training(lines: Sequence[Mapping[str, Any]], directory: Path) -> Plot | None:
@@ -231,7 +171,7 @@ def plots_of_lengths(length_P2: np.ndarray, directory: Path) -> list[Plot]:
 
     def difference(axes: Axes) -> None:
         longer_P = length_P2[:, 0] - length_P2[:, 1]
-        edges = _edges(longer_P)
+        edges = edges_of(longer_P)
         longer_P = np.clip(longer_P, edges[0], edges[-1])
         axes.hist(longer_P[longer_P >= 0], edges, color=CHOSEN, alpha=0.75, label="chosen longer (or equal)")
         axes.hist(longer_P[longer_P < 0], edges, color=REJECTED, alpha=0.75, label="rejected longer")
@@ -247,7 +187,7 @@ def plots_of_lengths(length_P2: np.ndarray, directory: Path) -> list[Plot]:
 
 
 def _histogram(axes: Axes, reward_P2: np.ndarray) -> None:
-    edges = _edges(reward_P2)
+    edges = edges_of(reward_P2)
     reward_P2 = np.clip(reward_P2, edges[0], edges[-1])
     for column, colour, label in ((1, REJECTED, "rejected"), (0, CHOSEN, "chosen")):
         axes.hist(reward_P2[:, column], edges, color=colour, alpha=0.28)
@@ -258,7 +198,7 @@ def _histogram(axes: Axes, reward_P2: np.ndarray) -> None:
 
 
 def _margins(axes: Axes, margin_P: np.ndarray) -> None:
-    edges = _edges(margin_P)
+    edges = edges_of(margin_P)
     margin_P = np.clip(margin_P, edges[0], edges[-1])
     axes.hist(margin_P[margin_P >= 0], edges, color=CHOSEN, alpha=0.75, label="right (or tied)")
     axes.hist(margin_P[margin_P < 0], edges, color=REJECTED, alpha=0.75, label="wrong")
@@ -266,15 +206,6 @@ def _margins(axes: Axes, margin_P: np.ndarray) -> None:
     axes.set_xlabel("reward margin")
     axes.set_ylabel("pairs")
     axes.legend()
-
-
-def _edges(values: np.ndarray) -> list[float]:
-    """At most 40 bins with an edge at 0; what lies further out than 2 in 1,000 is counted in the outermost."""
-    low, high = (float(q) for q in np.quantile(values, [0.002, 0.998]))
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    width = (high - low) / min(40, max(8, int(np.sqrt(values.size))))
-    return [float(edge) for edge in np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width]
 
 
 def _reliability(axes: Axes, before: Reliability, after: Reliability | None) -> None:
@@ -294,7 +225,7 @@ def _reliability(axes: Axes, before: Reliability, after: Reliability | None) -> 
 
 def _buckets(axes: Axes, buckets: Sequence[Bucket], label: str) -> None:
     for place, bucket in enumerate(buckets):
-        _dot(axes, place, bucket.accuracy, upright=True)
+        accuracy_dot(axes, place, bucket.accuracy, upright=True)
     names = [f"{b.low:.2g}" if b.low == b.high else f"{b.low:.2g} to\n{b.high:.2g}" for b in buckets]
     axes.set_xticks(range(len(buckets)), names)
     axes.set_xlim(-0.5, len(buckets) - 0.5)
@@ -311,7 +242,7 @@ def _length(axes: Axes, evaluation: Evaluation) -> None:
     ):
         names.append(f"{name}\n({found.pairs if found else 0:,})")
         if found is not None:
-            _dot(axes, place, found, upright=True)
+            accuracy_dot(axes, place, found, upright=True)
     axes.axhline(100 * evaluation.accuracy.half, color=CHOSEN, linewidth=1, linestyle="--", label="all pairs")
     axes.axhline(100 * bias.longer_wins, color=REJECTED, linewidth=1, linestyle="--", label='"longer wins"')
     axes.set_xticks(range(3), names)
@@ -323,24 +254,8 @@ def _length(axes: Axes, evaluation: Evaluation) -> None:
 
 def _dots(axes: Axes, rows: Sequence[tuple[str, Accuracy]]) -> None:
     for place, (_, found) in enumerate(reversed(rows)):
-        _dot(axes, place, found, upright=False)
+        accuracy_dot(axes, place, found, upright=False)
     axes.axvline(50, color=MUTED, linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(rows)), [_short(name) for name, _ in reversed(rows)], parse_math=False)
+    axes.set_yticks(range(len(rows)), [short_name(name) for name, _ in reversed(rows)], parse_math=False)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("accuracy, %")
-
-
-def _dot(axes: Axes, place: int, found: Accuracy, *, upright: bool) -> None:
-    ends = [100 * found.interval.low, 100 * found.interval.high]
-    line, dot = ([place, place], ends), ([place], [100 * found.half])
-    for (x, y), marker in ((line, "-"), (dot, "o")):
-        axes.plot(*((x, y) if upright else (y, x)), marker, color=CHOSEN, markersize=6)
-
-
-def _height_of(rows: int) -> float:
-    return max(1.6, 0.85 + 0.29 * rows)
-
-
-def _short(name: str) -> str:
-    name = " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
