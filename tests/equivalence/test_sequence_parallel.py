@@ -41,7 +41,8 @@ COMMON: dict[str, Any] = {
 }
 WATCHED = {**COMMON, "output__eval_every": 1, "output__save_every": SAVED, "output__keep_last": STEPS}
 ZERO3 = {"distributed__deepspeed": "zero3", "model__gradient_checkpointing": True, "train__tokens_per_batch": 150}
-LORA = {"lora__rank": 4, "train__learning_rate": 2e-2, "distributed__deepspeed": "zero2"}
+# at four times this rate the run is so unstable that the order of a sum shows in its fourth step
+LORA = {"lora__rank": 4, "train__learning_rate": 5e-3, "distributed__deepspeed": "zero2"}
 ONE_KEY_HEAD = "one key head, adapters"
 TWO: dict[str, dict[str, Any]] = {
     "zero1": {**WATCHED, **BY_TWO},
@@ -117,7 +118,7 @@ def test_two_that_share_rows_are_one(two: Path, reference: Trajectory, way: str)
 def test_adapters_and_a_key_head_that_every_process_needs(root: Path, two: Path, reference: Trajectory) -> None:
     values = {**COMMON, **LORA, "model__name": str(root / ONE_KEY_HEAD)}
     alone = trajectory(root, root / "one key head alone", **values)
-    assert distance(alone, reference) > 0.01
+    assert distance(alone, reference) > 100 * EXACT
     same(stored(two, ONE_KEY_HEAD), alone)
 
 
