@@ -10,12 +10,18 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 LOUD = ("transformers", "huggingface_hub")
 """Loggers whose reports say less than the one line that btrm prints."""
+
+
+GPU_FILES = ("proc/driver/nvidia/gpus/*", "dev/nvidia[0-9]*")
+"""What the NVIDIA driver shows of each GPU, whether torch can use it or not."""
 
 
 class Member(Protocol):
@@ -24,6 +30,25 @@ class Member(Protocol):
     @property
     def is_main(self) -> bool:
         """True on the one process that prints."""
+
+
+def unused_gpu() -> tuple[str, str] | None:
+    """What is wrong, and what to do, if this machine has an NVIDIA GPU that torch cannot use; None otherwise."""
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # so the user wants it
+        return None
+    there = [path for pattern in GPU_FILES for path in Path("/").glob(pattern)]
+    if not there:
+        return None
+    too_old = f"is built for CUDA {torch.version.cuda}, for which the driver may be too old (see nvidia-smi)"
+    why = too_old if torch.version.cuda else "is built without CUDA"
+    return (
+        f"this machine has a GPU ({there[0]}), but torch {torch.__version__} cannot use it, and everything runs on the "
+        f"CPU, in fp32 and very much slower: it {why}",
+        "install a torch that fits the driver (pytorch.org/get-started), or set CUDA_VISIBLE_DEVICES= (to nothing) if "
+        "the CPU is meant",
+    )
 
 
 def say(runtime: Member, text: str) -> None:

@@ -6,7 +6,9 @@ import logging
 import sys
 
 import pytest
+import torch
 
+from btrm_core import console
 from btrm_core.console import dumps, quiet_libraries, table
 
 
@@ -38,3 +40,23 @@ def test_libraries_are_quiet_inside_and_as_before_after():
 
 def test_a_table_without_rows_has_no_lines():
     assert table([]) == []
+
+
+@pytest.mark.parametrize(
+    ("cuda", "why"),
+    [("13.0", "is built for CUDA 13.0, for which the driver may be too old"), (None, "is built without CUDA")],
+)
+def test_a_gpu_that_torch_cannot_use_is_said(tmp_path, monkeypatch, cuda, why):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    pattern = str(tmp_path / "nvidia[0-9]*").removeprefix("/")
+    monkeypatch.setattr(console, "GPU_FILES", (pattern,))
+    assert console.unused_gpu() is None
+    (tmp_path / "nvidia0").touch()
+    what, to_do = console.unused_gpu()
+    assert what.startswith(f"this machine has a GPU ({tmp_path / 'nvidia0'}), but torch ")
+    assert why in what
+    assert "CUDA_VISIBLE_DEVICES=" in to_do
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert console.unused_gpu() is None, "the user has said so"

@@ -18,9 +18,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -36,9 +41,8 @@ from btrm_core.packing import Visibility
 KERNELS = ("flash", "varlen", "flex", "sdpa", "eager")
 """Kernel names as users type them, besides "auto"."""
 
-
-# transformers reads meaning into some names: "flash", "sdpa" and "flex_attention" inside a name bring
-# checks that concern its own implementations, and "/" makes it look for a kernel on the hub.
+# transformers reads meaning into some names: "flash", "sdpa" and "flex_attention" inside one bring checks of its own
+# implementations, and "/" makes it look for a kernel on the hub.
 _REGISTERED = {
     "flash": "btrm_package",
     "varlen": "btrm_varlen",
@@ -47,18 +51,33 @@ _REGISTERED = {
     "eager": "btrm_eager",
 }
 
-
-_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "flash": kernels.flash,
     "varlen": kernels.varlen,
     "flex": kernels.flex,
     "sdpa": kernels.dense,
     "eager": kernels.eager,
 }
-
+"""The function that computes each kernel."""
 
 SOFTCAP_KERNELS = ("flash", "flex", "eager")
 """Kernels that compute soft-capped scores; the others would drop the cap and change every reward."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer asks of its kernel; the arguments are those of the functions in `kernels`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None
+    scaling: float | None
+    softcap: float | None
+
+
+_CALLS: contextvars.ContextVar[set[Call] | None] = contextvars.ContextVar("btrm_calls", default=None)
 
 
 @dataclass(frozen=True)
@@ -77,12 +96,11 @@ _ROW: contextvars.ContextVar[LayerMask | None] = contextvars.ContextVar("btrm_ro
 def masks_for(visibility: Visibility, share: RowShare | None = None) -> Iterator[None]:
     """While active, models build their masks from `visibility`.
 
-    Only building needs it: the mask then travels with the layers' arguments, so backward passes and
-    recomputed layers never look here.
+    Only building needs it: it then travels with the layers' arguments, so backward and recomputing never look here.
 
     Args:
         visibility: who sees whom in the packed row that is computed inside the block.
-        share: the part of it that this process computes; None computes all of it.
+        share: this process's part of it; None computes all of it.
     """
     token = _ROW.set(LayerMask(visibility, None, share))
     try:
@@ -91,13 +109,22 @@ def masks_for(visibility: Visibility, share: RowShare | None = None) -> Iterator
         _ROW.reset(token)
 
 
+@contextlib.contextmanager
+def calls_noted() -> Iterator[set[Call]]:
+    """While active, what layers ask of their kernel is put into the set that is given."""
+    token = _CALLS.set(set())
+    try:
+        yield cast("set[Call]", _CALLS.get())
+    finally:
+        _CALLS.reset(token)
+
+
 def layer_mask(
     *, mask_function: Callable[..., Any], local_size: int | None = None, config: Any = None, **rest: Any
 ) -> Any:
     """The registered mask function: recognise the model's rule and return its `LayerMask`.
 
-    The rule is probed at chosen pairs of offsets rather than recognised by name, so any model whose
-    rule is causal, or causal within a window of positions, is understood.
+    It is probed at pairs of offsets, not known by name, so any causal rule, also within a window, is understood.
 
     Args:
         mask_function: the model's rule, `(batch, head, query, key) -> visible`.
@@ -180,7 +207,10 @@ def attend(
         if kernel not in SOFTCAP_KERNELS:
             raise NotImplementedError(f"kernel '{kernel}' cannot compute this model's attention soft-capping")
         options["softcap"] = softcap
-    function, visibility, share = _FUNCTIONS[kernel], attention_mask.visibility, attention_mask.share
+    if (noted := _CALLS.get()) is not None:
+        shape = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+        noted.add(Call(*shape, **{"softcap": None, **options}))
+    function, visibility, share = FUNCTIONS[kernel], attention_mask.visibility, attention_mask.share
     if share is not None:
         return share.attention(function, query, key, value, visibility, options), None
     return function(query, key, value, visibility, **options), None
@@ -286,6 +316,8 @@ def _obstacle(kernel: str, *, device_type: str, softcap: bool, half: bool) -> st
         return "would silently drop this model's attention soft-capping"
     if kernel == "flex" and device_type != "cuda":
         return "needs a CUDA device (torch has no backward pass for it elsewhere)"
+    if kernel == "flex" and torch.cuda.is_available() and (lacking := compiler_lacks()) is not None:
+        return f"is compiled when it is first used, and {lacking}"
     if kernel == "flash":
         if device_type != "cuda":
             return "needs a CUDA device"
@@ -300,4 +332,19 @@ def _obstacle(kernel: str, *, device_type: str, softcap: bool, half: bool) -> st
             return "computes in float16 and bfloat16 only"
     if kernel == "varlen" and device_type == "cuda" and not half:
         return "computes in float16 and bfloat16 only on CUDA"
+    return None
+
+
+def compiler_lacks() -> str | None:
+    """What triton needs in order to compile a kernel on this machine and does not find, or None.
+
+    Triton compiles a small C module for each kernel that it starts.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "there is no C compiler (apt install gcc, or set CC)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        return f"Python's headers are missing ({header}; apt install python3-dev)"
     return None

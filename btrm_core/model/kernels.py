@@ -70,7 +70,7 @@ def run_loop(
     """PyTorch's fused attention, one call per run.
 
     Plain causal runs need no mask. A run with a path before it has more keys than queries, where PyTorch aligns
-    `is_causal` to the top left, so it gets a small mask, built once and used by all layers.
+    `is_causal` to the top left, so it gets a small mask, used by all layers.
 
     Args:
         query: [1, heads, T, D].
@@ -264,7 +264,6 @@ def flash(
     """
     from flash_attn import flash_attn_varlen_func
 
-    extra = {} if softcap is None else {"softcap": softcap}
     output: Tensor = flash_attn_varlen_func(
         _rows(query),
         _keys(key, visibility),
@@ -276,7 +275,7 @@ def flash(
         softmax_scale=scaling,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
-        **extra,
+        **({} if softcap is None else {"softcap": softcap}),
     )
     return output[None]
 
@@ -296,15 +295,15 @@ def flash_version() -> tuple[int, ...] | None:
 def _compiled_flex() -> Callable[..., Tensor]:
     """FlexAttention, compiled.
 
-    Un-compiled, a non-linear score function under checkpointing gives wrong gradients, silently. The second row length
-    makes the graph dynamic (at most four graphs); asking for that at once makes the soft-cap a symbol, which fails.
+    Un-compiled, a non-linear score function under checkpointing gives wrong gradients, silently: a full graph is an
+    error where torch would go on un-compiled. The second row length makes the graph dynamic (at most four graphs);
+    asking for that at once makes the soft-cap a symbol, which fails.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
     # The CPU has no kernel with gradients; ahead-of-time tracing alone follows the same path there.
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, backend=backend)
-    return compiled
+    return cast("Callable[..., Tensor]", torch.compile(flex_attention, backend=backend, fullgraph=True))
 
 
 @functools.cache
@@ -344,6 +343,7 @@ def flex(
         value,
         score_mod=None if softcap is None else _softcap_score(softcap),
         block_mask=visibility.block_mask(window),
+        kernel_options={"IS_DIVISIBLE": True},  # by 128, which torch cannot know of a length that changes
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from btrm_core.errors import ConfigError
-from btrm_core.model.attention import choose_kernel, masks_for, registered_name, uses_softcap
+from btrm_core.model.attention import choose_kernel, compiler_lacks, masks_for, registered_name, uses_softcap
 from btrm_core.model.leakage.positions import fresh_positions
 from btrm_core.model.parallel.share import RowShare
 from btrm_core.packing import PADDED, Batch
@@ -237,9 +237,8 @@ class RewardModel(nn.Module):
     def _line_by_line(self, batch: Batch) -> torch.Tensor:
         """Hidden states [B, T, H] of padded lines that are computed one at a time, zeros where they are padded."""
         ids, positions = batch.input_ids, batch.position_ids
-        lengths = [ids.shape[1]] * len(ids) if batch.attention_mask is None else batch.attention_mask.sum(1).tolist()
         lines = []
-        for line, length in enumerate(lengths):
+        for line, length in enumerate(batch.lengths or [ids.shape[1]] * len(ids)):
             with fresh_positions(self.base_model):
                 part = slice(line, line + 1), slice(0, length)
                 hidden = self._run(ids[part], torch.ones_like(ids[part]), positions[part])
@@ -281,7 +280,7 @@ def use_kernels(hf: Any, kernels: str) -> None:
         kernels: the setting `model.kernels`: "auto", "torch" or "liger".
 
     Raises:
-        ConfigError: liger is asked for and not installed, or there is no GPU.
+        ConfigError: liger is asked for and not installed, cannot be compiled here, or there is no GPU.
     """
     if kernels != "liger":
         return
@@ -291,6 +290,8 @@ def use_kernels(hf: Any, kernels: str) -> None:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as error:
         raise ConfigError("--kernels liger needs liger-kernel; pip install 'btrm[liger]'") from error
+    if (lacking := compiler_lacks()) is not None:
+        raise ConfigError(f"--kernels liger compiles its kernels when they are first used, and {lacking}")
     _apply_liger_kernel_to_instance(model=hf)
 
 

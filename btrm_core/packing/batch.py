@@ -6,7 +6,7 @@ Shape letters as in `rows`. Loads torch for types alone: it only moves tensors t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Batch:
         computed: tokens computed, padding included.
         useful: tokens of all sequences, each counted by itself.
         shared: tokens of `useful` that are not computed again.
+        lengths: tokens of each padded line, known without asking the device; empty for a packed row.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class Batch:
     computed: int
     useful: int
     shared: int
+    lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on a device.
@@ -50,19 +52,25 @@ class Batch:
         """
         return self._moved(lambda data: data.to(device, non_blocking=non_blocking))
 
+    def sent_to(self, device: torch.device) -> Batch:
+        """Return the batch on a device, through page-locked memory where the host would wait for a GPU otherwise.
+
+        Args:
+            device: where the tensors shall lie.
+        """
+        batch = self.pin_memory() if device.type == "cuda" else self
+        return batch.to(device, non_blocking=True)
+
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (a `DataLoader` with `pin_memory` calls this)."""
         return self._moved(lambda data: data.pin_memory())
 
     def _moved(self, move: Callable[[Any], Any]) -> Batch:
-        return Batch(
+        return replace(
+            self,
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
             visibility=None if self.visibility is None else move(self.visibility),
             reward_index=move(self.reward_index),
-            group_sizes=self.group_sizes,
-            computed=self.computed,
-            useful=self.useful,
-            shared=self.shared,
         )

@@ -230,6 +230,7 @@ class PaddedRows:
             computed=self.computed,
             useful=self.useful,
             shared=self.shared,
+            lengths=tuple(self.attention_mask_BT.sum(1).tolist()),
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from btrm_core.chat import Conversation, spare
+from btrm_core.console import unused_gpu
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from btrm_core.model import (
     RewardModel,
@@ -119,8 +120,10 @@ class Scorer:
         self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
         self.identity = identity(self.directory, self.chat, hf, hf.dtype)
         self.model = self._reward_model(hf, attention)
-        if difference := template_difference(self.manifest, self.chat):
-            _log.warning("%s", difference)
+        idle = unused_gpu() if device is None else None
+        for remark in (template_difference(self.manifest, self.chat), "; ".join(idle or ())):
+            if remark:
+                _log.warning("%s", remark)
         if is_adapters(self.directory):
             self._check_base()
 
@@ -314,7 +317,7 @@ class Scorer:
         self.tokens.computed += batch.computed
         self.tokens.useful += batch.useful
         try:
-            rewards: torch.Tensor = self.model(batch.to(self.device, non_blocking=True))
+            rewards: torch.Tensor = self.model(batch.sent_to(self.device))
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
                 f"GPU memory ran out on {batch.computed} tokens; make --tokens-per-batch smaller "

@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from btrm_core.config import settled
+from btrm_core.errors import TrainingError, first_line
 from btrm_core.model import OPTIMIZERS, RewardModel, parameter_groups
 from btrm_core.model import optimizer as model_optimizer
 from btrm_core.settings import RunConfig
@@ -48,9 +51,16 @@ def start_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Ite
 
     Raises:
         ConfigError: as `make_engine`.
+        TrainingError: the GPU's memory does not suffice for weights and optimizer, the first checks or an evaluation.
     """
-    engine = make_engine(model, config, runtime)
     try:
-        yield engine
-    finally:
-        engine.destroy()
+        engine = make_engine(model, config, runtime)
+        try:
+            yield engine
+        finally:
+            engine.destroy()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU is out of memory outside the steps of training ({first_line(error)}); try --deepspeed zero3 or "
+            "zero3-offload, --lora-rank, or a smaller --tokens-per-batch (`btrm plan` says what fits)"
+        ) from error

@@ -11,8 +11,8 @@ Shapes: P pairs, S sequences.
 from __future__ import annotations
 
 import math
-import resource
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,12 +25,12 @@ from btrm_core.errors import TrainingError, first_line
 from btrm_core.evaluation import badness
 from btrm_core.settings import RunConfig
 from btrm_core.training.loss import bradley_terry, plackett_luce
-from btrm_core.training.metrics import PairSums, named, summarise, token_figures
+from btrm_core.training.metrics import PairSums, forget_peak_memory, named, step_figures
 from btrm_core.training.micro_batches import MicroBatch, StepBatches, build_micro_batch, steps
 from btrm_core.training.offload import activation_context
 from btrm_core.training.processes import gather
 from btrm_core.training.profiling import Profiler
-from btrm_core.training.schedule import Progress, Schedule, plan_of_epoch
+from btrm_core.training.schedule import Progress, plan_of_epoch
 from btrm_core.training.session import Session
 
 
@@ -82,30 +82,42 @@ def fit(session: Session, progress: Progress, seams: Seams) -> Progress:
         TrainingError: the loss or the gradient is not finite, and such steps are not to be skipped; or the memory of
             the GPU does not suffice.
     """
-    started, before = time.monotonic(), progress.seconds
-    session.seconds_before = before
-    engine, config, schedule = session.engine, session.config, session.schedule
-    around = Around(seams.profiler, activation_context(engine, config.model.activation_offload))
-    engine.train()
-    while progress.step < schedule.total_steps and not progress.stopped:
+    session.seconds_before = progress.seconds
+    started = time.monotonic() - progress.seconds
+    around = Around(seams.profiler, activation_context(session.engine, session.config.model.activation_offload))
+    forget_peak_memory()
+    while progress.step < session.schedule.total_steps and not progress.stopped:
+        session.engine.train()  # also after an evaluation that ran out of memory
         try:
-            for step in around.profiler.waiting_for(_stream(session, progress.step)):
-                sums, stop, seconds = _timed_step(session, step, seams, around)
-                progress.step, progress.seconds = step.index + 1, before + time.monotonic() - started
-                seams.log("train", progress.step, step_figures(sums, engine, step, schedule, seconds))
-                if not applied(engine):
-                    _skip_or_stop(not_finite(session, step), progress, config.train.skip_nan)
-                _after_step(session, progress, seams, stop)
-                around.profiler.step_done()
-                if progress.stopped:
-                    break
+            _run_steps(session, progress, seams, around, started)
         except torch.OutOfMemoryError as error:
             session.tokens_per_batch = smaller_budget(error, session)
-            _discard_gradients(session)
-            budget = session.tokens_per_batch
-            seams.say(f"out of memory in step {progress.step + 1}: going on with --tokens-per-batch {budget}")
+            traceback.clear_frames(error.__traceback__)  # they hold all that the failed pass has computed
+        else:
+            break
+        # here, where the exception is gone too: what it holds would leave no memory to go on with
+        _discard_gradients(session)
+        budget = session.tokens_per_batch
+        seams.say(f"out of memory in step {progress.step + 1}: going on with --tokens-per-batch {budget}")
     around.profiler.close()
     return progress
+
+
+def _run_steps(session: Session, progress: Progress, seams: Seams, around: Around, started: float) -> None:
+    """From where the run stands to its end, or until it is stopped; the time of a step begins with waiting for it."""
+    config, asked = session.config, time.monotonic()
+    for step in around.profiler.waiting_for(_stream(session, progress.step)):
+        sums, stop = _prepared_step(session, step, seams, around)
+        seconds = time.monotonic() - asked
+        progress.step, progress.seconds = step.index + 1, time.monotonic() - started
+        seams.log("train", progress.step, step_figures(sums, step, session.schedule, seconds))
+        if not applied(session.engine):
+            _skip_or_stop(not_finite(session, step), progress, config.train.skip_nan)
+        _after_step(session, progress, seams, stop)
+        around.profiler.step_done()
+        if progress.stopped:
+            return
+        asked = time.monotonic()
 
 
 def _stream(session: Session, first: int) -> Iterator[StepBatches]:
@@ -123,16 +135,12 @@ def _stream(session: Session, first: int) -> Iterator[StepBatches]:
     return steps(pairs, plans, rank=runtime.row_rank, form=session.form, first=first, last=last, workers=workers)
 
 
-def _timed_step(
-    session: Session, step: StepBatches, seams: Seams, around: Around
-) -> tuple[dict[str, float], bool, float]:
-    started = time.monotonic()
+def _prepared_step(session: Session, step: StepBatches, seams: Seams, around: Around) -> tuple[dict[str, float], bool]:
     for group in session.engine.optimizer.param_groups:
         group["lr"] = session.schedule.learning_rate(step.index)
     # what dropout draws follows from seed and step, so a resumed run draws the same
     torch.manual_seed(session.config.train.seed * 1_000_003 + step.index * 1_009 + session.runtime.rank)
-    sums, stop = train_step(session, step, around, stop=seams.stop_requested())
-    return sums, stop, time.monotonic() - started
+    return train_step(session, step, around, stop=seams.stop_requested())
 
 
 def _after_step(session: Session, progress: Progress, seams: Seams, stop: bool) -> None:
@@ -190,7 +198,7 @@ def _discard_gradients(session: Session) -> None:
         torch.cuda.empty_cache()
     pairs, engine = session.data.train, session.engine
     shortest = int(np.argmin(pairs.places.tokens_P))
-    micro = build_micro_batch(pairs, np.array([shortest]), session.form).to(session.runtime.device)
+    micro = build_micro_batch(pairs, np.array([shortest]), session.form).sent_to(session.runtime.device)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(micro.batch).sum() * math.nan, scale_wrt_gas=False)
     engine.step()
@@ -208,7 +216,8 @@ def train_step(session: Session, step: StepBatches, around: Around, *, stop: boo
         stop: Whether this process was asked to stop.
 
     Returns:
-        Sums by the names of `metrics.FIELDS`, from the weights before the update; and whether to stop.
+        Sums by the names of `metrics.FIELDS`, from the weights before the update, with the norm of the gradient before
+        it was clipped (`metrics.NORM`); and whether to stop.
     """
     engine, runtime, config = session.engine, session.runtime, session.config
     sums = PairSums(runtime.device)
@@ -219,13 +228,13 @@ def train_step(session: Session, step: StepBatches, around: Around, *, stop: boo
         with around.profiler.part("backward"):
             engine.set_gradient_accumulation_boundary(i == last)
             engine.backward(loss * (runtime.world / step.total_weight), scale_wrt_gas=False)
-    flag = torch.tensor([float(stop)], dtype=torch.float64).to(runtime.device)
-    figures = sums.vector()
-    totals = runtime.sum(torch.cat([figures if runtime.counts else torch.zeros_like(figures), flag]))
-    values = named(totals[:-1])
+    counted = sums if runtime.counts else PairSums(runtime.device)  # of those that share rows, one counts their pairs
+    counted.add_stop(stop)
+    totals = runtime.sum(counted.vector())
     with around.profiler.part("optimizer"):
         engine.step()
-    return values, bool(totals[-1].item() > 0)
+    values = named(totals, engine.get_global_grad_norm())  # the only time in a step that btrm waits for the GPU
+    return values, values["asked_to_stop"] > 0
 
 
 def applied(engine: Any) -> bool:
@@ -251,7 +260,7 @@ def not_finite(session: Session, step: StepBatches) -> str:
     bad: list[str] = []
     with torch.no_grad():
         for micro in step.micro_batches:
-            micro = micro.to(runtime.device)
+            micro = micro.sent_to(runtime.device)
             chosen_P, rejected_P = micro.sides(engine(micro.batch))
             finite_P = (chosen_P.isfinite() & rejected_P.isfinite()).tolist()
             if runtime.counts:
@@ -286,39 +295,6 @@ def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSum
     else:
         sums.add_tokens(computed=batch.computed, useful=0, shared=0)
     return (loss_P * micro.weight_P).sum()
-
-
-def step_figures(
-    sums: dict[str, float], engine: Any, step: StepBatches, schedule: Schedule, seconds: float
-) -> dict[str, Any]:
-    """Everything logged of a training step, under stable names.
-
-    Args:
-        sums: What `train_step` returned.
-        engine: Knows the norm of the gradient before it was clipped; NaN where it knows none.
-        step: Its index and micro-batches on this process.
-        schedule: Learning rate and length of an epoch.
-        seconds: Wall time of the step.
-    """
-    norm = engine.get_global_grad_norm()
-    return {
-        **summarise(sums),
-        "grad_norm": float(norm) if norm is not None else math.nan,
-        "learning_rate": schedule.learning_rate(step.index),
-        "epoch": (step.index + 1) / schedule.steps_per_epoch,
-        "seconds": seconds,
-        **token_figures(sums, seconds),
-        "rank_imbalance": step.rank_imbalance,
-        "micro_batches": len(step.micro_batches),
-        "peak_memory_gib": peak_memory_gib(),
-    }
-
-
-def peak_memory_gib() -> float:
-    """Most memory this process has held: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated()) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _evaluated(seams: Seams, progress: Progress, config: RunConfig) -> None:

@@ -9,9 +9,15 @@ Shapes: P pairs.
 from __future__ import annotations
 
 import math
+import resource
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from btrm_core.training.micro_batches import StepBatches
+    from btrm_core.training.schedule import Schedule
 
 FIELDS = (
     "pairs",
@@ -29,18 +35,23 @@ FIELDS = (
     "useful_tokens",
     "shared_tokens",
     "padding_tokens",
+    "asked_to_stop",
 )
 
 
+NORM = "grad_norm"
+"""What the norm of a step's gradient is called beside the sums."""
+
+
 class PairSums:
-    """Running sums over pairs in float64: rewards on one device, token counts on the host.
+    """Running sums over pairs in float64: rewards on one device, counts on the host.
 
     Nothing is copied between host and device while rows are added; `vector` does it once per step.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.rewards = torch.zeros(FIELDS.index("computed_tokens"), dtype=torch.float64, device=device)
-        self.tokens = [0, 0, 0, 0]
+        self.counts = [0, 0, 0, 0, 0]
 
     def add_pairs(
         self,
@@ -86,20 +97,39 @@ class PairSums:
             shared: Those of `useful` that another sequence of the row has computed already.
         """
         for i, count in enumerate((computed, useful, shared, computed + shared - useful)):
-            self.tokens[i] += count
+            self.counts[i] += count
+
+    def add_stop(self, asked: bool) -> None:
+        """Count this process if it was asked to stop.
+
+        Args:
+            asked: Whether it was.
+        """
+        self.counts[-1] += int(asked)
 
     def vector(self) -> Tensor:
-        """All sums in the order of `FIELDS`, to be added up over processes."""
-        return torch.cat([self.rewards, torch.tensor(self.tokens, dtype=torch.float64).to(self.rewards.device)])
+        """All sums in the order of `FIELDS`, to be added up over processes; nobody waits for a GPU."""
+        host = torch.tensor(self.counts, dtype=torch.float64)
+        if self.rewards.is_cuda:
+            host = host.pin_memory()
+        return torch.cat([self.rewards, host.to(self.rewards.device, non_blocking=True)])
 
 
-def named(vector: Tensor) -> dict[str, float]:
-    """The sums by name; this copies them to the host.
+def named(vector: Tensor, norm: Tensor | float | None = None) -> dict[str, float]:
+    """The sums by name; this copies them to the host, all at once.
 
     Args:
         vector: Sums in the order of `FIELDS`, as `PairSums.vector` gives them and added up over processes.
+        norm: The norm of the gradient where the engine has it; None where it knows none.
+
+    Returns:
+        The sums, and the norm as `NORM` (NaN if it is None).
     """
-    return dict(zip(FIELDS, vector.tolist(), strict=True))
+    if isinstance(norm, Tensor) and norm.device == vector.device:
+        *values, norm = torch.cat([vector, norm.detach().reshape(1).to(vector)]).tolist()
+    else:
+        values = vector.tolist()
+    return {**dict(zip(FIELDS, values, strict=True)), NORM: math.nan if norm is None else float(norm)}
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:
@@ -156,3 +186,38 @@ def token_figures(sums: dict[str, float], seconds: float) -> dict[str, float]:
         "padding_percent": 100.0 * sums["padding_tokens"] / max(1.0, sums["computed_tokens"]),
         "shared_percent": 100.0 * sums["shared_tokens"] / max(1.0, sums["useful_tokens"]),
     }
+
+
+def step_figures(sums: dict[str, float], step: StepBatches, schedule: Schedule, seconds: float) -> dict[str, Any]:
+    """Everything logged of a training step, under stable names.
+
+    Args:
+        sums: What `train_step` returned.
+        step: Its index and micro-batches on this process.
+        schedule: Learning rate and length of an epoch.
+        seconds: Wall time of the step, waiting for its rows included.
+    """
+    return {
+        **summarise(sums),
+        "grad_norm": sums[NORM],
+        "learning_rate": schedule.learning_rate(step.index),
+        "epoch": (step.index + 1) / schedule.steps_per_epoch,
+        "seconds": seconds,
+        **token_figures(sums, seconds),
+        "rank_imbalance": step.rank_imbalance,
+        "micro_batches": len(step.micro_batches),
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Most memory this process has held: on the GPU since `forget_peak_memory` if there is one, else resident."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def forget_peak_memory() -> None:
+    """Begin anew with the most GPU memory held, so that the checks before the first step do not count."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

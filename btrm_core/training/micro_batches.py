@@ -80,6 +80,14 @@ class MicroBatch:
             self.batch.to(device, non_blocking=True), lambda tensor: tensor.to(device, non_blocking=True)
         )
 
+    def sent_to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on `device`, through page-locked memory where the host would wait for a GPU otherwise.
+
+        Args:
+            device: Where it is computed.
+        """
+        return (self.pin_memory() if device.type == "cuda" else self).to(device)
+
     def pin_memory(self) -> MicroBatch:
         """The same micro-batch in page-locked memory; `DataLoader` calls this."""
         return self._moved(self.batch.pin_memory(), lambda tensor: tensor.pin_memory())
@@ -260,9 +268,10 @@ def steps(
         workers: Loader processes; 0 builds each step when it is asked for.
     """
     source = _Steps(pairs, plans, rank, form, first, last)
-    if workers == 0 or last - first < 2:
-        yield from (source.build(index) for index in range(first, last))
-        return
     pinned = torch.cuda.is_available()
+    if workers == 0 or last - first < 2:
+        for index in range(first, last):
+            yield source.build(index).pin_memory() if pinned else source.build(index)
+        return
     for step in DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=2, pin_memory=pinned):
         yield step.step() if isinstance(step, _Bytes) else step

@@ -70,7 +70,8 @@ def _rewards(
     size = min(chunk, pairs.places.num_units)
     row_tokens = tokens_per_batch * (runtime.world // runtime.ranks)
     made = plan_epoch(pairs.places, form, StepBudget(size, row_tokens, runtime.ranks))
-    rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
+    found: list[torch.Tensor] = []
+    own: list[np.ndarray] = []
     seen = []
     was_training = model.training
     model.eval()
@@ -78,10 +79,14 @@ def _rewards(
         step = made.step(index)
         seen.append(step.pair_ids)
         for row in step.rows[runtime.row_rank]:
-            micro = build_micro_batch(pairs, row, form).to(runtime.device)
-            rewards_S = model(micro.batch)
-            ids_P = torch.as_tensor(micro.pair_ids_P, device=runtime.device)
-            if len(ids_P) and runtime.counts:
-                rewards_P2[ids_P] = torch.stack(micro.sides(rewards_S), dim=1).double()
+            micro = build_micro_batch(pairs, row, form).sent_to(runtime.device)
+            sides_P2 = torch.stack(micro.sides(model(micro.batch)), dim=1).double()
+            if len(micro.pair_ids_P) and runtime.counts:
+                own.append(micro.pair_ids_P)
+                found.append(sides_P2)
     model.train(was_training)
+    rewards_P2 = torch.zeros((len(pairs), 2), dtype=torch.float64, device=runtime.device)
+    if found:
+        places_P = torch.from_numpy(np.concatenate(own)).to(runtime.device)
+        rewards_P2.index_copy_(0, places_P, torch.cat(found))
     return np.asarray(runtime.sum(rewards_P2).cpu().numpy()), np.concatenate(seen)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btrm_core.config import to_toml
-from btrm_core.console import dumps, say
+from btrm_core.console import dumps, say, unused_gpu
 from btrm_core.data import curate
 from btrm_core.errors import BtrmError, first_line
 from btrm_core.evaluation import PairRewards, Report, assess, evaluation_text, short, subset_table, write_report
@@ -40,8 +40,9 @@ def introduce(session: Session) -> None:
     schedule, form, budget = session.schedule, session.form, session.tokens_per_batch
     share = config.distributed.sequence_parallel
     shared, times = (f", each over {share} processes", f" x {share}") if share > 1 else ("", "")
-    if job.family.warning:
-        say(runtime, f"warning: {job.family.warning}")
+    for warning in (job.family.warning, "; ".join(unused_gpu() or ())):
+        if warning:
+            say(runtime, f"warning: {warning}")
     say(runtime, f"family {job.family.name} ({job.family.origin}), base model {config.model.name}")
     say(runtime, f"{len(data.train)} training pairs{held_out}, at most {config.data.max_length} tokens a conversation")
     say(

@@ -20,7 +20,7 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return kernels.flex(*args, **options)
 
     monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
-    monkeypatch.setitem(attention._FUNCTIONS, "flex", with_plain_casts)
+    monkeypatch.setitem(attention.FUNCTIONS, "flex", with_plain_casts)
     kernels._compiled_flex.cache_clear()
     torch._dynamo.reset()
     # a training run in this process may have turned compiling off (there is nothing to compile on a CPU otherwise)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -475,3 +476,20 @@ def test_collate_lays_out_for_the_kernel() -> None:
     padded = collate(groups, kernel="padded")
     assert padded.visibility is None
     assert np.prod(padded.input_ids.shape) == 16
+
+
+def test_flex_needs_what_triton_compiles_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    header = tmp_path / "Python.h"
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr(attention.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert attention.compiler_lacks() == f"Python's headers are missing ({header}; apt install python3-dev)"
+    header.touch()
+    assert attention.compiler_lacks() is None
+    monkeypatch.setattr(attention.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="'flex' is compiled when it is first used, and there is no C compiler"):
+        choose_kernel("flex", device_type="cuda", softcap=True)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    assert attention.compiler_lacks() == "the package triton is not installed"

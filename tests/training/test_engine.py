@@ -50,6 +50,24 @@ def test_presets(name):
     assert config["optimizer"]["params"]["lr"] == 1e-5
 
 
+@pytest.mark.parametrize(("name", "world", "sent"), [
+    ("zero1", 1, "fp32"), ("zero1", 8, "fp32"), ("zero3", 1, "fp32"), ("zero3", 8, None), ("zero2", 8, None),
+])  # fmt: skip
+def test_what_was_added_up_in_fp32_is_sent_so(name, world, sent):
+    values = {"distributed.deepspeed": name, "model.dtype": "bf16"}
+    assert made(world=world, **values).get("communication_data_type") == sent
+    assert "communication_data_type" not in made(world=world, **{**values, "model.dtype": "fp32"})
+
+
+def test_deepspeed_does_not_wait_for_its_own_timer_unless_asked(tmp_path):
+    assert made()["timers"]["throughput"]["enabled"] is False
+    asked = {"zero_optimization": {"stage": 1}, "timers": {"throughput": {"enabled": True}}}
+    asked["communication_data_type"] = "bf16"
+    config = made(tmp_path, asked, **{"model.dtype": "bf16"})
+    assert config["timers"]["throughput"]["enabled"] is True
+    assert config["communication_data_type"] == "bf16"
+
+
 def test_a_users_file_is_honoured_and_auto_is_filled(tmp_path):
     config = made(tmp_path, SEED_STAGE_3)
     assert config["zero_optimization"]["overlap_comm"] is True

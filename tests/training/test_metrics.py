@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from btrm_core.evaluation.figures import by_subset, standard_error
 from btrm_core.training.loss import bradley_terry
-from btrm_core.training.metrics import PairSums, named, summarise, token_figures
+from btrm_core.training.metrics import NORM, PairSums, named, summarise, token_figures
 
 
 def sums_of(chosen, rejected, weight):
@@ -68,3 +68,13 @@ def test_subsets_and_standard_error():
 
 def test_no_pairs_gives_no_figures():
     assert summarise(named(PairSums().vector())) == {"pairs": 0}
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(torch.tensor(2.5), 2.5), (torch.tensor([2.5]), 2.5), (2.5, 2.5)])
+def test_the_norm_comes_with_the_sums(norm, expected):
+    sums = PairSums()
+    sums.add_stop(True)
+    sums.add_stop(False)
+    out = named(sums.vector(), norm)
+    assert (out["asked_to_stop"], out[NORM]) == (1, expected)
+    assert math.isnan(named(sums.vector())[NORM])

@@ -22,9 +22,10 @@ import transformers
 
 from btrm_core.data import cache_root, code_digest
 from btrm_core.errors import ConfigError, first_line
-from btrm_core.model.attention import KERNELS, choose_kernel, uses_softcap
+from btrm_core.model.attention import KERNELS, calls_noted, choose_kernel, uses_softcap
 from btrm_core.model.leakage.exact import Leak, examine
 from btrm_core.model.leakage.positions import positions_depend_on_batch
+from btrm_core.model.leakage.probe import probe
 from btrm_core.model.leakage.structure import token_mixers
 from btrm_core.model.selfcheck import self_check
 from btrm_core.packing import PADDED, Tree, row_multiple
@@ -197,11 +198,20 @@ def _attempt(model: RewardModel, groups: Sequence[Tree], case: Use, *, check_rea
     try:
         leak = _examined(model, groups, case)
         if leak.ok and check_real and groups:
-            check = self_check(model, groups)
+            with calls_noted() as calls:
+                check = self_check(model, groups)
             if not check.ok:
                 return Leak(False, check.reason, check.difference, check.tolerance)
+            kernel = probe(model.kernel, calls, model.device, model.base_model.dtype, case.training)
+            if not kernel.ok:
+                return kernel
             return Leak(True, f"{leak.reason}; {check.reason}", max(leak.difference, check.difference), check.tolerance)
         return leak
+    except torch.OutOfMemoryError as error:  # every other choice takes as much, or more
+        raise ConfigError(
+            f"the GPU is out of memory in the checks before the first step ({first_line(error)}); try a smaller "
+            "--max-length, --deepspeed zero3-offload, or a GPU with more memory"
+        ) from error
     except NotImplementedError as error:
         return Leak(False, first_line(error), math.inf, 0.0)
     except Exception as error:  # whatever it is, the next choice does without

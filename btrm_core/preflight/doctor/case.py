@@ -34,7 +34,7 @@ from btrm_core.preflight import Check
 from btrm_core.preflight.doctor.check import refused
 from btrm_core.preflight.doctor.examples import Example, encode_example, format_as_written, pairs_as_written
 from btrm_core.preflight.doctor.kept import messages_kept, positions
-from btrm_core.preflight.doctor.model import Patient, model_checks
+from btrm_core.preflight.doctor.model import Patient, loaded, model_checks
 from btrm_core.preflight.doctor.rows import content_unused, rows_read
 from btrm_core.preflight.doctor.texts import (
     dropped_pairs,
@@ -242,9 +242,7 @@ def _checks_of_model(case: Case, chat: ChatFormat, data: Data, full: bool) -> It
         if impossible:
             yield from (Check(name, "skip", "needs a position for every token") for name in _MODEL_CHECKS[1:])
             return
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    size = f"{patient.num_parameters / 1e6:,.1f} million parameters"
-    yield Check("model", "ok", f"{type(model.base_model).__name__}, {size}, {dtype} on {model.device}")
+    yield loaded(patient)
     if scorer is not None and scorer.manifest.get("self_test"):
         yield _self_test(scorer)
     yield from model_checks(patient, full)
@@ -288,7 +286,10 @@ def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | N
         # adapters begin as no change, packed weights cannot be saved for other programs, nothing here goes backward
         plain = apply(config, {"lora.rank": None, "model.quantize": "none", "model.gradient_checkpointing": False})
         model, head_is_new = build_model(plain, case.family, chat, compute_dtype(config.model.dtype), device)
-        model.to(device)
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"{config.model.name} does not fit into {device}'s memory; try --dtype bf16") from error
     limit = int(config.data.max_length or 0)
     patient = Patient(
         model=model,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from btrm_core.chat import ChatFormat, Conversation
+from btrm_core.console import unused_gpu
 from btrm_core.data import TokenStore
 from btrm_core.errors import ConfigError, TrainingError
 from btrm_core.families import Family
@@ -131,6 +132,20 @@ def head(patient: Patient) -> Check:
         why = f"the usual one is 1/sqrt(hidden + 1) = {usual:.3g}; first rewards are {size_of}"
         return Check("head", "warn", what, why, "leave out head.init_std, or change the init_head hook", figures)
     return Check("head", "ok", what, figures=figures)
+
+
+def loaded(patient: Patient) -> Check:
+    """What was loaded, how large it is, and where it computes; a warning if a GPU is there and not used.
+
+    Args:
+        patient: the model, and what it is looked at with.
+    """
+    model = patient.model
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    size = f"{patient.num_parameters / 1e6:,.1f} million parameters"
+    what = f"{type(model.base_model).__name__}, {size}, {dtype} on {model.device}"
+    idle = unused_gpu()
+    return Check("model", "warn", what, *idle) if idle else Check("model", "ok", what)
 
 
 def packed(patient: Patient) -> Check:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,9 +106,11 @@ def join(seconds: float) -> None:
         store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
     else:
         if cuda:
-            more = _own_gpu(found)
+            found, more = _own_gpu(found)
         store = _meet(found, seconds)
         _roll_call(store, found, seconds)
+        if cuda:
+            _refuse_shared_gpus(store, found)
     os.environ["LOCAL_RANK"] = str(found.local_rank)
     backend = "nccl" if cuda else "gloo"
     torch.distributed.init_process_group(
@@ -116,15 +118,35 @@ def join(seconds: float) -> None:
     )
 
 
-def _own_gpu(found: Place) -> dict[str, Any]:
+def _own_gpu(found: Place) -> tuple[Place, dict[str, Any]]:
+    """The place with the number of its GPU as `local_rank`, and what binds the process group to it."""
     count = torch.cuda.device_count()
+    if count == 1:
+        found = replace(found, local_rank=0)  # a launcher may show each process its own alone, as Slurm does
     if found.local_rank >= count:
         raise ConfigError(
             f"LOCAL_RANK={found.local_rank}, but torch sees {count} GPU(s) on {socket.gethostname()}: "
             f"start {count} process(es) on it"
         )
     torch.cuda.set_device(found.local_rank)
-    return {"device_id": torch.device("cuda", found.local_rank)} if found.world > 1 else {}
+    return found, {"device_id": torch.device("cuda", found.local_rank)} if found.world > 1 else {}
+
+
+def _refuse_shared_gpus(store: Any, found: Place) -> None:
+    """Raise if two processes have the same GPU: NCCL would fail at the first collective, or wait for ever."""
+    identity = getattr(torch.cuda.get_device_properties(found.local_rank), "uuid", None)
+    if identity is None or found.world == 1:
+        return
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = f"{socket.gethostname()} {identity}"
+    store.set(f"btrm/gpu/{attempt}/{found.rank}", own)
+    for rank in range(found.world):
+        if rank != found.rank and store.get(f"btrm/gpu/{attempt}/{rank}").decode() == own:
+            raise ConfigError(
+                f"processes {min(rank, found.rank)} and {max(rank, found.rank)} have the same GPU on "
+                f"{socket.gethostname()} (torch sees {torch.cuda.device_count()}): start one process per GPU, and let "
+                "CUDA_VISIBLE_DEVICES show each process its own, or all of them to all"
+            )
 
 
 def _meet(found: Place, seconds: float) -> Any:

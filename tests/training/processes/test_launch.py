@@ -8,11 +8,13 @@ import re
 import socket
 import sys
 import time
+import types
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support import processes, trajectories
 from support.trajectories import flags, metrics, trajectory
@@ -24,7 +26,7 @@ from btrm_core.data import cache
 from btrm_core.errors import ConfigError
 from btrm_core.training.processes import agreement
 from btrm_core.training.processes import runtime as runtime_module
-from btrm_core.training.processes.join import Place, place
+from btrm_core.training.processes.join import Place, _own_gpu, _refuse_shared_gpus, place
 
 EXACT = 1e-5
 SECONDS_TO_END = 30.0
@@ -340,3 +342,31 @@ def test_a_dry_run_starts_no_processes(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["train", *given])
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Slurm's --gpus-per-task=1: the fourth process of a machine sees one GPU, and that is number 0."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found, more = _own_gpu(Place(3, 8, 3, "node", 29500))
+    assert (found.rank, found.local_rank, taken) == (3, 0, [0])
+    assert more == {"device_id": torch.device("cuda", 0)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ConfigError, match=r"LOCAL_RANK=3, but torch sees 2 GPU\(s\) on .*: start 2 process\(es\) on it"
+    ):
+        _own_gpu(Place(3, 8, 3, "node", 29500))
+
+
+def test_two_processes_with_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    identity = types.SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: identity)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    places = [Place(rank, 2, 0, "node", 29500) for rank in range(2)]
+    store.set("btrm/gpu/0/1", f"{socket.gethostname()} GPU-2")
+    _refuse_shared_gpus(store, places[0])
+    store.set("btrm/gpu/0/1", f"{socket.gethostname()} GPU-1")
+    with pytest.raises(ConfigError, match=r"processes 0 and 1 have the same GPU on .*: start one process per GPU"):
+        _refuse_shared_gpus(store, places[0])
