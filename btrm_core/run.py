@@ -49,6 +49,7 @@ from btrm_core.training.processes import (
     Interrupt,
     Runtime,
     agree,
+    check_shares,
     group,
     is_main_process,
     quiet,
@@ -259,6 +260,7 @@ def dry_run(config: RunConfig, processes: int = 1) -> str:
         BtrmError: as `train`, as far as it can be known without the weights.
     """
     quiet()
+    check_shares(config, processes)
     job = choose(config)
     _may_write(job)
     data = load_data(job.config, job.chat)

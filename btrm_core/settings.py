@@ -108,7 +108,8 @@ class TrainConfig:
     pairs_per_step: Annotated[int | None, Above(0), Flag()] = None
     """Pairs of an optimiser step, over all processes. The result depends on it and not on the number of GPUs."""
     tokens_per_batch: Annotated[int, Above(0), Flag()] = 8192
-    """Tokens of a micro-batch on one process (memory only). It never changes the result."""
+    """Tokens of a micro-batch on one process (memory only). It never changes the result. Processes that share rows
+    (`--sequence-parallel N`) have rows of N times as many."""
     learning_rate: Annotated[float | None, Above(0), Flag()] = None
     """Peak learning rate. AdamW uses it."""
     epochs: Annotated[float | None, Above(0), AtMost(1_000_000), Flag()] = None
@@ -184,6 +185,10 @@ class DistributedConfig:
 
     deepspeed: Annotated[str, Flag(metavar="PRESET|FILE")] = "zero1"
     """zero1, zero2, zero2-offload, zero3, zero3-offload or JSON. JSON is a DeepSpeed configuration file."""
+    sequence_parallel: Annotated[int, Above(0), Flag(metavar="N")] = 1
+    """Processes that share the tokens of each row. For long conversations: each computes its slice of a row, and some
+    heads of attention over all of it (Ulysses, arXiv:2309.14509). N divides the number of processes and the model's
+    attention heads; the result does not depend on it."""
     join_seconds: Annotated[float, Above(0), AtMost(1_000_000)] = 300.0
     """How long the processes of a run wait for each other at its start."""
 

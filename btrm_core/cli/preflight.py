@@ -102,6 +102,7 @@ def _echo(text: str, to: TextIO) -> None:
 @click.option("--gpu", metavar="NAME", help="GPU by name (h100, h200, a100, ...), for memory and speed.")
 @click.option("--gpu-memory", type=float, metavar="GB", help="Memory of one GPU.")
 @click.option("--deepspeed", metavar="PRESET|FILE", help="Only this one. Default: all presets.")
+@click.option("--sequence-parallel", type=int, metavar="N", help="GPUs that share the tokens of each row.")
 @click.option("--max-length", type=int)
 @click.option("--tokens-per-batch", type=int)
 @click.option("--pairs-per-step", type=int)

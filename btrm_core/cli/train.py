@@ -32,6 +32,7 @@ COMMON = (
     "train.max_hours",
     "train.seed",
     "distributed.deepspeed",
+    "distributed.sequence_parallel",
 )
 """What most runs have to do with: first in the help. The others follow by section."""
 
@@ -50,8 +51,9 @@ def train(gpus: str | None, processes: int | None, dry_run: bool, **given: Any) 
     """
     config = read(given)
     if (gpus is not None or processes is not None) and not dry_run:
-        from btrm_core.training.processes import launch
+        from btrm_core.training.processes import check_shares, count_of, launch
 
+        check_shares(config, count_of(gpus, processes))
         raise SystemExit(launch(sys.argv[1:], gpus, processes))
     from btrm_core import run
     from btrm_core.training.processes import count_of, leave

@@ -22,6 +22,8 @@ from btrm_core.model.load import (
     saved_config,
     tolerance,
 )
+from btrm_core.model.parallel.check import check_heads, divide_rows
+from btrm_core.model.parallel.share import RowShare, divisors, kv_copies
 from btrm_core.model.quantized import OPTIMIZERS, optimizer, require
 from btrm_core.model.reward import RewardModel, choose_for, parameter_groups
 from btrm_core.model.selfcheck import FirstLoss, check_first_loss
@@ -47,6 +49,7 @@ __all__ = [
     "FirstLoss",
     "Parameters",
     "RewardModel",
+    "RowShare",
     "Shape",
     "Trained",
     "Trust",
@@ -59,10 +62,13 @@ __all__ = [
     "chat_from_checkpoint",
     "check_first_loss",
     "check_head",
+    "check_heads",
     "check_ids",
     "choose_for",
     "choose_kernel",
     "device_name",
+    "divide_rows",
+    "divisors",
     "expected_kernel",
     "find_model",
     "flops_per_token",
@@ -70,6 +76,7 @@ __all__ = [
     "identity",
     "is_adapters",
     "is_finished",
+    "kv_copies",
     "load_chat",
     "load_tokenizer",
     "load_weights",

@@ -24,7 +24,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,14 +35,14 @@ from transformers.modeling_utils import AttentionInterface
 
 from btrm_core.errors import ConfigError, did_you_mean
 from btrm_core.model import kernels
+from btrm_core.model.parallel.share import RowShare
 from btrm_core.packing import Visibility
 
 KERNELS = ("flash", "varlen", "flex", "sdpa", "eager")
 """Kernel names as users type them, besides "auto"."""
 
-
-# transformers reads meaning into some names: "flash", "sdpa" and "flex_attention" inside a name bring
-# checks that concern its own implementations, and "/" makes it look for a kernel on the hub.
+# transformers reads meaning into some names: "flash", "sdpa" and "flex_attention" inside one bring checks of its own
+# implementations, and "/" makes it look for a kernel on the hub.
 _REGISTERED = {
     "flash": "btrm_package",
     "varlen": "btrm_varlen",
@@ -50,7 +50,6 @@ _REGISTERED = {
     "sdpa": "btrm_dense",
     "eager": "btrm_eager",
 }
-
 
 FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "flash": kernels.flash,
@@ -61,12 +60,8 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 """The function that computes each kernel."""
 
-
 SOFTCAP_KERNELS = ("flash", "flex", "eager")
 """Kernels that compute soft-capped scores; the others would drop the cap and change every reward."""
-
-
-_VISIBILITY: contextvars.ContextVar[Visibility | None] = contextvars.ContextVar("btrm_visibility", default=None)
 
 
 @dataclass(frozen=True)
@@ -87,27 +82,31 @@ _CALLS: contextvars.ContextVar[set[Call] | None] = contextvars.ContextVar("btrm_
 
 @dataclass(frozen=True)
 class LayerMask:
-    """What a layer gets as its attention mask: the row's visibility and the layer's window."""
+    """What a layer gets as its attention mask: the row's visibility, the layer's window, and whose share this is."""
 
     visibility: Visibility
     window: int | None
+    share: RowShare | None = None
+
+
+_ROW: contextvars.ContextVar[LayerMask | None] = contextvars.ContextVar("btrm_row", default=None)
 
 
 @contextlib.contextmanager
-def masks_for(visibility: Visibility) -> Iterator[None]:
+def masks_for(visibility: Visibility, share: RowShare | None = None) -> Iterator[None]:
     """While active, models build their masks from `visibility`.
 
-    Only building needs it: the mask then travels with the layers' arguments, so backward passes and
-    recomputed layers never look here.
+    Only building needs it: it then travels with the layers' arguments, so backward and recomputing never look here.
 
     Args:
         visibility: who sees whom in the packed row that is computed inside the block.
+        share: this process's part of it; None computes all of it.
     """
-    token = _VISIBILITY.set(visibility)
+    token = _ROW.set(LayerMask(visibility, None, share))
     try:
         yield
     finally:
-        _VISIBILITY.reset(token)
+        _ROW.reset(token)
 
 
 @contextlib.contextmanager
@@ -125,8 +124,7 @@ def layer_mask(
 ) -> Any:
     """The registered mask function: recognise the model's rule and return its `LayerMask`.
 
-    The rule is probed at chosen pairs of offsets rather than recognised by name, so any model whose
-    rule is causal, or causal within a window of positions, is understood.
+    It is probed at pairs of offsets, not known by name, so any causal rule, also within a window, is understood.
 
     Args:
         mask_function: the model's rule, `(batch, head, query, key) -> visible`.
@@ -140,8 +138,8 @@ def layer_mask(
     Raises:
         NotImplementedError: the rule is neither causal nor a causal sliding window.
     """
-    visibility = _VISIBILITY.get()
-    if visibility is None:
+    row = _ROW.get()
+    if row is None:
         own = eager_mask if uses_softcap(config) else sdpa_mask
         return own(mask_function=mask_function, local_size=local_size, config=config, **rest)
     far = 1 << 20
@@ -159,7 +157,7 @@ def layer_mask(
         understood = False
     if not understood:
         raise NotImplementedError("only causal and sliding-window attention can be packed")
-    return LayerMask(visibility, local_size)
+    return replace(row, window=local_size)
 
 
 def attend(
@@ -176,7 +174,7 @@ def attend(
 
     Args:
         module: the attention layer.
-        query: [1, heads, T, D].
+        query: [1, heads, T, D]; T counts this process's own tokens where several share the row.
         key: [1, kv_heads, T, D].
         value: [1, kv_heads, T, D].
         attention_mask: what `layer_mask` returned.
@@ -189,9 +187,10 @@ def attend(
 
     Raises:
         NotImplementedError: the layer asks for something the kernels do not compute.
+        ConfigError: several processes share the row, and the layer's heads cannot be divided among them.
     """
     if not isinstance(attention_mask, LayerMask):
-        if _VISIBILITY.get() is not None:
+        if _ROW.get() is not None:
             raise NotImplementedError("the model does not take its mask from transformers' mask functions")
         own = _own_attention(module, more.pop("softcap", None), more)
         answer: tuple[torch.Tensor, Any] = own(module, query, key, value, attention_mask, **more)
@@ -211,8 +210,10 @@ def attend(
     if (noted := _CALLS.get()) is not None:
         shape = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
         noted.add(Call(*shape, **{"softcap": None, **options}))
-    output = FUNCTIONS[kernel](query, key, value, attention_mask.visibility, **options)
-    return output, None
+    function, visibility, share = FUNCTIONS[kernel], attention_mask.visibility, attention_mask.share
+    if share is not None:
+        return share.attention(function, query, key, value, visibility, options), None
+    return function(query, key, value, visibility, **options), None
 
 
 def _own_attention(module: torch.nn.Module, softcap: float | None, more: Mapping[str, Any]) -> Callable[..., Any]:

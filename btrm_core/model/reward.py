@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from btrm_core.errors import ConfigError
 from btrm_core.model.attention import choose_kernel, compiler_lacks, masks_for, registered_name, uses_softcap
 from btrm_core.model.leakage.positions import fresh_positions
+from btrm_core.model.parallel.share import RowShare
 from btrm_core.packing import PADDED, Batch
 
 
@@ -105,6 +106,7 @@ class RewardModel(nn.Module):
         kernel: the kernel in use.
         one_by_one: whether padded lines are computed one at a time, each in its own length: for models whose rewards
             would depend on the batch.
+        share: the part of every packed row that this process computes; None computes whole rows.
         notes: what the user should know of the base model, one line each.
     """
 
@@ -120,6 +122,7 @@ class RewardModel(nn.Module):
         _install_head(base, "score")
         self.kernel = kernel
         self.one_by_one = False
+        self.share: RowShare | None = None
         self.notes: tuple[str, ...] = ()
         self._takes_positions = "position_ids" in inspect.signature(self._backbone_of(base).forward).parameters
         self.use_kernel(kernel)
@@ -167,6 +170,9 @@ class RewardModel(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the rewards [S] of a batch's sequences, float32 (float64 for a float64 model).
 
+        Processes that share rows give the same batch and get the same rewards; all gradients of theirs together are
+        those of one process.
+
         Args:
             batch: a packed row, or padded lines. Padded lines take transformers' own attention
                 whatever the kernel.
@@ -176,14 +182,30 @@ class RewardModel(nn.Module):
             ValueError: the kernel is "padded", and the batch is a packed row of several sequences.
         """
         hidden_TH = self.hidden(batch).flatten(0, 1)
-        rewards: torch.Tensor = self.base_model.score(hidden_TH.index_select(0, batch.reward_index))
+        share = self._share_of(batch)
+        if share is not None:
+            index_S, is_own_S = share.owned(batch.reward_index, batch.input_ids.shape[1])
+            return share.together(self._read(hidden_TH, index_S), is_own_S)
+        rewards_S = self._read(hidden_TH, batch.reward_index)
+        return rewards_S if self.share is None else self.share.counted_once(rewards_S)
+
+    def _read(self, hidden_TH: torch.Tensor, index_S: torch.Tensor) -> torch.Tensor:
+        rewards: torch.Tensor = self.base_model.score(hidden_TH.index_select(0, index_S))
         return rewards.squeeze(-1)
+
+    def _share_of(self, batch: Batch) -> RowShare | None:
+        """The part of a batch that this process computes; None if it computes all of it."""
+        divided = batch.visibility is not None and self.kernel != PADDED
+        if self.share is None or not divided or not self.share.divides(batch.input_ids.shape[1]):
+            return None
+        return self.share
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Return the backbone's last hidden states [B, T, H] of a batch; raises as `forward` does.
 
         Args:
-            batch: a packed row (B is 1), or padded lines; hidden states at padding mean nothing.
+            batch: a packed row (B is 1), or padded lines; hidden states at padding mean nothing. Of a row that is
+                shared, T counts this process's own tokens.
         """
         if batch.visibility is None:
             return self._line_by_line(batch) if self.one_by_one else self._backbone(batch, batch.attention_mask)
@@ -191,9 +213,12 @@ class RewardModel(nn.Module):
             if len(batch.visibility.runs) > 1:
                 raise ValueError("kernel 'padded' takes padded lines, not a packed row of several sequences")
             return self._backbone(batch, None)
-        with masks_for(batch.visibility):
+        share, length = self._share_of(batch), batch.input_ids.shape[1]
+        own = slice(0, length) if share is None else share.own(length)
+        ids, positions = batch.input_ids[:, own], batch.position_ids[:, own]
+        with masks_for(batch.visibility, share):
             # A mask of ones keeps transformers from looking for packed sequences in the positions.
-            return self._backbone(batch, torch.ones_like(batch.input_ids))
+            return self._run(ids, torch.ones_like(ids), positions)
 
     @staticmethod
     def _backbone_of(base: Any) -> Any:

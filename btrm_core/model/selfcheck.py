@@ -13,10 +13,14 @@ import torch
 from torch import nn
 
 from btrm_core.errors import TrainingError
-from btrm_core.packing import PADDED, Tree, collate, pad_rows, row_multiple
+from btrm_core.packing import PADDED, Tree, collate, grow, pad_rows, row_multiple
 
 if TYPE_CHECKING:
     from btrm_core.model.reward import RewardModel
+
+CHECKED_TOKENS = 4608
+"""Tokens of the longest sequence of a check: more than the sliding windows in use, and few enough for a T x T matrix
+for every head, which transformers' own eager attention makes."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | No
     The separate passes take one unpadded sequence each through transformers' own eager attention. Only as many layers
     run as it takes to have each kind of attention, and in float32 wherever the kernel can: in a deep half-precision
     model the rounding of any two arrangements would hide a wrong mask. Give the longest groups at hand: a sliding
-    window longer than every sequence is not tested. Under ZeRO-3, whose weights are spread out, the whole model runs
-    as it is; call it on all ranks with equally many sequences. If the answer is no, go on with
-    `model.use_kernel("padded")` and padded lines.
+    window longer than every sequence, or than `CHECKED_TOKENS`, is not tested. Under ZeRO-3, whose weights are spread
+    out, the whole model runs as it is; call it on all ranks with equally many sequences. If the answer is no, go on
+    with `model.use_kernel("padded")` and padded lines.
 
     Args:
         model: the reward model, set to the kernel to check; all of it is left as it was.
@@ -53,7 +57,7 @@ def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | No
         tolerance: accepted difference; None takes 2e-4 where float32 was used (1e-3 under ZeRO-3), 5e-2 for a few
             half-precision layers and 1e-1 for all of them.
     """
-    chosen = list(groups[:3])
+    chosen = [shortened(group, CHECKED_TOKENS) for group in groups[:3]]
     if model.kernel == PADDED:
         return SelfCheck(False, math.inf, tolerance or 0.0, "the model's own attention is in use, which cannot pack")
     config = model.base_model.config.get_text_config()
@@ -63,7 +67,7 @@ def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | No
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _small_and_exact(model) as default_tolerance:
+        with torch.no_grad(), small_and_exact(model) as default_tolerance:
             tolerance = default_tolerance if tolerance is None else tolerance
             row = collate(chosen, kernel=model.kernel, multiple_of=row_multiple(model.kernel, model.device.type))
             packed_S = model(row.to(model.device))
@@ -85,9 +89,31 @@ def self_check(model: RewardModel, groups: Sequence[Tree], tolerance: float | No
     )
 
 
+def shortened(group: Tree, longest: int) -> Tree:
+    """A group whose sequences have at most so many tokens: the beginning goes first, so that the answers stay.
+
+    >>> from btrm_core.packing import grow
+    >>> [ids.tolist() for ids in shortened(grow([[1, 2, 3, 4, 5], [1, 2, 3, 6]]), 3).sequences]
+    [[3, 4, 5], [3, 6]]
+
+    Args:
+        group: a group.
+        longest: tokens.
+    """
+    lengths = group.lengths
+    if lengths.max() <= longest:
+        return group
+    first = min(int(lengths.max()) - longest, int(lengths.min()) - 1)
+    return grow([sequence[first : first + longest] for sequence in group.sequences])
+
+
 @contextlib.contextmanager
-def _small_and_exact(model: RewardModel) -> Iterator[float]:
-    """While active: few layers, float32 weights where the kernel takes them; yields the tolerance that fits."""
+def small_and_exact(model: RewardModel) -> Iterator[float]:
+    """While active: few layers, float32 weights where the kernel takes them; yields the tolerance that fits.
+
+    Args:
+        model: the reward model; all of it is left as it was.
+    """
     parameters = list(model.parameters())
     half = parameters[0].dtype in (torch.float16, torch.bfloat16)
     if any(hasattr(parameter, "ds_id") for parameter in parameters):

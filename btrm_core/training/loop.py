@@ -2,7 +2,8 @@
 
 Decides: what one optimiser step is, what is measured, when to evaluate, save and stop. The loss of a step is the sum
 over its pairs divided by their total weight, whatever rows and processes they were put on: micro-batches contribute
-sums, and DeepSpeed's mean over processes is multiplied away.
+sums, and DeepSpeed's mean over processes is multiplied away. Processes that share a row compute the same loss of it,
+and each has the part of its gradient that goes through its own tokens: these add up like gradients of different rows.
 
 Shapes: P pairs, S sequences.
 """
@@ -125,13 +126,13 @@ def _stream(session: Session, first: int) -> Iterator[StepBatches]:
     pairs = session.data.train
     plans = [
         session.epoch
-        if epoch == 0 and session.epoch.budget.tokens_per_batch == budget
+        if epoch == 0 and budget == session.config.train.tokens_per_batch
         else plan_of_epoch(session.config, pairs.places, session.form, runtime.world, budget, epoch)
         for epoch in range(math.ceil(schedule.total_steps / schedule.steps_per_epoch))
     ]
     workers = 2 if runtime.device.type == "cuda" else 0
     last = schedule.total_steps
-    return steps(pairs, plans, rank=runtime.rank, form=session.form, first=first, last=last, workers=workers)
+    return steps(pairs, plans, rank=runtime.row_rank, form=session.form, first=first, last=last, workers=workers)
 
 
 def _prepared_step(session: Session, step: StepBatches, seams: Seams, around: Around) -> tuple[dict[str, float], bool]:
@@ -175,10 +176,12 @@ def smaller_budget(error: torch.OutOfMemoryError, session: Session) -> int:
     """
     budget, train = session.tokens_per_batch, session.config.train
     places = session.data.train.places if session.form.layout == "shared" else session.data.train.places.unshared
-    longest = int(places.unit_sizes(session.config.loss.ranking == "plackett-luce").tokens_I.max())
+    whole = int(places.unit_sizes(session.config.loss.ranking == "plackett-luce").tokens_I.max())
+    longest = math.ceil(whole / session.config.distributed.sequence_parallel)
     advice = f"--tokens-per-batch {max(budget // 2, longest)}"
     if budget <= longest:
-        advice = "--gradient-checkpointing, --deepspeed zero3-offload or --max-length (a row is a single pair already)"
+        advice = "--gradient-checkpointing, --deepspeed zero3-offload, --sequence-parallel or --max-length (a row is a "
+        advice += "single pair already)"
     if not train.auto_budget or session.runtime.world > 1 or budget <= longest:
         more = "" if train.auto_budget else "; --auto-budget halves it by itself on one GPU"
         raise TrainingError(f"the GPU is out of memory ({first_line(error)}); try {advice}{more}") from error
@@ -225,8 +228,9 @@ def train_step(session: Session, step: StepBatches, around: Around, *, stop: boo
         with around.profiler.part("backward"):
             engine.set_gradient_accumulation_boundary(i == last)
             engine.backward(loss * (runtime.world / step.total_weight), scale_wrt_gas=False)
-    sums.add_stop(stop)
-    totals = runtime.sum(sums.vector())
+    counted = sums if runtime.counts else PairSums(runtime.device)  # of those that share rows, one counts their pairs
+    counted.add_stop(stop)
+    totals = runtime.sum(counted.vector())
     with around.profiler.part("optimizer"):
         engine.step()
     values = named(totals, engine.get_global_grad_norm())  # the only time in a step that btrm waits for the GPU
@@ -259,7 +263,8 @@ def not_finite(session: Session, step: StepBatches) -> str:
             micro = micro.sent_to(runtime.device)
             chosen_P, rejected_P = micro.sides(engine(micro.batch))
             finite_P = (chosen_P.isfinite() & rejected_P.isfinite()).tolist()
-            bad += [pairs.id(int(i)) for i, ok in zip(micro.pair_ids_P, finite_P, strict=False) if not ok]
+            if runtime.counts:
+                bad += [pairs.id(int(i)) for i, ok in zip(micro.pair_ids_P, finite_P, strict=False) if not ok]
     names = [name for part in gather(runtime, bad) for name in part]
     some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     where = f"rewards of these pairs are not finite: {some}" if names else "all rewards are finite, the gradient is not"

@@ -35,7 +35,9 @@ from btrm_core.model import (
     Use,
     base_config,
     check_first_loss,
+    check_heads,
     check_ids,
+    divide_rows,
     expected_kernel,
     load_tokenizer,
     toy_model,
@@ -92,8 +94,8 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     Raises:
         FamilyError: the family is unknown or broken, or does not claim the checkpoint; without `--family`, not exactly
             one claims it.
-        ConfigError: no data is named for a base model, nothing says what to train, or settings of adapters are given
-            without a rank.
+        ConfigError: no data is named for a base model, nothing says what to train, settings of adapters are given
+            without a rank, or processes cannot share the model's heads as asked.
     """
     trackers(config.output.report_to)
     config_module.check(config)
@@ -110,6 +112,7 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
         family = families.load(config.family, config) if config.family else families.detect(described, config)
     family.warning = families.require_claim(family, described, force=config.force_family)
     config = resolve(config, family.recipe())
+    check_heads(described, config.distributed.sequence_parallel)
     if not config.data.train:
         raise ConfigError("no training data is named: give --data SRC (a file, a dataset directory or a hub id)")
     return family, config, described
@@ -226,7 +229,7 @@ def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> R
         The form of rows in which training and evaluation compute.
 
     Raises:
-        ConfigError: no way of computing the model is exact here.
+        ConfigError: no way of computing the model is exact here, or none in which processes can share rows as asked.
     """
     for note in model.notes:
         say(runtime, note)
@@ -237,10 +240,13 @@ def usable_form(job: Job, model: RewardModel, data: Data, runtime: Runtime) -> R
         allowed=job.family.recipe().attention,
         cache_dir=job.config.data.cache_dir,
     )
+    longest = data.train.longest(CHECKED_GROUPS)
     with LongWork("checking how rows may be packed"):
-        trust = trusted(model, data.train.longest(CHECKED_GROUPS), use, agree=runtime.any)
+        trust = trusted(model, longest, use, agree=runtime.any)
     if trust.note:
         say(runtime, trust.note)
+    if runtime.share is not None:
+        divide_rows(model, runtime.share, longest, agree=runtime.any)
     return row_form(trust.layout, model.kernel, runtime.device.type, job.chat.pad_id)
 
 

@@ -32,7 +32,7 @@ def pair_rewards(
         pairs: The encoded pairs.
         runtime: This process; all take part.
         form: How rows are laid out.
-        tokens_per_batch: The token budget of a row.
+        tokens_per_batch: The token budget of a process.
     """
     rewards_P2, _ = _rewards(model, pairs, runtime, form, tokens_per_batch, CHUNK, None)
     return rewards_P2
@@ -48,7 +48,7 @@ def some_rewards(
         pairs: What is chosen from.
         runtime: This process; all take part.
         form: How rows are laid out.
-        tokens_per_batch: The token budget of a row.
+        tokens_per_batch: The token budget of a process.
         count: How many; pairs that stay together in a step count as one, and fewer are given if there are fewer.
 
     Returns:
@@ -69,7 +69,8 @@ def _rewards(
     steps: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     size = min(chunk, pairs.places.num_units)
-    made = plan_epoch(pairs.places, form, StepBudget(size, tokens_per_batch, runtime.world))
+    row_tokens = tokens_per_batch * (runtime.world // runtime.ranks)
+    made = plan_epoch(pairs.places, form, StepBudget(size, row_tokens, runtime.ranks))
     found: list[torch.Tensor] = []
     own: list[np.ndarray] = []
     seen: list[np.ndarray] = []
@@ -79,11 +80,11 @@ def _rewards(
     with LongWork(what, of, "pair") as work:
         for index in range(steps or made.num_steps):
             step = made.step(index)
-            rows = step.rows[runtime.rank]
+            rows = step.rows[runtime.row_rank]
             for number, row in enumerate(rows, start=1):
                 micro = build_micro_batch(pairs, row, form).sent_to(runtime.device)
                 sides_P2 = torch.stack(micro.sides(model(micro.batch)), dim=1).double()
-                if len(micro.pair_ids_P):
+                if len(micro.pair_ids_P) and runtime.counts:
                     own.append(micro.pair_ids_P)
                     found.append(sides_P2)
                 work.reach(sum(map(len, seen)) + len(step.pair_ids) * number // len(rows))

@@ -70,14 +70,15 @@ def plan_of_epoch(
         config: Resolved settings.
         pairs: The pairs that are trained on, as places in the trees of their groups.
         form: How rows are laid out.
-        world: Number of processes.
-        tokens_per_batch: The token budget of a row; it moves no pair from one step to another.
+        world: Number of processes; those that share rows are one rank of the plan.
+        tokens_per_batch: The token budget of a process; it moves no pair from one step to another.
         epoch: Which epoch, from 0; each has its own order.
     """
+    share = config.distributed.sequence_parallel
     budget = StepBudget(
         pairs_per_step=settled(config.train.pairs_per_step, "train.pairs_per_step"),
-        tokens_per_batch=tokens_per_batch,
-        world=world,
+        tokens_per_batch=tokens_per_batch * share,
+        world=world // share,
         seed=config.train.seed,
         group_by=config.data.group_by,
         whole=config.loss.ranking == "plackett-luce",

@@ -38,6 +38,8 @@ def introduce(session: Session) -> None:
     held_out = f", {len(data.eval)} held out" if data.eval is not None else ", no evaluation"
     dtype = str(runtime.dtype).removeprefix("torch.")
     schedule, form, budget = session.schedule, session.form, session.tokens_per_batch
+    share = config.distributed.sequence_parallel
+    shared, times = (f", each over {share} processes", f" x {share}") if share > 1 else ("", "")
     for warning in (job.family.warning, "; ".join(unused_gpu() or ())):
         if warning:
             say(runtime, f"warning: {warning}")
@@ -46,13 +48,14 @@ def introduce(session: Session) -> None:
     say(
         runtime,
         f"{schedule.total_steps} steps of {config.train.pairs_per_step} pairs, learning rate {schedule.peak:g}; rows "
-        f"{form.layout} with {form.kernel} attention, at most {budget} tokens",
+        f"{form.layout} with {form.kernel} attention, at most {budget * share} tokens{shared}",
     )
     say(runtime, rows_text(data, session.epoch, form))
     if session.epoch.oversize:
         say(
             runtime,
-            f"{session.epoch.oversize} pairs are longer than --tokens-per-batch {budget}: each gets a row of its own",
+            f"{session.epoch.oversize} pairs are longer than --tokens-per-batch {budget}{times}: "
+            "each gets a row of its own",
         )
     say(
         runtime,
@@ -109,7 +112,7 @@ def describe_run(job: Job, data: Data, epoch: EpochPlan, schedule: Schedule) -> 
             "",
             to_toml(job.config),
             "# deepspeed",
-            dumps(deepspeed_config(job.config, epoch.budget.world)),
+            dumps(deepspeed_config(job.config, epoch.budget.world * job.config.distributed.sequence_parallel)),
         ]
     )
 

@@ -330,7 +330,7 @@ def test_a_visibility_is_seen_only_inside_its_context() -> None:
     visibility = visibility_of([group(3, 2, 2)])
     with pytest.raises(ZeroDivisionError), masks_for(visibility):
         _ = 1 / 0
-    assert attention._VISIBILITY.get() is None
+    assert attention._ROW.get() is None
 
 
 @pytest.mark.parametrize(("name", "kernel"), [("mistral", "varlen"), ("gemma2", "eager")])

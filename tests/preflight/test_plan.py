@@ -6,7 +6,9 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +22,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from btrm_core.data.quality import Sharing
 from btrm_core.errors import BtrmError, ConfigError
 from btrm_core.model import shape as shape_module
+from btrm_core.model.parallel import exchange
+from btrm_core.model.parallel.share import RowShare
 from btrm_core.model.shape import Parameters, read_shape
 from btrm_core.packing.cuts import KEYS_PER_TOKEN
 from btrm_core.preflight.plan import memory
-from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, read_zero, to_dict
+from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, reach, read_zero, to_dict
 from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware
 from btrm_core.preflight.plan.memory import Zero
 from btrm_core.preflight.plan.workload import Workload
@@ -250,7 +254,13 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("config", [GEMMA_2B, LLAMA3_8B], ids=["gemma-2b", "llama3-8b"])
 def test_peak_of_a_whole_simulated_step(config, checkpointing):
     tokens = 8192
-    model = build(config, torch.bfloat16, device="meta")
+    tracked = peak_of_a_step(build(config, torch.bfloat16, device="meta"), tokens, checkpointing)
+    estimated = memory.activations(read_shape(config)[1], tokens, checkpointing=checkpointing)
+    assert estimated == pytest.approx(tracked, rel=0.05)
+
+
+def peak_of_a_step(model: Any, tokens: int, checkpointing: bool) -> int:
+    """Most bytes of tensors in a forward and a backward pass, parameters and their gradients apart."""
     # the embedding's gradient belongs to the buffers of `memory.memory`; other gradients go as DeepSpeed takes them
     model.get_input_embeddings().requires_grad_(False)
     model.enable_input_require_grads()
@@ -264,8 +274,144 @@ def test_peak_of_a_whole_simulated_step(config, checkpointing):
         rewards = hidden[0, :8].float() @ model.score.weight.float().T
         del hidden
         rewards.sum().backward()
-    estimated = memory.activations(read_shape(config)[1], tokens, checkpointing=checkpointing)
-    assert estimated == pytest.approx(tracked.peak, rel=0.05)
+    return tracked.peak
+
+
+# --- rows that GPUs share
+
+
+class GatherAll(torch.autograd.Function):
+    """Twice as many keys as the row has tokens, as where two runs read all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, rows])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        one, other = gradients[0].chunk(2)
+        return one + other
+
+
+def shared_by(count: int, *, gathers: bool = False) -> str:
+    """Register attention of which one of `count` GPUs computes its share; what it would receive is made up."""
+    share = RowShare(0, count, None)
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: Any) -> torch.Tensor:
+        query, key, value = (t[0].transpose(0, 1) for t in (q, k, v))
+        if gathers:
+            key, value = GatherAll.apply(key), GatherAll.apply(value)
+        return FlashLike.apply(query, key, value)[None]
+
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        row: Any = SimpleNamespace(length=q.shape[2] * count)
+        return share.attention(kernel, q, k, v, row, {}), None
+
+    name = f"kept_by_one_of_{count}{'_gathering' if gathers else ''}"
+    AttentionInterface.register(name, attention)
+    return name
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        exchange, "_moved", lambda lines, send, receive, _: lines.new_empty(sum(receive), *lines.shape[1:])
+    )
+
+
+@pytest.mark.usefixtures("made_up")
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize(("name", "count"), [("llama3", 2), ("llama3", 4), ("phi3", 4), ("qwen3", 4)])
+def test_kept_activations_of_a_shared_row(name, count, gathers):
+    config, tokens = tiny_config(name), 64
+    shape = read_shape(config)[1]
+    kept = []
+    for layers in (1, 2):
+        model = build(config, torch.bfloat16, layers=layers)
+        model.set_attn_implementation(shared_by(count, gathers=gathers))
+        kept.append(kept_bytes(model, tokens))
+    per_token = memory.saved_per_token(shape, share=count, kv_copies=2.0 if gathers else 1.0)
+    assert tokens * per_token == pytest.approx(kept[1] - kept[0], rel=0.02)
+    assert per_token > memory.saved_per_token(shape, kv_copies=2.0 if gathers else 1.0)
+
+
+@pytest.mark.usefixtures("made_up")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpoint:FutureWarning")
+def test_peak_of_a_simulated_step_with_shared_rows(checkpointing):
+    """An 8B model on four GPUs that share a row of 32,768 tokens; without checkpointing, of 8,192."""
+    count, tokens = 4, 32768 if checkpointing else 8192
+    model = build(LLAMA3_8B, torch.bfloat16, device="meta")
+    model.set_attn_implementation(shared_by(count))
+    tracked = peak_of_a_step(model, tokens // count, checkpointing)
+    estimated = memory.activations(read_shape(LLAMA3_8B)[1], tokens, checkpointing=checkpointing, share=count)
+    assert estimated == pytest.approx(tracked, rel=0.05)
+    alone = memory.activations(read_shape(LLAMA3_8B)[1], tokens, checkpointing=checkpointing)
+    assert alone / count < estimated < 1.15 * alone / count
+
+
+def test_what_is_exchanged():
+    """Queries, keys and values there and outputs back, of which a quarter stays, in each layer and pass."""
+    shape = read_shape(LLAMA3_8B)[1]
+    a_token = 32 * (32 + 8 + 8 + 32) * 128 * 2
+    assert memory.exchanged(shape, 100, 1) == 0
+    assert memory.exchanged(shape, 100, 4, passes=3) == 3 / 4 * 3 * 100 * a_token
+    copied = 32 * (32 + 16 + 16 + 32) * 128 * 2
+    assert memory.exchanged(shape, 100, 16, bf16=False) == 15 / 16 * 2 * 100 * 2 * copied
+
+
+def test_an_8b_model_needs_shared_rows_for_128k_tokens_and_not_for_32k():
+    """On eight GPUs of 80 GB, by hand: a row of two whole conversations, ZeRO-3, recomputed activations."""
+    hardware = read_hardware(8, "h100")
+    parameters, _ = read_shape(LLAMA3_8B)
+    states = 18 * parameters.total / 8 + 2 * parameters.small  # bf16 weights, fp32 gradients, master and two moments
+    # gathered around the turn of the passes and prefetched, one layer; the reduce bucket and its copy
+    buffers = 2 * (parameters.largest + 50e6 + parameters.per_layer) + 2 * 2 * 500e6
+    # kept of every layer, its input; of one layer norms, their products' inputs, attention, MLP; MLP's backward pass
+    norms, inputs = 2 * ((4 + 2) * 4096 + 4), 2 * 2 * 4096
+    attention, mlp = 2 * (2 * 4096 + 2 * 1.6 * 1024) + 4 * 32, 2 * 4 * 14336
+    outside, working = 8 + 4 * 128 + 6 * 4096 + 4, 1.5 * 2 * 14336
+    a_token = 32 * 2 * 4096 + norms + inputs + attention + mlp + outside + working
+    for length, shares in ((32_768, (1, 2)), (131_072, (1, 2, 4, 8))):
+        for share in shares:
+            extra = 0 if share == 1 else 2 * 4096 + 2 * 2 * 1024  # the output again, and received keys and values
+            expected = states + buffers + 2 * length / share * (a_token + extra)
+            (plan,) = estimate(LLAMA3_8B, Workload(max_length=length, sequence_parallel=share), hardware, "zero3", True)
+            assert plan.memory.total == pytest.approx(expected, rel=0.01)
+            assert plan.fits is (length / share <= 32_768 or (length / share, share) == (32_768, 1)), (length, share)
+    reached = {one.sequence_parallel: one.tokens for one in reach(estimate(LLAMA3_8B, Workload(), hardware))}
+    assert list(reached) == [1, 2, 4, 8]
+    assert 45_000 < reached[1] < 60_000, "32k need no sharing, 128k do"
+    assert 65_536 < reached[2] < 131_072 < reached[4]
+    for share in (2, 4, 8):
+        assert 0.9 < reached[share] / (share * reached[1]) < 1
+
+
+def test_the_text_says_from_which_length_on_rows_must_be_shared():
+    hardware = read_hardware(8, "h100")
+    long = Workload(model="m", max_length=131_072)
+    text = format_estimate(estimate(LLAMA3_8B, long, hardware, gradient_checkpointing=True))
+    (alone,) = re.findall(r"Conversations of up to ([\d,]+) tokens fit without sharing rows \(zero3, recomputing", text)
+    assert 45_000 < int(alone.replace(",", "")) < 60_000
+    assert "longer ones need --sequence-parallel\nwith --sequence-parallel N: N = 2: " in text
+    assert "Nothing fits. Try btrm plan with: --sequence-parallel 4 --deepspeed zero3; or " in text
+    shared = estimate(LLAMA3_8B, dataclasses.replace(long, sequence_parallel=4), hardware)
+    text = format_estimate(shared)
+    assert "rows of up to 262,144 tokens, each over 4 GPUs; " in text
+    assert "btrm train --model m --data DATA --gpus 8 --sequence-parallel 4 --deepspeed " in text
+    assert to_dict(shared)["longest"][0] == {
+        "sequence_parallel": 1,
+        "preset": "zero3",
+        "tokens": int(alone.replace(",", "")),
+    }
+    one = format_estimate(estimate(LLAMA3_8B, hardware=read_hardware(1, "h100")))
+    assert one.splitlines()[-1].endswith("longer ones need --sequence-parallel and more GPUs")
+    with pytest.raises(ConfigError, match="--sequence-parallel 3 with 8 processes: expected a number of processes"):
+        estimate(LLAMA3_8B, Workload(sequence_parallel=3), hardware)
+    with pytest.raises(ConfigError, match="--sequence-parallel 64: the model has 32 attention heads"):
+        estimate(LLAMA3_8B, Workload(sequence_parallel=64), read_hardware(64, "h100"))
+    with pytest.raises(ConfigError, match="--sequence-parallel 0: expected a number above 0"):
+        Workload(sequence_parallel=0)
 
 
 # --- weights, gradients and optimizer of real engines

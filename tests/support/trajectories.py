@@ -63,6 +63,31 @@ def prepare(root: Path, rows: int = 64, layers: int = 1) -> Path:
     return root
 
 
+def branching_rows() -> list[dict[str, Any]]:
+    """Twelve questions with follow-ups: all pairs of three answers after the first turn, or after the second."""
+    rng = np.random.default_rng(0)
+    words = "the quick brown fox jumps over a lazy dog and answers every question well".split()
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rng.choice(words, rng.integers(least, most)))
+
+    found = []
+    for number in range(12):
+        first = [{"role": "user", "content": f"question {number}: {text(8, 20)}"}]
+        turns = [first] + [
+            [*first, {"role": "assistant", "content": text(4, 9)}, {"role": "user", "content": text(3, 6)}]
+            for _ in range(number % 2)
+        ]
+        for prompt in turns:
+            answers = [text(2, 12) for _ in range(3)]
+            pairs = [(0, 1), (0, 2), (1, 2), (0, 1)]
+            found += [
+                {"prompt": prompt, "chosen": answers[a], "rejected": answers[b], "weight": float(1 + n)}
+                for n, (a, b) in enumerate(pairs)
+            ]
+    return [found[i] for i in rng.permutation(len(found))]
+
+
 def settings(root: Path, output: Path, **values: Any) -> dict[str, Any]:
     """The settings of a run, to be changed by `values` ("section__key")."""
     return {

@@ -1,7 +1,7 @@
 """`btrm plan`: what a run needs and how long it takes, from a transformers configuration alone.
 
-Decides: what is assumed where nothing was measured, what counts as fitting, and which preset is recommended. The
-formulas are in `memory`, the model's counts come from `architecture`, the GPUs from `hardware`.
+Decides: which preset is recommended, and what is said. The formulas are in `memory`, what counts as fitting in
+`fitting`, the model's counts come from `model.shape`, the GPUs from `hardware`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from typing import Any
 from btrm_core.config import apply, check
 from btrm_core.console import table
 from btrm_core.errors import ConfigError
-from btrm_core.model import Parameters, Shape, flops_per_token, positions_problem, read_shape
+from btrm_core.model import Parameters, Shape, check_heads, divisors, flops_per_token, positions_problem, read_shape
 from btrm_core.preflight.plan import memory
+from btrm_core.preflight.plan.fitting import CONTEXT, FRAGMENTATION, longest, needed
 from btrm_core.preflight.plan.hardware import GIB, Hardware, read_hardware
 from btrm_core.preflight.plan.memory import Memory, Zero
 from btrm_core.preflight.plan.workload import Workload
 from btrm_core.settings import ModelConfig, RunConfig
 
-# Not in the peak of tensors: CUDA context, cuBLAS workspaces and NCCL buffers (GiB), and the unused parts of the blocks
-# that come and go (the states are a few flat tensors and do not fragment). Assumed, not measured.
-CONTEXT = 1.5
-
-
-FRAGMENTATION = 0.10
-
-
 PRESETS = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 """In the order in which they are preferred: least traffic first, the CPU's memory last."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The longest conversations that fit, in tokens, where so many GPUs share each row, and the preset for it."""
+
+    sequence_parallel: int
+    preset: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def estimate(
     Raises:
         BtrmError: the configuration cannot be read, its architecture is unknown, or settings contradict each other.
     """
+    from btrm_core.training.processes import check_shares
+
     workload = work or Workload()
     check(_settings("zero1", workload))
     if isinstance(config, str):
@@ -87,6 +91,8 @@ def estimate(
     hardware = hardware or read_hardware()
     if (problem := positions_problem(config, workload.max_length)) is not None and problem[0]:
         raise ConfigError(problem[1])
+    check_shares(_settings("zero1", workload), hardware.gpus)
+    check_heads(config, workload.sequence_parallel)
     parameters, shape = read_shape(config, workload.lora_rank, workload.quantize != "none")
     found = [
         _estimate(preset, gradient_checkpointing, parameters, shape, hardware, workload)
@@ -120,20 +126,8 @@ def _estimate(
 ) -> Estimate:
     gpus = hardware.gpus
     zero = read_zero(preset, work, gpus)
-    # a packed weight is unpacked for its product, one at a time
-    unpacked = (2 if work.bf16 else 4) * shape.hidden * shape.intermediate if parameters.packed else 0
     for recompute in (False, True) if checkpointing is None else (checkpointing,):
-        kept = memory.activations(
-            shape,
-            work.row_tokens,
-            checkpointing=recompute,
-            bf16=work.bf16,
-            kv_copies=work.keys_per_token,
-            lora_rank=work.lora_rank,
-        )
-        needed = memory.memory(parameters, zero, gpus, kept + unpacked)
-        margin = FRAGMENTATION * (needed.activations + needed.buffers) + CONTEXT * GIB
-        fits = needed.total + margin <= hardware.memory
+        peak, fits = needed(zero, recompute, parameters, shape, hardware, work)
         if fits:
             break
     speed = None
@@ -144,9 +138,16 @@ def _estimate(
     return Estimate(
         preset=preset,
         checkpointing=recompute,
-        memory=needed,
+        memory=peak,
         fits=fits,
-        communication=memory.communication(parameters, zero, gpus, work.micro_batches(gpus)),
+        communication=memory.communication(parameters, zero, gpus, work.micro_batches(gpus))
+        + memory.exchanged(
+            shape,
+            work.pairs_per_step * work.pair_tokens / gpus,
+            work.sequence_parallel,
+            passes=3 if recompute else 2,
+            bf16=work.bf16,
+        ),
         pairs_per_second=speed,
         hours=work.pairs * work.epochs / speed / 3600 if speed and work.pairs else None,
         command=_command(preset, recompute, gpus, work),
@@ -185,6 +186,7 @@ def _settings(preset: str, work: Workload) -> RunConfig:
         "model.quantize": work.quantize,
         "lora.rank": work.lora_rank,
         "train.optimizer": work.optimizer,
+        "distributed.sequence_parallel": work.sequence_parallel,
     }
     return apply(RunConfig(), values)
 
@@ -192,6 +194,7 @@ def _settings(preset: str, work: Workload) -> RunConfig:
 def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str:
     words = ["btrm", "train", "--model", work.model, "--data", "DATA"]
     words += ["--gpus", str(gpus)] if gpus > 1 else []
+    words += ["--sequence-parallel", str(work.sequence_parallel)] if work.sequence_parallel > 1 else []
     words += ["--deepspeed", preset, "--max-length", str(work.max_length)]
     words += ["--tokens-per-batch", str(work.tokens_per_batch), "--pairs-per-step", str(work.pairs_per_step)]
     words += ["--lora-rank", str(work.lora_rank)] if work.lora_rank else []
@@ -227,8 +230,9 @@ def format_estimate(estimates: Sequence[Estimate]) -> str:
         "",
     ]
     best = next((e for e in estimates if e.recommended), None)
+    reached = reach(estimates)
     if best is None:
-        return "\n".join([*lines, _advice(first)])
+        return "\n".join([*lines, *_reach_text(reached, gpus), _advice(first, reached)])
     lines += [f"Recommended: {best.preset}", f"  {best.command}"]
     if best.pairs_per_second:
         hours = f", {best.hours:.1f} hours for {work.pairs:,} pairs x {work.epochs:g}" if best.hours else ""
@@ -236,7 +240,47 @@ def format_estimate(estimates: Sequence[Estimate]) -> str:
         lines.append(f"Expected: {best.pairs_per_second:.1f} pairs/s{hours} at {work.mfu_source}{slower}")
     else:
         lines.append("Expected: unknown without the GPU's speed in bf16; name one with --gpu")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_reach_text(reached, gpus)])
+
+
+def reach(estimates: Sequence[Estimate]) -> list[Reach]:
+    """How long conversations may be on the same GPUs, for every number of them that can share a row.
+
+    Activations are computed again. States stay on the GPUs if there is a preset for that which fits.
+
+    Args:
+        estimates: from `estimate`, at least one.
+
+    Returns:
+        One for each number, 1 first; without those that fit no row at all.
+    """
+    first = estimates[0]
+    gpus = first.hardware.gpus
+    zeros = {e.preset: read_zero(e.preset, first.workload, gpus) for e in estimates}
+    offloaded = {e.preset for e in estimates if e.memory.host}
+    found = []
+    for share in (n for n in divisors(gpus) if first.shape.heads % n == 0):
+        work = dataclasses.replace(first.workload, sequence_parallel=share)
+        tokens = {p: longest(zero, first.parameters, first.shape, first.hardware, work) for p, zero in zeros.items()}
+        best = max(tokens, key=lambda preset: (preset not in offloaded and tokens[preset] > 0, tokens[preset]))
+        found.append(Reach(share, best, tokens[best]))
+    return [one for one in found if one.tokens]
+
+
+def _reach_text(reached: Sequence[Reach], gpus: int) -> list[str]:
+    """From which length on rows have to be shared, and how far that reaches."""
+    alone = next((one for one in reached if one.sequence_parallel == 1), None)
+    shared = [one for one in reached if one.sequence_parallel > 1]
+    lines = []
+    if alone is not None:
+        lines.append(
+            f"Conversations of up to {alone.tokens:,} tokens fit without sharing rows ({alone.preset}, recomputing "
+            f"activations); longer ones need --sequence-parallel{'' if gpus > 1 else ' and more GPUs'}"
+        )
+    if shared:
+        parts = [f"N = {one.sequence_parallel}: {one.tokens:,} tokens ({one.preset})" for one in shared]
+        lines.append(f"with --sequence-parallel N: {', '.join(parts)}")
+    return lines
 
 
 def _header(e: Estimate) -> str:
@@ -244,19 +288,21 @@ def _header(e: Estimate) -> str:
     peak = f", {h.tflops:g} TFLOP/s" if h.tflops else ""
     lora = f"; LoRA rank {w.lora_rank} trains {p.trainable:,}" if w.lora_rank else ""
     lora += f", {p.packed:,} are kept in 4 bits" if p.packed else ""
+    shares = f", each over {w.sequence_parallel} GPUs" if w.sequence_parallel > 1 else ""
     shared = "" if w.shared is None else f" ({w.shared:.1%} of separate passes' are computed once)"
     return (
         f"{w.model}: {p.total:,} parameters = embedding {p.embedding:,} + {len(e.shape.windows)} layers {p.layers:,} "
         f"+ norms {p.norm:,} + head {p.head:,}{lora}\n"
-        f"{h.gpus} x {h.name} ({h.memory / GIB:.1f} GiB{peak}); rows of up to {w.row_tokens:,} tokens; "
+        f"{h.gpus} x {h.name} ({h.memory / GIB:.1f} GiB{peak}); rows of up to {w.row_tokens:,} tokens{shares}; "
         f"{w.pairs_per_step} pairs per step of about {w.pair_tokens:,.0f} tokens{shared}: "
         f"{w.micro_batches(h.gpus)} micro-batches per GPU"
     )
 
 
-def _advice(e: Estimate) -> str:
-    """What would fit when nothing does: shorter rows, more GPUs, adapters."""
-    ideas = []
+def _advice(e: Estimate, reached: Sequence[Reach]) -> str:
+    """What would fit when nothing does: shared rows, shorter ones, more GPUs, adapters."""
+    wide = [one for one in reached if one.sequence_parallel > 1 and one.tokens >= e.workload.max_length]
+    ideas = [f"--sequence-parallel {wide[0].sequence_parallel} --deepspeed {wide[0].preset}"] if wide else []
     if e.workload.tokens_per_batch > 2 * e.workload.max_length:
         ideas.append(f"--tokens-per-batch {2 * e.workload.max_length}")
     for gpus in (2**i for i in range(1, 11)) if _possible("zero3", e.workload) else ():
@@ -280,6 +326,7 @@ def to_dict(estimates: Sequence[Estimate]) -> dict[str, Any]:
     out: dict[str, Any] = {name: dataclasses.asdict(getattr(first, name)) for name in shared}
     out["parameters"].update(total=first.parameters.total, trainable=first.parameters.trainable)
     out["workload"]["tokens_per_pair"] = first.workload.pair_tokens
+    out["longest"] = [dataclasses.asdict(one) for one in reach(estimates)]
     out["presets"] = []
     for e in estimates:
         own = {k: v for k, v in dataclasses.asdict(e).items() if k not in shared}

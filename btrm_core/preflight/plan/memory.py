@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from btrm_core.model import kv_copies as copies_of_keys
+
 if TYPE_CHECKING:
     from btrm_core.model import Parameters, Shape
 
@@ -163,7 +165,9 @@ def states(parameters: Parameters, zero: Zero, gpus: int) -> States:
     return States(weights, gradients, master_and_moments, 0)
 
 
-def saved_per_token(shape: Shape, *, bf16: bool = True, kv_copies: float = 1.0, lora_rank: int | None = None) -> float:
+def saved_per_token(
+    shape: Shape, *, bf16: bool = True, kv_copies: float = 1.0, lora_rank: int | None = None, share: int = 1
+) -> float:
     """Bytes that autograd keeps per token for the backward pass of one decoder layer.
 
     Section 4 of Korthikanti et al. (arXiv:2205.05198) adapted to today's decoders: its 34 b s h per layer has dropout,
@@ -171,18 +175,27 @@ def saved_per_token(shape: Shape, *, bf16: bool = True, kv_copies: float = 1.0, 
     and product: 4 tensors of the intermediate width), keys and values have kv_heads, and the 5 a s^2 b of the attention
     matrix is gone with a flash-like kernel, which keeps query, key, value, output and one fp32 log-sum-exp per head.
 
+    Of a row that GPUs share, each keeps the whole row for its part of the heads: as many numbers per token of its own
+    as without sharing, but for copied key heads; and besides, the output a second time, as the next layer reads it.
+    Where keys are gathered, those received stay as well, in one block with the queries.
+
     Args:
         shape: the widths.
         bf16: compute type bf16; False is fp32.
         kv_copies: keys and values kept per token: above 1 when rows share prefixes and the kernel gathers them.
         lora_rank: rank of adapters on every linear layer; their frozen norms keep one tensor less.
+        share: how many GPUs share a row; tokens are then those of one of them.
     """
     width = 2 if bf16 else 4
     norm = _norm_keeps(shape, width, scaled=not lora_rank)
     norms = sum(norm * n + 4 for n in shape.norm_widths)
     inputs = 2 * width * shape.hidden
     query_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = width * (2 * query_width + 2 * kv_copies * kv_width) + 4 * shape.heads
+    if share > 1:
+        kv_width *= copies_of_keys(shape.heads, shape.kv_heads, share)
+        kv_copies += kv_copies > 1
+    outputs = 2 if share > 1 else 1
+    attention = width * ((1 + outputs) * query_width + 2 * kv_copies * kv_width) + 4 * shape.heads
     mlp = width * (4 if shape.gated else 2) * shape.intermediate
     adapters = width * (lora_rank or 0) * shape.linears
     return norms + inputs + attention + mlp + adapters
@@ -203,6 +216,7 @@ def activations(
     bf16: bool = True,
     kv_copies: float = 1.0,
     lora_rank: int | None = None,
+    share: int = 1,
 ) -> int:
     """Peak bytes of activations for a packed row of `tokens` tokens: kept ones plus the backward pass's own.
 
@@ -220,9 +234,11 @@ def activations(
         bf16: compute type bf16; False is fp32.
         kv_copies: how often each key and value is held, 1 without shared prompts.
         lora_rank: of adapters; None trains everything.
+        share: how many GPUs share the row; the bytes are those of one of them. What it sends and receives is in use
+            when no more than the MLP's own tensors have gone, and smaller than these.
     """
     width = 2 if bf16 else 4
-    layer = saved_per_token(shape, bf16=bf16, kv_copies=kv_copies, lora_rank=lora_rank)
+    layer = saved_per_token(shape, bf16=bf16, kv_copies=kv_copies, lora_rank=lora_rank, share=share)
     outside = 8 + 2 * width * shape.head_dim + _norm_keeps(shape, width, scaled=not lora_rank) * shape.hidden + 4
     layers = len(shape.windows)
     if checkpointing:
@@ -231,7 +247,7 @@ def activations(
     else:
         kept = layers * layer
         working = (24 if shape.norm == "rms-fp32" else 16) * shape.hidden
-    return round(tokens * (kept + outside + working))
+    return round(math.ceil(tokens / share) * (kept + outside + working))
 
 
 def memory(parameters: Parameters, zero: Zero, gpus: int, activation_bytes: int) -> Memory:
@@ -304,3 +320,23 @@ def communication(parameters: Parameters, zero: Zero, gpus: int, micro_batches: 
         factor = 2 if zero.multi_rank_allreduce else 1
         return round(ring * (micro_batches * factor * gradients + weights))
     return round(ring * (2 * gradients + weights))
+
+
+def exchanged(shape: Shape, tokens: float, share: int, *, passes: int = 2, bf16: bool = True) -> int:
+    """Bytes that one GPU sends to those it shares rows with, for so many tokens of its own.
+
+    Queries, keys and values go out and outputs come back, once a pass and layer; a GPU keeps its own part (Ulysses,
+    arXiv:2309.14509, section 3.2).
+
+    Args:
+        shape: the widths.
+        tokens: computed by this GPU.
+        share: how many GPUs share a row; 1 sends nothing.
+        passes: forward, backward, and a third where activations are recomputed.
+        bf16: compute type bf16; False is fp32.
+    """
+    if share == 1:
+        return 0
+    kv_heads = shape.kv_heads * copies_of_keys(shape.heads, shape.kv_heads, share)
+    numbers = (2 * shape.heads + 2 * kv_heads) * shape.head_dim
+    return round((share - 1) / share * len(shape.windows) * passes * tokens * (2 if bf16 else 4) * numbers)

@@ -11,7 +11,7 @@ from btrm_core.errors import ConfigError
 from btrm_core.families import RECIPE
 from btrm_core.packing import KEYS_PER_TOKEN
 from btrm_core.preflight.plan.hardware import ASSUMED_MFU, ASSUMED_MFU_SOURCE
-from btrm_core.settings import ModelConfig, TrainConfig
+from btrm_core.settings import DistributedConfig, ModelConfig, TrainConfig
 
 ASSUMED_TOKENS_PER_PAIR = 750.0
 
@@ -32,7 +32,7 @@ class Workload:
     Attributes:
         model: the name that the recommended command gives to `--model`.
         pairs_per_step: pairs per optimizer step, over all GPUs.
-        tokens_per_batch: token budget of a row.
+        tokens_per_batch: token budget of a GPU.
         max_length: longest conversation in tokens.
         tokens_per_pair: mean tokens of a pair with its common prefix counted once.
         pairs: pairs of the training data, for the hours.
@@ -45,6 +45,7 @@ class Workload:
         mfu_source: where that figure comes from.
         quantize: none, or 4bit for frozen weights in 4 bits under the adapters.
         optimizer: adamw, adamw-8bit or adamw-8bit-paged.
+        sequence_parallel: how many GPUs share the tokens of each row.
     """
 
     model: str = "MODEL"
@@ -62,11 +63,12 @@ class Workload:
     mfu_source: str = ASSUMED_MFU_SOURCE
     quantize: str = ModelConfig.quantize
     optimizer: str = TrainConfig.optimizer
+    sequence_parallel: int = DistributedConfig.sequence_parallel
 
     def __post_init__(self) -> None:
         """Refuse sizes of nothing."""
         sizes = ("pairs_per_step", "tokens_per_batch", "max_length", "tokens_per_pair", "epochs", "pairs", "lora_rank")
-        for name in sizes:
+        for name in (*sizes, "sequence_parallel"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 flag = name.replace("_", "-")
@@ -96,8 +98,11 @@ class Workload:
 
     @property
     def row_tokens(self) -> int:
-        """Longest row in tokens: the budget, or one pair of two full-length conversations where that is more."""
-        return 128 * math.ceil(max(self.tokens_per_batch, 2 * self.max_length) / 128)
+        """Longest row in tokens: the budget, or one pair of two full-length conversations where that is more.
+
+        GPUs that share a row have one budget together.
+        """
+        return 128 * math.ceil(max(self.tokens_per_batch * self.sequence_parallel, 2 * self.max_length) / 128)
 
     def micro_batches(self, gpus: int) -> int:
         """Micro-batches per step on each GPU.

@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
-from btrm_core.model import require
+from btrm_core.model import RowShare, require
 from btrm_core.settings import RunConfig
 from btrm_core.signals import end_with
 from btrm_core.training.processes.failure import shared
 from btrm_core.training.processes.join import LAUNCHER, TIMEOUT, join
+from btrm_core.training.processes.sharing import make_share
 from btrm_core.training.processes.zero import deepspeed_config
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its rank among all, its device, and the compute type."""
+    """Where this process stands: its rank among all, its device, the compute type, and whom it shares rows with."""
 
     accelerator: Any
     rank: int
@@ -37,6 +38,23 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     zero_stage: int
+    share: RowShare | None = None
+    """Its part of every row; None if it computes whole rows."""
+
+    @property
+    def ranks(self) -> int:
+        """How many rows are computed at once: processes that share rows are one rank of the plan."""
+        return self.world // (self.share.count if self.share else 1)
+
+    @property
+    def row_rank(self) -> int:
+        """Whose rows of the plan this process computes, alone or with others."""
+        return self.rank // (self.share.count if self.share else 1)
+
+    @property
+    def counts(self) -> bool:
+        """True on the one process of those that share rows that adds their figures up."""
+        return self.share is None or self.share.index == 0
 
     @property
     def is_main(self) -> bool:
@@ -102,11 +120,14 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
         project_dir: Where trackers write.
 
     Raises:
-        ConfigError: the DeepSpeed setting is unknown, or its file contradicts what btrm derives; or
-            bitsandbytes is asked for and missing.
+        ConfigError: the DeepSpeed setting is unknown, or its file contradicts what btrm derives; the processes cannot
+            share rows as asked; or bitsandbytes is asked for and missing.
     """
     try:
-        yield _runtime(config, trackers, project_dir)
+        runtime = _runtime(config, trackers, project_dir)
+        yield runtime
+        if runtime.share is not None:  # after a failure the others may not be there to agree
+            torch.distributed.destroy_process_group(runtime.share.processes)
     finally:
         from accelerate.state import AcceleratorState, GradientState, PartialState
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -119,7 +140,9 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
 
 
 def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | None) -> Runtime:
-    plugin_dict = deepspeed_config(config, torch.distributed.get_world_size())
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plugin_dict = deepspeed_config(config, world)
+    share = make_share(config, rank, world)
     require(config)
     dtype = torch.bfloat16 if plugin_dict["bf16"]["enabled"] else torch.float32
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -135,11 +158,12 @@ def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | N
     )
     return Runtime(
         accelerator=accelerator,
-        rank=torch.distributed.get_rank(),
-        world=torch.distributed.get_world_size(),
+        rank=rank,
+        world=world,
         device=accelerator.device,
         dtype=dtype,
         zero_stage=int(plugin_dict["zero_optimization"]["stage"]),
+        share=share,
     )
 
 
