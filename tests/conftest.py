@@ -20,7 +20,13 @@ settings.register_profile("btrm", deadline=None)  # the machine may be busy
 settings.load_profile("btrm")
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL", "transformers 4.57": "BTRM_TRANSFORMERS_4"}
+FETCHED = {
+    "tokenizers": "BTRM_REAL_TOKENIZERS",
+    "model": "BTRM_REAL_MODEL",
+    "transformers 4.57": "BTRM_TRANSFORMERS_4",
+    "vLLM": "BTRM_VLLM",
+    "OpenRLHF": "BTRM_OPENRLHF",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +51,8 @@ def _missing(item: pytest.Item) -> str | None:
     for kind in (hub.args or ("tokenizers",)) if hub else ():
         variable = FETCHED[kind]
         if not os.environ.get(variable):
-            return f"needs a real {kind.removesuffix('s')}: set {variable} to its directory"
+            what = f"a real {kind.removesuffix('s')}" if kind in ("tokenizers", "model") else kind
+            return f"needs {what}: set {variable} to its directory"
     return None
 
 

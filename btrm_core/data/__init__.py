@@ -7,6 +7,7 @@ from btrm_core.data import curate
 from btrm_core.data.cache import cache_root, code_digest
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
 from btrm_core.data.formats import Ties, WhichPairs
+from btrm_core.data.inputs.spec import parse_spec
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
 from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
 from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, raw_rows, split_held_out
@@ -65,6 +66,7 @@ __all__ = [
     "pairs_from_rows",
     "parse_json_line",
     "parse_naming",
+    "parse_spec",
     "plain",
     "raw_rows",
     "sample_path",
