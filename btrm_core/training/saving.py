@@ -60,6 +60,8 @@ def save_run(
     vectors, saved_as = _self_test(session)
     gathered = runtime.accelerator.get_state_dict(session.engine)
     if runtime.is_main:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         plain = model.hf.get_base_model() if hasattr(model.hf, "get_base_model") else model.hf
         trained = Trained(
             data=session.data.report,
@@ -77,6 +79,7 @@ def save_run(
             base_commit=getattr(model.base_model.config, "_commit_hash", None),
             adapters=saved_as,
             architecture=type(plain).__name__,
+            causal=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(plain.config.model_type),
             softcap=uses_softcap(plain.config),
             licence=base_licence(config.model.name or "", config.model.revision),
         )

@@ -35,6 +35,7 @@ class Trained:
         base_commit: Of the base model, if it came from the hub.
         adapters: How they are saved; None without adapters.
         architecture: Class of transformers that the weights are of, such as "LlamaForSequenceClassification".
+        causal: Class of the language model of that kind; None if transformers has none.
         softcap: Whether its attention is soft-capped.
         licence: Of the base model, as its own card states it.
     """
@@ -47,6 +48,7 @@ class Trained:
     base_commit: str | None
     adapters: dict[str, Any] | None
     architecture: str
+    causal: str | None
     softcap: bool
     licence: dict[str, str]
 
@@ -86,6 +88,7 @@ def run_manifest(config: RunConfig, family: Family, chat: ChatFormat, trained: T
         "adapters": trained.adapters,
         "card": {
             "architecture": trained.architecture,
+            "causal": trained.causal,
             "softcap": trained.softcap,
             "licence": trained.licence,
             "base_is_local": Path(config.model.name or ".").exists(),

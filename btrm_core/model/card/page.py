@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from btrm_core.errors import printable
 from btrm_core.evaluation import wilson
 from btrm_core.model.card.usage import how_to_use
@@ -131,6 +129,8 @@ def _fenced(title: str, language: str, code: str) -> str:
 
 def _front(made: dict[str, Any]) -> str:
     """The YAML that the hub reads: only what is surely of its kind."""
+    from huggingface_hub.utils import yaml_dump
+
     about, apart = made.get("card", {}), not (made.get("adapters") or {"merged": True})["merged"]
     front: dict[str, Any] = {
         "library_name": "peft" if apart else "transformers",
@@ -145,7 +145,7 @@ def _front(made: dict[str, Any]) -> str:
         front["datasets"] = list(about["datasets"])
     if made["evaluation"]:
         front["metrics"] = ["accuracy"]
-    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
+    return str(yaml_dump(front, width=10_000))
 
 
 def _data(made: dict[str, Any]) -> str:

@@ -60,14 +60,6 @@ trainer = GRPOTrainer(
 trainer.train()"""
 
 
-VLLM_OPTIONS = {
-    "Gemma3TextForSequenceClassification": (
-        '--convert classify --hf-overrides \'{"architectures": ["Gemma3ForCausalLM"]}\''
-    ),
-}
-"""What `vllm serve` must be told of an architecture that it does not take for a classifier by itself."""
-
-
 def how_to_use(made: dict[str, Any], name: str) -> list[tuple[str, str, str]]:
     """Title, language and code of each way to get rewards without btrm's Python interface.
 
@@ -81,8 +73,7 @@ def how_to_use(made: dict[str, Any], name: str) -> list[tuple[str, str, str]]:
             ("transformers and peft", "python", _adapters(made, quoted)),
             ("vLLM, TRL and OpenRLHF read whole weights", "bash", f"btrm export {word} WHOLE --merge-adapter"),
         ]
-    options = VLLM_OPTIONS.get(made.get("card", {}).get("architecture"), "")
-    server = f"vllm serve {word} --runner pooling --dtype bfloat16 {options}".rstrip()
+    server = f"vllm serve {word} --runner pooling --dtype bfloat16{_vllm_options(made.get('card', {}))}"
     trainer = "python -m openrlhf.cli.train_ppo_ray --reward.remote_url http://127.0.0.1:8080/get_reward ..."
     return [
         ("transformers", "python", PIPELINE.replace("{name}", quoted)),
@@ -91,6 +82,16 @@ def how_to_use(made: dict[str, Any], name: str) -> list[tuple[str, str, str]]:
         ("TRL", "python", TRL.replace("{name}", quoted)),
         ("OpenRLHF", "bash", f"btrm serve {word} --port 8080\n{trainer}"),
     ]
+
+
+def _vllm_options(about: dict[str, Any]) -> str:
+    """What vLLM must be told of a class that is not named after its causal language model, which is what it loads."""
+    causal = about.get("causal")
+    if causal is None or causal.removesuffix("ForCausalLM") == about["architecture"].removesuffix(
+        "ForSequenceClassification"
+    ):
+        return ""
+    return f" --convert classify --hf-overrides {shlex.quote(json.dumps({'architectures': [causal]}))}"
 
 
 def _adapters(made: dict[str, Any], quoted: str) -> str:
