@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from btrm_core.model.directory import write_for_older_readers
 from btrm_core.model.load import chat_from_checkpoint
+from btrm_core.scoring import export
 
 HALVES = [1.0, 2.0, 3.0, 4.0]
 SCALED: dict[str, dict[str, Any]] = {
@@ -132,6 +133,12 @@ print(json.dumps(out))
 def test_transformers_4_gives_the_same_ids_and_rewards(tmp_path):
     made = {family: reward_model(tmp_path / family, family) for family in FAMILIES}
     made |= {name: reward_model(tmp_path / name, "qwen3", rope_parameters=rope) for name, rope in SCALED.items()}
+    for family in FAMILIES:
+        made[f"exported {family}"] = tmp_path / f"exported-{family}"
+        export(str(made[family]), str(made[f"exported {family}"]))
+    made["exported twice in bf16"] = tmp_path / "again"
+    export(str(made["exported llama3"]), str(tmp_path / "half"), dtype="bf16")
+    export(str(tmp_path / "half"), str(made["exported twice in bf16"]))
     directories = {name: str(path) for name, path in made.items()}
     environment = {**os.environ, "PYTHONPATH": os.environ["BTRM_TRANSFORMERS_4"]}
     done = subprocess.run(
