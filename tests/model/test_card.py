@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,17 @@ def test_a_model_without_evaluation_says_so(made: dict[str, Any]) -> None:
     card = model_card({**made, "evaluation": None}, "model")
     assert "nothing is known of how good this model is" in card
     assert "metrics" not in front(card)
+
+
+def test_vllm_is_told_of_a_class_that_is_not_named_after_its_language_model(made: dict[str, Any]) -> None:
+    def command(architecture: str, causal: str | None) -> list[str]:
+        about = {**made["card"], "architecture": architecture, "causal": causal}
+        return shlex.split(blocks(model_card({**made, "card": about}, "a model"))["vLLM, the server"])
+
+    assert made["card"]["causal"] == "LlamaForCausalLM"
+    plain = ["vllm", "serve", "a model", "--runner", "pooling", "--dtype", "bfloat16"]
+    assert command("LlamaForSequenceClassification", "LlamaForCausalLM") == plain
+    assert command("LlamaForSequenceClassification", None) == plain
+    assert command("Gemma3TextForSequenceClassification", "Gemma3ForCausalLM") == [
+        *(*plain, "--convert", "classify", "--hf-overrides", '{"architectures": ["Gemma3ForCausalLM"]}')
+    ]
