@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.environments import HANGS
 from support.scorer_samples import CONVERSATIONS, FAMILIES, reference, reward_model
 from transformers import AutoConfig, AutoTokenizer
 
@@ -130,6 +131,7 @@ print(json.dumps(out))
 
 
 @pytest.mark.hub("transformers 4.57")
+@pytest.mark.timeout(HANGS)
 def test_transformers_4_gives_the_same_ids_and_rewards(tmp_path):
     made = {family: reward_model(tmp_path / family, family) for family in FAMILIES}
     made |= {name: reward_model(tmp_path / name, "qwen3", rope_parameters=rope) for name, rope in SCALED.items()}
@@ -148,7 +150,7 @@ def test_transformers_4_gives_the_same_ids_and_rewards(tmp_path):
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=240,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

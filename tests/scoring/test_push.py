@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from support.cards import blocks
+from support.environments import HANGS
 from support.hub_push import OWNER, TOKEN, Hub, serve
 from support.scorer_samples import CONVERSATIONS, base_model
 
@@ -175,13 +176,14 @@ def test_a_refusal_comes_before_the_work(
     assert hub.commits == []
 
 
+@pytest.mark.timeout(HANGS)
 def test_an_upload_that_breaks_off_loses_nothing(hub: Hub, base: Path, tmp_path: Path) -> None:
     """A program of its own, which takes endpoint and token from the environment as a user gives them."""
     hub.breaks = "/commit/"
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     environment["HF_HUB_DISABLE_XET"] = "1"
     command = [sys.executable, "-m", "btrm_core", *training(base, tmp_path / "run"), "--push-to", NAME, "--private"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
     model = tmp_path / "run" / "model"
     assert done.returncode == 2, done.stderr
     assert f"model saved in {model}" in done.stdout
