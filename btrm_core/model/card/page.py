@@ -1,7 +1,7 @@
 """The model card, `README.md` of a model directory: a function of `btrm.json` and of the model's name alone.
 
 Decides: what stands in it. Everything that others wrote (names of files, subsets, models) stands in code spans, which
-nothing can leave, and the front matter is written by a YAML library.
+nothing can leave, and the front matter is written by the hub's own library.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _fenced(title: str, language: str, code: str) -> str:
 
 def _front(made: dict[str, Any]) -> str:
     """The YAML that the hub reads: only what is surely of its kind."""
-    from huggingface_hub.utils import yaml_dump
+    from huggingface_hub import ModelCardData
 
     about, apart = made.get("card", {}), not (made.get("adapters") or {"merged": True})["merged"]
     front: dict[str, Any] = {
@@ -145,7 +145,7 @@ def _front(made: dict[str, Any]) -> str:
         front["datasets"] = list(about["datasets"])
     if made["evaluation"]:
         front["metrics"] = ["accuracy"]
-    return str(yaml_dump(front, width=10_000))
+    return f"{ModelCardData(**front).to_yaml(original_order=list(front))}\n"
 
 
 def _data(made: dict[str, Any]) -> str:
