@@ -1,4 +1,4 @@
-"""What a refusal of the Hugging Face Hub means, and what to do about it.
+"""The Hugging Face Hub: what its refusals mean and what to do about them, and uploading a model to it.
 
 The client's messages are several lines, of which the remedy is the last; here it is one, with the remedy in it.
 """
@@ -6,8 +6,13 @@ The client's messages are several lines, of which the remedy is the last; here i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
 
-from btrm_core.errors import first_line
+import httpx
+
+from btrm_core.errors import ConfigError, first_line
 
 
 def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | None:
@@ -70,3 +75,94 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(found))
         yield found
         found = found.__cause__ or found.__context__
+
+
+_REPLACED = ("*.safetensors", "*.bin", "*.index.json", "adapter_config.json", "tokenizer*", "chat_template*")
+"""Files of an earlier model that a reader would take for a part of the new one."""
+
+
+def prepare_upload(hub_id: str, *, private: bool) -> None:
+    """Find out before the work whether a model can be uploaded; makes the repository if there is none.
+
+    Args:
+        hub_id: OWNER/NAME, or NAME of the token's owner.
+        private: the repository must be private; otherwise a new one is what the owner's settings say.
+
+    Raises:
+        ConfigError: there is no valid token, the name is none, the repository may not be written or is not private, or
+            the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.whoami()
+        made = api.create_repo(hub_id, private=private or None, exist_ok=True)
+        api.auth_check(made.repo_id, write=True)
+        public = private and not api.repo_info(made.repo_id).private
+    except Exception as error:  # the client raises types of several libraries
+        raise ConfigError(f"{hub_id} cannot be uploaded to: {_upload_problem(error, hub_id)}") from error
+    if public:
+        raise ConfigError(
+            f"{hub_id} is public, but --private is asked for; make it private in its settings, or choose another name"
+        )
+
+
+def upload(directory: Path, hub_id: str, *, private: bool, card: str) -> str:
+    """Upload a model directory in one commit; of an earlier model nothing is left that readers would mix up with it.
+
+    Args:
+        directory: its files, without folders, are uploaded.
+        hub_id: OWNER/NAME, or NAME of the token's owner.
+        private: as `prepare_upload`.
+        card: the content of `README.md` there.
+
+    Returns:
+        The address of the model's page.
+
+    Raises:
+        ConfigError: as `prepare_upload`, or the upload breaks off; then the repository is as it was.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    prepare_upload(hub_id, private=private)
+    api = HfApi()
+    try:
+        place = api.create_repo(hub_id, exist_ok=True).repo_id
+        names = {file.name for file in directory.iterdir() if file.is_file()} | {"README.md"}
+        old = [name for name in api.list_repo_files(place) if "/" not in name and name not in names]
+        operations: list[Any] = [
+            *(
+                CommitOperationAdd(name, card.encode() if name == "README.md" else str(directory / name))
+                for name in sorted(names)
+            ),
+            *(CommitOperationDelete(name) for name in old if any(fnmatch(name, kind) for kind in _REPLACED)),
+        ]
+        api.create_commit(place, operations, commit_message="Upload a reward model trained with btrm")
+    except Exception as error:  # the client raises types of several libraries
+        raise ConfigError(_upload_problem(error, hub_id)) from error
+    return f"{api.endpoint}/{place}"
+
+
+def _upload_problem(error: BaseException, hub_id: str) -> str:
+    """Why the hub takes no model, and what to do about it, in one line."""
+    from huggingface_hub import constants, errors
+
+    login = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+    for found in _chain(error):
+        if isinstance(found, errors.OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE forbids it; unset it"
+        if isinstance(found, errors.LocalTokenNotFoundError):
+            return f"there is no token; {login}"
+        if isinstance(found, errors.HFValidationError):
+            return f"the name is none that the hub takes ({first_line(found)}); expected OWNER/NAME"
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        if status == 401:
+            return f"the token is not valid; {login}"
+        if status in (403, 404):
+            return f"the token may not write to it; {login}, or choose a repository of your own"
+        if isinstance(found, errors.HfHubHTTPError):
+            return f"{constants.ENDPOINT} answers: {first_line(found)}"
+        if isinstance(found, OSError | httpx.TransportError):
+            return f"{constants.ENDPOINT} cannot be reached ({first_line(found)}); check the connection and HF_ENDPOINT"
+    return first_line(error)

@@ -14,6 +14,7 @@ from btrm_core.config import keeps_best
 from btrm_core.console import say
 from btrm_core.evaluation import badness
 from btrm_core.files import disk_is_full, explained, output_lock, probe, publish
+from btrm_core.hub import prepare_upload
 from btrm_core.model import build_model, is_finished, read_manifest, refuse_overwrite
 from btrm_core.settings import RunConfig
 from btrm_core.training import (
@@ -153,7 +154,7 @@ def _may_write(job: Job) -> None:
 
 
 def check_output(job: Job, runtime: Runtime) -> None:
-    """Find out before the first step whether all processes can write their parts of a checkpoint.
+    """Find out before the first step whether a hub takes the model, and all processes can write their checkpoints.
 
     Args:
         job: what is to be run.
@@ -161,8 +162,11 @@ def check_output(job: Job, runtime: Runtime) -> None:
 
     Raises:
         CheckpointError: one cannot, and checkpoints are asked for.
+        ConfigError: the hub does not take a model from here.
     """
     output = job.config.output
+    if output.push_to is not None and runtime.is_main:
+        prepare_upload(output.push_to, private=output.private)
     if output.save_every is not None or output.resume != "no":
         require_shared(job.output, runtime)
     elif alone := strangers(job.output, runtime):

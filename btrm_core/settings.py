@@ -221,6 +221,11 @@ class OutputConfig:
     """Resume although data or settings differ."""
     restart_optimizer: Annotated[bool, Flag()] = False
     """Resume with a fresh optimizer, at any stage. Weights and position are the checkpoint's; the stage is ZeRO's."""
+    push_to: Annotated[str | None, Flag(metavar="HUB_ID")] = None
+    """Upload the finished model to the Hugging Face Hub. Token and repository are tried before training; None uploads
+    nothing."""
+    private: Annotated[bool, Flag()] = False
+    """Make the repository private. That is, if `push_to` has to make one."""
     report_to: Annotated[str, Flag(metavar="TRACKER")] = "none"
     """none, wandb, tensorboard, ... Several are separated by commas."""
     project: str = "btrm"

@@ -20,8 +20,14 @@ settings.register_profile("btrm", deadline=None)  # the machine may be busy
 settings.load_profile("btrm")
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# set by `make real`; each with _MISSING and the reason where it could not be fetched
-FETCHED = {"tokenizers": "BTRM_REAL_TOKENIZERS", "model": "BTRM_REAL_MODEL", "transformers 4.57": "BTRM_TRANSFORMERS_4"}
+# set by `make real` and `make test-vllm`; the first three with _MISSING and the reason where one could not be fetched
+FETCHED = {
+    "tokenizers": "BTRM_REAL_TOKENIZERS",
+    "model": "BTRM_REAL_MODEL",
+    "transformers 4.57": "BTRM_TRANSFORMERS_4",
+    "vLLM": "BTRM_VLLM",
+    "OpenRLHF": "BTRM_OPENRLHF",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,8 +52,10 @@ def _missing(item: pytest.Item) -> str | None:
     for kind in (hub.args or ("tokenizers",)) if hub else ():
         variable = FETCHED[kind]
         if not os.environ.get(variable):
-            why = os.environ.get(f"{variable}_MISSING") or f"`make real` fetches it, or set {variable} to its directory"
-            return f"needs a real {kind.removesuffix('s')}: {why}"
+            what = f"a real {kind.removesuffix('s')}" if kind in ("tokenizers", "model") else kind
+            fetched = kind not in ("vLLM", "OpenRLHF")
+            how = f"`make real` fetches it, or set {variable} to its directory" if fetched else f"set {variable} to it"
+            return f"needs {what}: {os.environ.get(f'{variable}_MISSING') or how}"
     return None
 
 

@@ -71,3 +71,7 @@ def train(gpus: str | None, processes: int | None, dry_run: bool, **given: Any) 
         click.echo(closing_text(outcome))
         if told := write_training_report(outcome):
             click.echo(told)
+        if config.output.push_to is not None and outcome.directory is not None:
+            from btrm_core.scoring import push
+
+            click.echo(push(str(outcome.directory), config.output.push_to, private=config.output.private))

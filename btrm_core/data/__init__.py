@@ -7,6 +7,7 @@ from btrm_core.data import curate
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
 from btrm_core.data.curate.held_out import drop_overlap, split_held_out
 from btrm_core.data.formats import Ties, WhichPairs
+from btrm_core.data.inputs.spec import parse_spec
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
 from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
 from btrm_core.data.pairs import PairData, load_pairs, pairs_from_rows, raw_rows
@@ -63,6 +64,7 @@ __all__ = [
     "pairs_from_rows",
     "parse_json_line",
     "parse_naming",
+    "parse_spec",
     "plain",
     "raw_rows",
     "sample_path",

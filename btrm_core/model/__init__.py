@@ -9,7 +9,7 @@ from btrm_core.model.base import (
     gathered,
     load_tokenizer,
 )
-from btrm_core.model.card import Trained, model_card, run_manifest, template_difference
+from btrm_core.model.card import Trained, base_licence, model_card, run_manifest, template_difference
 from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, sha256_of, write_model
 from btrm_core.model.leakage import Trust, Use, positions_problem, trusted
 from btrm_core.model.load import (
@@ -56,6 +56,7 @@ __all__ = [
     "Use",
     "as_merged",
     "base_config",
+    "base_licence",
     "build_model",
     "build_toy",
     "causal_entries",

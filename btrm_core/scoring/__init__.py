@@ -3,7 +3,7 @@
 from btrm_core.scoring.bulk import score_file
 from btrm_core.scoring.client import AsyncClient, trl_reward_func
 from btrm_core.scoring.evaluate import SourceRewards, source_rewards
-from btrm_core.scoring.export import export
+from btrm_core.scoring.export import export, push, refuse
 from btrm_core.scoring.judge import ModelResult, Request, judge
 from btrm_core.scoring.results import from_scores, notes, report_of, write_suites
 from btrm_core.scoring.scorer import Scorer
@@ -18,6 +18,8 @@ __all__ = [
     "from_scores",
     "judge",
     "notes",
+    "push",
+    "refuse",
     "report_of",
     "score_file",
     "source_rewards",

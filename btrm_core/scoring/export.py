@@ -6,6 +6,7 @@ transformers 4.57 reads it like 5; its self-test vectors carry the rewards of wh
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, did_you_mean
+from btrm_core.hub import upload
 from btrm_core.model import (
     RewardModel,
     as_merged,
@@ -23,10 +25,12 @@ from btrm_core.model import (
     load_chat,
     load_weights,
     merged_weights,
+    model_card,
     plain_model,
     read_manifest,
     refuse_overwrite,
     saved_config,
+    sha256_of,
     tolerance,
     write_model,
 )
@@ -77,6 +81,7 @@ def export(
 def _write(directory: Path, place: Path, dtype: str | None) -> str:
     """Load a model, make its adapters whole, and write it; returns what was written."""
     chat, made = load_chat(directory), read_manifest(directory)
+    card, own = _card(directory, made)
     hf = load_weights(directory, DTYPES[dtype] if dtype is not None else "auto", torch.device("cpu"))
     vectors = made.get("self_test", [])
     if is_adapters(directory):
@@ -95,8 +100,7 @@ def _write(directory: Path, place: Path, dtype: str | None) -> str:
     made["dtype"] = str(hf.dtype).removeprefix("torch.")
     hf.config.dtype = hf.dtype
     made["self_test"] = [{**v, "reward": reward} for v, reward in zip(vectors, rewards, strict=True)]
-    card = directory / "README.md"
-    write_model(place, hf, weights, chat, made, card.read_text(encoding="utf-8") if card.is_file() else "")
+    write_model(place, hf, weights, chat, made, model_card(made, place.name) if own else card)
     return f"written: {place} ({made['dtype']}); rewards of the self-test changed by up to {change:.2g}"
 
 
@@ -128,6 +132,50 @@ def refuse(directory: Path, target: str | None) -> None:
             f"text-embeddings-inference does not apply the reward head of {architecture} on a causal model; serve it "
             "with vLLM or `btrm serve`"
         )
+
+
+def push(model: str, hub_id: str, *, private: bool = False) -> str:
+    """Upload a finished model to the Hugging Face Hub in one commit, and say where it is.
+
+    The code of the model card then names the hub id, unless somebody has changed the card.
+
+    Args:
+        model: a model directory, or a run's output directory.
+        hub_id: OWNER/NAME, or NAME of the token's owner.
+        private: make the repository private if there is none; a public one is refused.
+
+    Raises:
+        CheckpointError: the model is not whole, or the hub does not take it; says how to try again.
+    """
+    directory = find_model(model)
+    check_head(directory)
+    made = read_manifest(directory)
+    if "files" not in made:
+        raise CheckpointError(f"{directory} has no btrm.json with hashes of its files; write it with `btrm export`")
+    files = [directory / name for name in made["files"]]
+    changed = [file.name for file in files if not file.is_file() or sha256_of(file) != made["files"][file.name]]
+    if changed:
+        raise CheckpointError(
+            f"{directory} is not as it was written ({', '.join(changed)}); look with `btrm verify`, or write it anew "
+            "with `btrm export`"
+        )
+    card, own = _card(directory, made)
+    try:
+        shown = model_card(made, hub_id) if own else card
+        return f"uploaded: {upload(directory, hub_id, private=private, card=shown)}"
+    except ConfigError as error:
+        words = ["btrm", "export", str(directory), "--push-to", hub_id, *(["--private"] if private else [])]
+        raise CheckpointError(
+            f"the model is whole in {directory}, but was not uploaded to {hub_id}: {error}; then: {shlex.join(words)}"
+        ) from error
+
+
+def _card(directory: Path, made: dict[str, Any]) -> tuple[str, bool]:
+    """A model's card, and whether it is still the one that btrm wrote, which may be written anew."""
+    file = directory / "README.md"
+    card = file.read_text(encoding="utf-8") if file.is_file() else ""
+    names = (directory.name, (made.get("config") or {}).get("output.push_to"))
+    return card, "card" in made and card in [model_card(made, name) for name in names if name]
 
 
 @torch.inference_mode()

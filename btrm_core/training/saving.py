@@ -18,6 +18,7 @@ from btrm_core.files import until_there_is_room
 from btrm_core.model import (
     Trained,
     as_merged,
+    base_licence,
     merged_weights,
     model_card,
     plain_model,
@@ -70,6 +71,9 @@ def _save(
     vectors, saved_as = _self_test(session)
     gathered = runtime.accelerator.get_state_dict(session.engine)
     if runtime.is_main:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        plain = model.hf.get_base_model() if hasattr(model.hf, "get_base_model") else model.hf
         trained = Trained(
             data=session.data.report,
             evaluation=evaluation,
@@ -85,13 +89,17 @@ def _save(
             dtype=str(runtime.dtype).removeprefix("torch."),
             base_commit=getattr(model.base_model.config, "_commit_hash", None),
             adapters=saved_as,
+            architecture=type(plain).__name__,
+            causal=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(plain.config.model_type),
+            softcap=uses_softcap(plain.config),
+            licence=base_licence(config.model.name or "", config.model.revision),
         )
         made = run_manifest(config, session.job.family, session.job.chat, trained)
         weights = {name.removeprefix("hf."): tensor for name, tensor in gathered.items()}
         hf = model.hf
         if saved_as is not None and saved_as["merged"]:
             hf, weights = plain_model(model.hf), merged_weights(model.hf, weights)
-        card = model_card(made, directory, softcap=uses_softcap(hf.config))
+        card = model_card(made, config.output.push_to or directory.name)
         write = partial(write_model, directory, hf, weights, session.job.chat, made, card)
         seconds = config.output.wait_for_room if give_up is not None else 0.0
         for told in until_there_is_room(write, seconds, give_up or bool):

@@ -8,10 +8,7 @@ that a window on the wrong positions or a second BOS would show.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 from support.old_directory import as_the_first_version_wrote
 from support.scorer_samples import CONVERSATIONS, FAMILIES, base_model, finished, real_tokenizer_base
+from support.trajectories import run_card
 
 from btrm_core import config, run
 from btrm_core.chat.format import Conversation
@@ -123,16 +121,9 @@ def test_transformers_pipeline(trained: Trained, batch_size: int) -> None:
     assert off > 10 * EXACT if has_bos else off < EXACT  # a second BOS
 
 
-def test_the_code_of_the_model_card(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = (trained.directory / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    monkeypatch.chdir(trained.directory.parent)  # the card names the model as its directory is called
-    printed = io.StringIO()
-    names: dict[str, Any] = {}
-    with contextlib.redirect_stdout(printed):
-        exec(code, names)
-    expected = Scorer(str(trained.directory), device="cpu").rewards([names["chat"]])[0]
-    assert float(printed.getvalue()) == pytest.approx(expected, abs=EXACT)
+def test_the_code_of_the_model_card(trained: Trained) -> None:
+    reward, chat = run_card(trained.directory)
+    assert reward == pytest.approx(Scorer(str(trained.directory), device="cpu").rewards([chat])[0], abs=EXACT)
 
 
 @pytest.mark.hub

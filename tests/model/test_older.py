@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.environments import HANGS
 from support.scorer_samples import CONVERSATIONS, FAMILIES, reference, reward_model
 from transformers import AutoConfig, AutoTokenizer
 
 from btrm_core.model.directory import write_for_older_readers
 from btrm_core.model.load import chat_from_checkpoint
+from btrm_core.scoring import export
 
 HALVES = [1.0, 2.0, 3.0, 4.0]
 SCALED: dict[str, dict[str, Any]] = {
@@ -129,9 +131,16 @@ print(json.dumps(out))
 
 
 @pytest.mark.hub("transformers 4.57")
+@pytest.mark.timeout(HANGS)
 def test_transformers_4_gives_the_same_ids_and_rewards(tmp_path):
     made = {family: reward_model(tmp_path / family, family) for family in FAMILIES}
     made |= {name: reward_model(tmp_path / name, "qwen3", rope_parameters=rope) for name, rope in SCALED.items()}
+    for family in FAMILIES:
+        made[f"exported {family}"] = tmp_path / f"exported-{family}"
+        export(str(made[family]), str(made[f"exported {family}"]))
+    made["exported twice in bf16"] = tmp_path / "again"
+    export(str(made["exported llama3"]), str(tmp_path / "half"), dtype="bf16")
+    export(str(tmp_path / "half"), str(made["exported twice in bf16"]))
     directories = {name: str(path) for name, path in made.items()}
     environment = {**os.environ, "PYTHONPATH": os.environ["BTRM_TRANSFORMERS_4"]}
     done = subprocess.run(
@@ -141,7 +150,7 @@ def test_transformers_4_gives_the_same_ids_and_rewards(tmp_path):
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=240,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

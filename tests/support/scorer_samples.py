@@ -47,7 +47,7 @@ def base_model(directory: Path, family: str, **shape: Any) -> Path:
     """A tiny causal language model whose tokenizer, like real ones, puts a BOS before any text of its own accord."""
     tiny = _tiny(family)
     build_toy(tiny, directory, **{**SMALL, **shape})
-    _enlarge(directory)
+    _enlarge(directory, {**SMALL, **shape}["hidden_size"])
     file = directory / "tokenizer.json"
     backend, bos = Tokenizer.from_file(str(file)), tiny.special_tokens.get("bos_token")
     if bos is None:  # neither do those real ones
@@ -68,7 +68,7 @@ def real_tokenizer_base(directory: Path, family: str, tokenizer: Path) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     real.save_pretrained(directory)
-    _enlarge(directory)
+    _enlarge(directory, SMALL["hidden_size"])
     return directory
 
 
@@ -78,10 +78,11 @@ def _tiny(family: str) -> TinyShape:
     return tiny
 
 
-def _enlarge(directory: Path) -> None:
-    """Make the weights large enough for every token to matter to a reward."""
+def _enlarge(directory: Path, width: int) -> None:
+    """Make the weights large enough for every token to matter to a reward, at any width as much."""
+    factor = 12 * (SMALL["hidden_size"] / width) ** 0.5
     weights = load_file(directory / "model.safetensors")
-    large = {name: 12 * weight if weight.dim() == 2 else weight for name, weight in weights.items()}
+    large = {name: factor * weight if weight.dim() == 2 else weight for name, weight in weights.items()}
     save_file(large, directory / "model.safetensors", {"format": "pt"})
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from btrm_core.data.sample import sample_path
 from btrm_core.model.toy import build_toy
 from btrm_core.training.processes import runtime
 from btrm_core.training.session import Outcome
+from support.cards import printed, read_blocks
 
 runtime.quiet()
 
@@ -154,11 +153,10 @@ def metrics(output: Path, split: str = "train") -> list[dict[str, Any]]:
 
 def run_card(directory: Path) -> tuple[float, list[dict[str, str]]]:
     """Run the code of a saved model's card beside it: the reward that it prints, and of which conversation."""
-    (code,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
-    printed, names = io.StringIO(), dict[str, Any]()
-    with contextlib.chdir(directory.parent), contextlib.redirect_stdout(printed):  # it is named as it is called
-        exec(code, names)
-    return float(printed.getvalue()), names["chat"]
+    found = read_blocks(directory)
+    with contextlib.chdir(directory.parent):  # it is named as it is called
+        reward, names = printed(found.get("transformers") or found["transformers and peft"])
+    return reward, names["chat"]
 
 
 def distance(left: Trajectory, right: Trajectory) -> float:

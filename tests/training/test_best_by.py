@@ -70,7 +70,8 @@ def test_the_model_that_is_best_by_the_figure_becomes_the_final_one(root: Path, 
     assert figures_of_rewards(outcome.held_out)["loss"] == pytest.approx(manifest["evaluation"]["loss"])
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     low, high = manifest["evaluation"]["accuracy_interval"]
-    assert f"| accuracy, 95 % interval | {low:.4f} to {high:.4f} |" in card
+    accuracy, pairs = (manifest["evaluation"][key] for key in ("accuracy", "pairs"))
+    assert f"| all | {pairs} | {accuracy:.3f} | {low:.3f} to {high:.3f} |" in card
 
 
 def figures_of_rewards(rewards: Any) -> dict[str, Any]:
