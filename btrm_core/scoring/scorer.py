@@ -130,6 +130,11 @@ class Scorer:
         dtype: torch.dtype = self.model.base_model.dtype
         return dtype
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the model so far: common beginnings once, padding counted."""
+        return self.tokens.computed
+
     def _check_base(self) -> None:
         """Refuse adapters on another base model than their own."""
         tolerance = model_tolerance(self.manifest, self.dtype)
