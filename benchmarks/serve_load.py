@@ -53,7 +53,9 @@ async def load(port: int, bodies: list[bytes], clients: int) -> tuple[float, lis
     """Ask for every row over connections that stay open; returns seconds, the answers' times, and the rewards."""
     rewards, times = [0.0] * len(bodies), [0.0] * len(bodies)
     waiting = iter(enumerate(bodies))
-    head = "POST /v1/rewards HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        "POST /v1/rewards HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for place, body in waiting:
