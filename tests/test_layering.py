@@ -15,7 +15,7 @@ import btrm_core
 ROOT = Path(btrm_core.__file__).parent
 LAYERS = """
 errors marks
-settings console files hub weights outputs
+settings console files hub weights outputs lifetime
 config
 families
 chat packing evaluation

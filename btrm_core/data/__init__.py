@@ -8,7 +8,8 @@ from btrm_core.data.cache import cache_root, code_digest
 from btrm_core.data.convert import ROLES, Message, Pair, conversations_of, convert_row
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
-from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
+from btrm_core.data.inputs.tables import parquet_file_rows, parquet_length
+from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, RowIssue, is_content
 from btrm_core.data.pairs import PairData, drop_overlap, load_pairs, pairs_from_rows, raw_rows, split_held_out
 from btrm_core.data.quality import (
     Finding,
@@ -39,6 +40,7 @@ __all__ = [
     "Pair",
     "PairData",
     "RowError",
+    "RowIssue",
     "RowView",
     "Sharing",
     "Ties",
@@ -63,6 +65,8 @@ __all__ = [
     "longer_wins_characters",
     "opened",
     "pairs_from_rows",
+    "parquet_file_rows",
+    "parquet_length",
     "parse_json_line",
     "parse_naming",
     "plain",

@@ -245,10 +245,10 @@ class Scorer:
             for chunk in chunks:
                 encoding = pool.submit(self.encode, chunk)
                 if waiting is not None:
-                    yield self._score(waiting[0], waiting[1].result())
+                    yield self.score_encoded(waiting[0], waiting[1].result())
                 waiting = chunk, encoding
             if waiting is not None:
-                yield self._score(waiting[0], waiting[1].result())
+                yield self.score_encoded(waiting[0], waiting[1].result())
 
     def encode(self, groups: Sequence[Responses]) -> list[Encoded]:
         """Return ids and one error or None per response; the ids are those of the responses without error, in order.
@@ -265,7 +265,13 @@ class Scorer:
             encoded.append((result, errors))
         return encoded
 
-    def _score(self, groups: Sequence[Responses], encoded: Sequence[Encoded]) -> list[Rewards]:
+    def score_encoded(self, groups: Sequence[Responses], encoded: Sequence[Encoded]) -> list[Rewards]:
+        """Return the rewards of groups whose ids are there.
+
+        Args:
+            groups: prompt and responses each.
+            encoded: what `encode` made of them.
+        """
         sequences = [ids for result, _ in encoded for ids in result.sequences]
         keys = [
             (*(tuple(message.items()) for message in prompt), result.dropped_turns, result.cut_characters)

@@ -23,8 +23,8 @@ from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model,
 from btrm_core.cli import main
 from btrm_core.errors import DataError
 from btrm_core.scoring.bulk import score_file
+from btrm_core.scoring.bulk.partial import header_file
 from btrm_core.scoring.evaluate import source_rewards
-from btrm_core.scoring.partial import header_file
 from btrm_core.scoring.responses import Responses, Rewards
 from btrm_core.scoring.scorer import Scorer
 

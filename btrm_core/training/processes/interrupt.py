@@ -7,16 +7,12 @@ terminal (nohup). SIGQUIT keeps its meaning: end at once, with a core where thos
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl.h: the signal a process gets when its parent ends."""
 
 
 class Interrupt:
@@ -46,17 +42,3 @@ class Interrupt:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-
-
-def end_with(parent: int) -> None:
-    """Let the system end this process when its parent ends, however that ends (Linux; nothing elsewhere).
-
-    Args:
-        parent: Process id of the parent: if it has ended already, so does this process.
-    """
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    except (AttributeError, OSError):
-        return
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from btrm_core.lifetime import end_with
 from btrm_core.model import require
 from btrm_core.settings import RunConfig
 from btrm_core.training.processes.failure import shared
-from btrm_core.training.processes.interrupt import end_with
 from btrm_core.training.processes.join import LAUNCHER, TIMEOUT, join
 from btrm_core.training.processes.zero import deepspeed_config
 
