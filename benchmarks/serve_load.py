@@ -8,7 +8,7 @@ answers.
 The device, the server's HTTP and the load generator are threads of one machine. With OMP_NUM_THREADS=1 a CPU is a
 device of one core, and the rest needs a core of its own, as beside a GPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/serve_load.py MODEL --prompts 16 --responses 16 --clients 64 --rounds 5
+    OMP_NUM_THREADS=1 python -m benchmarks.serve_load MODEL --name NAME --prompts 32 --responses 16 --clients 64
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         server.stop()
     return {
+        "benchmark": "serve_load",
+        "model": Path(options.model).name,
         "rows": len(rows),
         "clients": options.clients,
         "responses_per_prompt": options.responses,
@@ -196,14 +198,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--responses", type=int, default=16)
     parser.add_argument("--prompt-words", type=int, default=120)
     parser.add_argument("--response-words", type=int, default=20)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
-    print(json.dumps(measure(parser.parse_args()), indent=2))
+    parser.add_argument("--name", help="write the figures to benchmarks/results/NAME.json too")
+    options = parser.parse_args()
+    text = json.dumps(measure(options), indent=2)
+    if options.name:
+        (Path(__file__).parent / "results" / f"{options.name}.json").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -126,9 +126,10 @@ def test_a_file_that_breaks_off_gives_what_comes_before(workers: Struck, tmp_pat
 
     rows = "".join(json.dumps({"prompt": f"Say {n}.", "response": f"{n}"}) + "\n" for n in range(200)).encode()
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(rows)[:-60])
-    with pytest.raises(DataError, match=r"in\.jsonl\.gz cannot be read after line \d+"):
+    with pytest.raises(DataError, match=r"in\.jsonl\.gz cannot be read after line \d+") as refused:
         score_file(workers, str(tmp_path / "in.jsonl.gz"), str(tmp_path / "out.jsonl"))
-    assert (tmp_path / "out.jsonl.partial").read_bytes().count(b"\n") > 100
+    kept = (tmp_path / "out.jsonl.partial").read_bytes().count(b"\n")
+    assert f"after line {kept} " in str(refused.value)
 
 
 def test_a_model_that_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:
@@ -137,6 +138,7 @@ def test_a_model_that_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:
         Workers(str(base), ["cpu"], **OPTIONS)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_all_processes_end_with_the_command(model: Path, tmp_path: Path, end: signal.Signals) -> None:
     """Ctrl-C reaches all of them, as from a terminal; a kill the command alone."""
@@ -145,17 +147,20 @@ def test_all_processes_end_with_the_command(model: Path, tmp_path: Path, end: si
     command = [sys.executable, "-m", "btrm_core", "score", str(model), str(source), "-o", str(tmp_path / "out.jsonl")]
     called = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.PIPE, process_group=0)
     partial = tmp_path / "out.jsonl.partial"
-    until(lambda: partial.exists() and partial.stat().st_size > 0, 120)
-    children = [int(pid) for pid in Path(f"/proc/{called.pid}/task/{called.pid}/children").read_text().split()]
-    assert len(children) >= 2
-    if end == signal.SIGINT:
-        os.killpg(called.pid, end)
-    else:
-        called.send_signal(end)
-    _, errors = called.communicate(timeout=60)
+    try:
+        until(lambda: partial.exists() and partial.stat().st_size > 0, 400)
+        children = [int(pid) for pid in Path(f"/proc/{called.pid}/task/{called.pid}/children").read_text().split()]
+        assert len(children) >= 2
+        if end == signal.SIGINT:
+            os.killpg(called.pid, end)
+        else:
+            called.send_signal(end)
+        _, errors = called.communicate(timeout=100)
+    finally:
+        called.kill()
     assert called.returncode == (130 if end == signal.SIGINT else -end)
     assert b"Traceback" not in errors
-    until(lambda: all(gone(pid) for pid in children))
+    until(lambda: all(gone(pid) for pid in children), 60)
     if end == signal.SIGINT:
         assert b"the same command goes on from there" in errors
     assert partial.read_bytes().endswith(b"\n")

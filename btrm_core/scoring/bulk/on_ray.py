@@ -163,7 +163,7 @@ def _source(windows: Windows) -> Any:
         for window in windows:
             yield pyarrow.table({"window": pyarrow.array([pickle.dumps(window)], pyarrow.large_binary())})
 
-    class Source(ray.data.Datasource):  # type: ignore[misc,name-defined]
+    class Source(ray.data.Datasource):  # type: ignore[misc]
         def estimate_inmemory_data_size(self) -> int:
             return windows.path.stat().st_size
 

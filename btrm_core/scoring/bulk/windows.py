@@ -224,15 +224,21 @@ def scored(scorer: Scorer, windows: Iterable[Window], naming: Naming) -> Iterato
         naming: the user's own names of columns and roles.
     """
     waiting: list[tuple[Window, list[Record]]] = []
+    broken: list[DataError] = []
 
     def groups() -> Iterator[Sequence[Responses]]:
-        for window in windows:
-            records = records_of(window, naming)
-            waiting.append((window, records))
-            yield groups_of(records)
+        try:
+            for window in windows:
+                records = records_of(window, naming)
+                waiting.append((window, records))
+                yield groups_of(records)
+        except DataError as error:  # what was read before is scored first
+            broken.append(error)
 
     for rewards in scorer.stream(groups()):
         yield finished_window(*waiting.pop(0), rewards)
+    if broken:
+        raise broken[0]
 
 
 def records_of(window: Window, naming: Naming) -> list[Record]:
