@@ -43,11 +43,12 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
 
 @pytest.fixture(scope="module")
 def cluster(model: Path) -> Iterator[RayWorkers]:
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (str(Path.cwd()), before) if path)
-    with RayWorkers(str(model), 2, **OPTIONS) as found:
-        yield found
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # on a full machine Ray ends what is not at fault
+        with RayWorkers(str(model), 2, **OPTIONS) as found:
+            yield found
 
 
 def actors() -> list[int]:
