@@ -65,6 +65,9 @@ def actors(gpus: str | None, processes: int | None) -> int:
     Args:
         gpus: a number.
         processes: a number.
+
+    Raises:
+        ConfigError: not one of them is given, or it is no number from 1.
     """
     from btrm_core.errors import ConfigError
 

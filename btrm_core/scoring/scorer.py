@@ -38,7 +38,15 @@ from btrm_core.model import (
 )
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.packing import PADDED, Bundle, Tree, bundles, collate, grow, packed_rows, padded_rows, row_multiple
-from btrm_core.scoring.responses import Encoded, Responses, Rewards, as_responses, plain_responses, rewards_of
+from btrm_core.scoring.responses import (
+    Encoded,
+    Responses,
+    Rewards,
+    as_responses,
+    length_limit,
+    plain_responses,
+    rewards_of,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -116,7 +124,7 @@ class Scorer:
         as_saved = dtype == "auto" and self.device.type != "cpu"
         compute = "auto" if as_saved else DTYPES.get(dtype, torch.float32)
         hf = load_weights(self.directory, compute, self.device)
-        self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
+        self.max_length = self.chat.max_length or length_limit(hf.config, self.chat.tokenizer)
         self.identity = identity(self.directory, self.chat, hf, hf.dtype)
         self.model = self._reward_model(hf, attention)
         if difference := template_difference(self.manifest, self.chat):
@@ -348,9 +356,3 @@ class Scorer:
 
 def _array(rewards: Sequence[float | None]) -> np.ndarray:
     return np.array(rewards, dtype=np.float32)
-
-
-def _length_limit(config: Any, tokenizer: Any) -> int:
-    """The longest conversation of a model whose `btrm.json` says none: what its positions and tokenizer allow."""
-    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
-    return min((int(limit) for limit in limits if limit), default=1 << 30)

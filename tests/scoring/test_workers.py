@@ -20,7 +20,8 @@ from btrm_core.cli import main
 from btrm_core.errors import BtrmError, CheckpointError, ConfigError, DataError
 from btrm_core.scoring import Scorer, Workers, devices, score_file
 from btrm_core.scoring.bulk.windows import Finished, Windows
-from btrm_core.scoring.bulk.workers import TRIES, Job, _that_travels, _Worker
+from btrm_core.scoring.bulk.worker import Job, that_travels
+from btrm_core.scoring.bulk.workers import TRIES, _Worker
 
 OPTIONS: dict[str, Any] = {"tokens_per_batch": 16}
 
@@ -190,5 +191,5 @@ def test_errors_travel() -> None:
     class Local(BtrmError):
         """A class that another process does not know."""
 
-    assert isinstance(_that_travels(DataError("x")), DataError)
-    assert str(_that_travels(Local("what is wrong"))) == "what is wrong"
+    assert isinstance(that_travels(DataError("x")), DataError)
+    assert str(that_travels(Local("what is wrong"))) == "what is wrong"

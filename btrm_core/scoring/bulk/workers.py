@@ -10,7 +10,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 from collections import deque
@@ -19,12 +18,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from btrm_core.data import Naming
-from btrm_core.errors import CheckpointError, ConfigError, DataError, one_line
-from btrm_core.lifetime import end_with
-from btrm_core.scoring.bulk.windows import Finished, Window, Windows, finished_window, groups_of, records_of
-from btrm_core.scoring.responses import Responses
-from btrm_core.scoring.scorer import Scorer
+from btrm_core.errors import CheckpointError, ConfigError, DataError
+from btrm_core.scoring.bulk.windows import Finished, Windows
+from btrm_core.scoring.bulk.worker import Job, Setup, work
 
 AT_WORK = 2
 """Windows that a process has: one is computed, one encoded."""
@@ -63,42 +59,6 @@ def devices(gpus: str | None, processes: int | None) -> list[str | None]:
     if not 1 <= count <= there:
         raise ConfigError(f"--gpus {gpus}: expected 1 to {there}, or all")
     return [f"cuda:{number}" for number in range(count)]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a process is told.
-
-    Attributes:
-        model: as for `Scorer`.
-        options: keywords of `Scorer`, the device among them.
-        threads: of torch; 0 leaves them.
-        parent: process id of the one that started it.
-        loud: whether it says what is to be known of the model.
-    """
-
-    model: str
-    options: dict[str, Any]
-    threads: int
-    parent: int
-    loud: bool
-
-
-@dataclass
-class Job:
-    """A window on its way.
-
-    Attributes:
-        number: its place in the file.
-        window: its rows.
-        naming: the user's own names of columns and roles.
-        ended: how many processes ended while it was the first of theirs.
-    """
-
-    number: int
-    window: Window
-    naming: Naming
-    ended: int = 0
 
 
 class _Jobs:
@@ -288,7 +248,7 @@ class Workers:
 
     def _started(self, setup: Setup) -> _Worker:
         here, there = self._start_method.Pipe()
-        process = self._start_method.Process(target=_work, args=(there, setup), daemon=True)
+        process = self._start_method.Process(target=work, args=(there, setup), daemon=True)
         with _deaf():
             process.start()
         there.close()
@@ -309,51 +269,3 @@ def _deaf() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _work(connection: Connection, setup: Setup) -> None:
-    """Score the windows that come until this process is ended."""
-    import torch
-
-    end_with(setup.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if setup.threads:
-        torch.set_num_threads(setup.threads)
-    if not setup.loud:
-        logging.disable(logging.WARNING)
-    try:
-        scorer = Scorer(setup.model, **setup.options)
-        connection.send((scorer.identity, scorer.tokens_per_batch))
-        ready: queue.Queue[Any] = queue.Queue(1)
-        threading.Thread(target=_encode, args=(connection, scorer, ready), daemon=True).start()
-        while not isinstance(job := ready.get(), BaseException):
-            window, records, groups, encoded = job
-            connection.send(finished_window(window, records, scorer.score_encoded(groups, encoded)))
-        raise job
-    except (EOFError, OSError):  # the other end is gone
-        return
-    except Exception as error:
-        connection.send(_that_travels(error))
-
-
-def _encode(connection: Connection, scorer: Scorer, ready: queue.Queue[Any]) -> None:
-    """Understand and encode the windows that come, one ahead of the model."""
-    try:
-        while True:
-            job: Job = connection.recv()
-            records = records_of(job.window, job.naming)
-            groups: list[Responses] = groups_of(records)
-            ready.put((job.window, records, groups, scorer.encode(groups)))
-    except Exception as error:
-        ready.put(error)
-
-
-def _that_travels(error: Exception) -> Exception:
-    """The error, or one that says the same if it cannot be sent."""
-    import pickle
-
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(one_line(error))
-    return error
