@@ -49,18 +49,10 @@ from btrm_core.scoring.responses import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
 WINDOW = 1024
 """Groups that are encoded and arranged together: enough to fill rows, few enough to keep in memory."""
-
-
 _log = logging.getLogger("btrm")
-
-
 _PROBE = [{"role": "user", "content": "Name the largest planet."}]
-
-
 _ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
 
 
