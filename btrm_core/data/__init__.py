@@ -9,7 +9,8 @@ from btrm_core.data.curate.held_out import drop_overlap, split_held_out
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.inputs.spec import parse_spec
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
-from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, is_content
+from btrm_core.data.inputs.tables import parquet_file_rows, parquet_length
+from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, RowIssue, is_content
 from btrm_core.data.pairs import PairData, load_pairs, pairs_from_rows, raw_rows
 from btrm_core.data.quality import (
     Finding,
@@ -40,6 +41,7 @@ __all__ = [
     "Pair",
     "PairData",
     "RowError",
+    "RowIssue",
     "RowView",
     "Sharing",
     "Ties",
@@ -62,6 +64,8 @@ __all__ = [
     "longer_wins_characters",
     "opened",
     "pairs_from_rows",
+    "parquet_file_rows",
+    "parquet_length",
     "parse_json_line",
     "parse_naming",
     "parse_spec",

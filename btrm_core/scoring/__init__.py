@@ -1,6 +1,6 @@
 """Scoring: rewards of anything, from a finished model. Never imports `training`."""
 
-from btrm_core.scoring.bulk import score_file
+from btrm_core.scoring.bulk import RayWorkers, Workers, devices, score_file
 from btrm_core.scoring.client import AsyncClient, trl_reward_func
 from btrm_core.scoring.evaluate import SourceRewards, source_rewards
 from btrm_core.scoring.export import export, push, refuse
@@ -11,9 +11,12 @@ from btrm_core.scoring.scorer import Scorer
 __all__ = [
     "AsyncClient",
     "ModelResult",
+    "RayWorkers",
     "Request",
     "Scorer",
     "SourceRewards",
+    "Workers",
+    "devices",
     "export",
     "from_scores",
     "judge",

@@ -108,6 +108,17 @@ def read_record(raw: bytes, line: int, naming: Naming | None = None) -> Record:
         value = parse_json_line(raw, line)
     except RowError as error:
         return Record(line, {}, error=str(error))
+    return record_of(value, line, naming)
+
+
+def record_of(value: Any, line: int, naming: Naming | None = None) -> Record:
+    """Understand one row.
+
+    Args:
+        value: the value of a line, or the columns of a table.
+        line: its number, from 1.
+        naming: the user's own names of columns and roles.
+    """
     row = {"messages": value} if isinstance(value, list) else value
     if not isinstance(row, dict):
         return Record(line, {}, error=f"the line is {shown(value)}, expected an object or a list of messages")

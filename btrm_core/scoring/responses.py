@@ -80,3 +80,14 @@ def rewards_of(encoded: Encoded, values: Iterator[float]) -> Rewards:
             reward, reasons[place] = None, f"the model's reward is {reward}, not a finite number"
         rewards.append(reward)
     return Rewards(tuple(rewards), tuple(reasons), bool(result.dropped_turns or result.cut_characters))
+
+
+def length_limit(config: Any, tokenizer: Any) -> int:
+    """The longest conversation of a model whose `btrm.json` says none: what its positions and tokenizer allow.
+
+    Args:
+        config: of the model.
+        tokenizer: its own.
+    """
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((int(limit) for limit in limits if limit), default=1 << 30)

@@ -39,21 +39,21 @@ from btrm_core.model import (
 )
 from btrm_core.model import tolerance as model_tolerance
 from btrm_core.packing import PADDED, Bundle, Tree, bundles, collate, grow, packed_rows, padded_rows, row_multiple
-from btrm_core.scoring.responses import Encoded, Responses, Rewards, as_responses, plain_responses, rewards_of
+from btrm_core.scoring.responses import (
+    Encoded,
+    Responses,
+    Rewards,
+    as_responses,
+    length_limit,
+    plain_responses,
+    rewards_of,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
 WINDOW = 1024
 """Groups that are encoded and arranged together: enough to fill rows, few enough to keep in memory."""
-
-
 _log = logging.getLogger("btrm")
-
-
 _PROBE = [{"role": "user", "content": "Name the largest planet."}]
-
-
 _ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
 
 
@@ -118,7 +118,7 @@ class Scorer:
         compute = "auto" if as_saved else DTYPES.get(dtype, torch.float32)
         with LongWork(f"opening {model}"):
             hf = load_weights(self.directory, compute, self.device)
-            self.max_length = self.chat.max_length or _length_limit(hf.config, self.chat.tokenizer)
+            self.max_length = self.chat.max_length or length_limit(hf.config, self.chat.tokenizer)
             self.identity = identity(self.directory, self.chat, hf, hf.dtype)
             self.model = self._reward_model(hf, attention)
         idle = unused_gpu() if device is None else None
@@ -133,6 +133,11 @@ class Scorer:
         """The type the model computes in; its head is fp32 in any case."""
         dtype: torch.dtype = self.model.base_model.dtype
         return dtype
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the model so far: common beginnings once, padding counted."""
+        return self.tokens.computed
 
     def _check_base(self) -> None:
         """Refuse adapters on another base model than their own."""
@@ -244,10 +249,10 @@ class Scorer:
             for chunk in chunks:
                 encoding = pool.submit(self.encode, chunk)
                 if waiting is not None:
-                    yield self._score(waiting[0], waiting[1].result())
+                    yield self.score_encoded(waiting[0], waiting[1].result())
                 waiting = chunk, encoding
             if waiting is not None:
-                yield self._score(waiting[0], waiting[1].result())
+                yield self.score_encoded(waiting[0], waiting[1].result())
 
     def encode(self, groups: Sequence[Responses]) -> list[Encoded]:
         """Return ids and one error or None per response; the ids are those of the responses without error, in order.
@@ -264,7 +269,13 @@ class Scorer:
             encoded.append((result, errors))
         return encoded
 
-    def _score(self, groups: Sequence[Responses], encoded: Sequence[Encoded]) -> list[Rewards]:
+    def score_encoded(self, groups: Sequence[Responses], encoded: Sequence[Encoded]) -> list[Rewards]:
+        """Return the rewards of groups whose ids are there.
+
+        Args:
+            groups: prompt and responses each.
+            encoded: what `encode` made of them.
+        """
         sequences = [ids for result, _ in encoded for ids in result.sequences]
         keys = [
             (*(tuple(message.items()) for message in prompt), result.dropped_turns, result.cut_characters)
@@ -341,9 +352,3 @@ class Scorer:
 
 def _array(rewards: Sequence[float | None]) -> np.ndarray:
     return np.array(rewards, dtype=np.float32)
-
-
-def _length_limit(config: Any, tokenizer: Any) -> int:
-    """The longest conversation of a model whose `btrm.json` says none: what its positions and tokenizer allow."""
-    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
-    return min((int(limit) for limit in limits if limit), default=1 << 30)

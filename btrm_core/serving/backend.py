@@ -56,6 +56,7 @@ class Backend:
         self.kind = kind or ("sglang" if served.get("owned_by") == "sglang" else "vllm")
         self.name = name or str(served["id"])
         self.max_length = self.chat.max_length or int(served.get("max_model_len") or 1 << 30)
+        self.computed_tokens = 0
         self.identity = digest(self.url, self.name, self.chat.template_sha256)
 
     def _ask_models(self) -> dict[str, Any]:
@@ -87,6 +88,7 @@ class Backend:
             ConfigError: the server fails, or its answer is no reward.
         """
         ids = [list(sequence) for sequence in sequences]
+        self.computed_tokens += sum(map(len, ids))  # as far as is known here
         if self.kind == "vllm":
             body = {"model": self.name, "input": ids, "use_activation": False}
             found = [entry.get("probs") for entry in self._json("POST", "/classify", body)["data"]]

@@ -1,7 +1,7 @@
 """Requests of many clients to batches of one device: a queue bounded in tokens, and one worker thread per device.
 
-Decides: what is computed together. A worker that is free takes what waits, up to a budget of tokens; while it computes,
-the next batch gathers. So a lone request never waits for others, and many never wait for one.
+Decides when a batch begins: a worker that is free takes of what waits; while it computes, the next batch gathers. So a
+lone request never waits for others, and many never wait for one. What it takes is `choosing`'s.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from btrm_core.errors import one_line
+from btrm_core.serving.choosing import chosen, packed, together
 from btrm_core.serving.limits import Limits, Refused, too_many
 from btrm_core.serving.metrics import Metrics
 
@@ -30,6 +31,10 @@ class Engine(Protocol):
     @property
     def tokens_per_batch(self) -> int:
         """Tokens of a row."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the model so far."""
 
     def sequence_rewards(self, sequences: Sequence[Sequence[int]], together: Sequence[Hashable]) -> np.ndarray:
         """Return the rewards [S] of finished id sequences; see `Scorer.sequence_rewards`.
@@ -48,12 +53,17 @@ class Work:
         sequences: ids of finished conversations.
         key: equal for works whose sequences begin alike; None if nothing is known.
         rewards: becomes the rewards, in order; cancelling it takes the work out of the queue.
+        packed: the sequences as bytes that sort and compare as they do, at once.
     """
 
     sequences: list[list[int]]
     key: Hashable = None
     rewards: Future[list[float]] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
+    packed: list[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.packed = [packed(ids) for ids in self.sequences]
 
     @property
     def tokens(self) -> int:
@@ -138,22 +148,22 @@ class Batcher:
             for work in batch:
                 self._metrics.waited.observe(started - work.since)
             self._metrics.batch.observe(sum(work.tokens for work in batch))
+            tokens = engine.computed_tokens
             self._compute(engine, batch)
             self._metrics.computed.observe(time.monotonic() - started)
+            self._metrics.model_tokens.inc(engine.computed_tokens - tokens)
             del batch  # or the last request's ids stay in memory until the next one
 
     def _take(self, budget: int) -> list[Work]:
-        """Wait for work and take it, oldest first, up to a budget of tokens and at least one; empty at the end."""
+        """Wait for work and take it, up to a budget of tokens and at least one; empty at the end."""
         with self._changed:
             while True:
                 taken: list[Work] = []
-                tokens = 0
-                while self._waiting and (not taken or tokens + self._waiting[0].tokens <= budget):
-                    work = self._waiting.popleft()
+                for work in chosen(self._waiting, budget):
+                    self._waiting.remove(work)
                     self._tokens -= work.tokens
                     if work.rewards.set_running_or_notify_cancel():
                         taken.append(work)
-                        tokens += work.tokens
                 if taken:
                     if self._waiting:
                         self._changed.notify()
@@ -192,28 +202,3 @@ def _settle(work: Work, rewards: list[float] | None = None, error: Exception | N
             work.rewards.set_result(rewards or [])
     except (CancelledError, Exception):  # nobody waits any more
         return
-
-
-def together(batch: Sequence[Work]) -> list[Hashable]:
-    """One key per sequence, equal where sequences begin alike.
-
-    Works with a key keep it. Of the others, neighbours in sorted order that share at least half of the shorter one get
-    a key together: several responses to one prompt, sent by a client that does not say what the prompt is.
-
-    Args:
-        batch: works that are computed at once.
-
-    >>> together([Work([[1, 2, 3, 4]]), Work([[9, 9]]), Work([[1, 2, 3, 5]])])
-    [('ids', 0), ('ids', 1), ('ids', 0)]
-    """
-    keys: list[Any] = [work.key for work in batch for _ in work.sequences]
-    sequences = [ids for work in batch for ids in work.sequences]
-    unknown = sorted((i for i, key in enumerate(keys) if key is None), key=lambda i: sequences[i])
-    group = 0
-    for number, i in enumerate(unknown):
-        if number:
-            before = sequences[unknown[number - 1]]
-            half = (min(len(before), len(sequences[i])) + 1) // 2
-            group += before[:half] != sequences[i][:half]
-        keys[i] = ("ids", group)
-    return keys

@@ -14,7 +14,7 @@ from btrm_core.serving.service import Answered, Service
 router = APIRouter(tags=["btrm"])
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """The service that a request's application stands for.
 
     Args:

@@ -240,7 +240,7 @@ def resident(pid: int) -> int:
 def test_soak_nothing_is_lost_and_nothing_grows(process: Any, scorer: Scorer) -> None:
     """Clients that leave and bodies that are too large, broken or half, beside honest ones.
 
-    BTRM_SOAK_SECONDS=3600 makes it an hour.
+    BTRM_SOAK_SECONDS=3600 makes it an hour, after which slow leaks show too; `-s` shows the memory.
     """
     server, url = process("--queue-tokens", "20000", "--max-body", "200000")
     port = int(url.rpartition(":")[2])
@@ -249,7 +249,7 @@ def test_soak_nothing_is_lost_and_nothing_grows(process: Any, scorer: Scorer) ->
     wrong: list[str] = []
     given = [0] * 4
     end = time.monotonic() + SOAK_SECONDS
-    middle: list[int] = []
+    memory: list[int] = []
 
     def honest(seed: int) -> None:
         draw = random.Random(seed)
@@ -284,17 +284,20 @@ def test_soak_nothing_is_lost_and_nothing_grows(process: Any, scorer: Scorer) ->
     threads += [threading.Thread(target=rude, args=(n,)) for n in range(4, 7)]
     for thread in threads:
         thread.start()
-    time.sleep(SOAK_SECONDS / 2)
-    middle.append(resident(server.pid))
+    while time.monotonic() < end:
+        time.sleep(SOAK_SECONDS / 30)
+        memory.append(resident(server.pid))
     for thread in threads:
-        thread.join(SOAK_SECONDS + 60)
-    after = resident(server.pid)
+        thread.join(60)
+    middle, after = np.median(memory[10:20]), np.median(memory[20:])
+    print(f"{sum(given)} answers; resident {middle / 1024:.1f} MiB in the middle third, {after / 1024:.1f} in the last")
     assert not wrong
     assert min(given) > 5
     until(lambda: queue_of(url) == 0)
     assert httpx.post(url + "/get_reward", json={"query": "x"}).status_code == 200
     assert 'code="500"' not in httpx.get(url + "/metrics").text
-    assert after < middle[0] * 1.1 + 20_000, f"{middle[0]} KiB half-way, {after} KiB at the end"
+    allowed = 20_000 if SOAK_SECONDS < 300 else 5_000  # what starts for the first time takes a while to settle
+    assert after < middle + allowed, f"resident KiB every thirtieth of the time: {memory}"
     server.send_signal(signal.SIGTERM)
     _, errors = server.communicate(timeout=40)
     assert server.returncode == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btrm_core.data.issues import RowIssue
-from btrm_core.errors import first_line
+from btrm_core.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,14 +38,48 @@ def parquet_rows(source: Source) -> Iterator[Numbered]:
     Raises:
         OSError: the file cannot be opened, or the disk fails while reading.
     """
+    yield from parquet_file_rows(_path(source), source.where)
+
+
+def parquet_file_rows(path: Path, where: str | None = None) -> Iterator[Numbered]:
+    """Yield the rows of a Parquet file as they are, each with its number from 1, a batch at a time.
+
+    Args:
+        path: the file.
+        where: what messages call it; None is its path.
+
+    Yields:
+        As `parquet_rows`.
+
+    Raises:
+        OSError: the file cannot be opened, or the disk fails while reading.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    def batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    def batches() -> Iterator[pyarrow.RecordBatch]:
         with pyarrow.parquet.ParquetFile(path) as table:
             yield from table.iter_batches(batch_size=BATCH_ROWS)
 
-    yield from _rows(source, batches(_path(source)), "Parquet")
+    yield from _rows(where or str(path), batches(), "Parquet")
+
+
+def parquet_length(path: Path) -> int:
+    """Return the number of rows of a Parquet file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: it is none, or is cut short.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no whole Parquet file: {first_line(error)}") from error
 
 
 def arrow_rows(source: Source) -> Iterator[Numbered]:
@@ -77,7 +111,7 @@ def arrow_rows(source: Source) -> Iterator[Numbered]:
         for batch in batches(_path(source))
         for start in range(0, batch.num_rows, BATCH_ROWS)
     )
-    yield from _rows(source, sliced, "Arrow")
+    yield from _rows(source.where, sliced, "Arrow")
 
 
 def table_rows(source: Source) -> Iterator[Numbered]:
@@ -94,7 +128,7 @@ def table_rows(source: Source) -> Iterator[Numbered]:
     """
     assert source.table is not None
     tables = source.table.with_format("arrow").iter(batch_size=BATCH_ROWS)
-    yield from _rows(source, (batch for table in tables for batch in table.to_batches()), "Arrow")
+    yield from _rows(source.where, (batch for table in tables for batch in table.to_batches()), "Arrow")
 
 
 def _path(source: Source) -> Path:
@@ -102,7 +136,7 @@ def _path(source: Source) -> Path:
     return source.path
 
 
-def _rows(source: Source, batches: Iterator[pyarrow.RecordBatch], name: str) -> Iterator[Numbered]:
+def _rows(where: str, batches: Iterator[pyarrow.RecordBatch], name: str) -> Iterator[Numbered]:
     import pyarrow
 
     line = 0
@@ -113,12 +147,12 @@ def _rows(source: Source, batches: Iterator[pyarrow.RecordBatch], name: str) -> 
                 if isinstance(row, dict):
                     yield line, row
                 else:
-                    yield line, RowIssue(source.where, line, f"unreadable row: {row}", f"unreadable {name} row")
+                    yield line, RowIssue(where, line, f"unreadable row: {row}", f"unreadable {name} row")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the disk, not the data
             raise
         reason = f"unreadable {name} data from here on ({first_line(error)}); the file may be truncated"
-        yield line + 1, RowIssue(source.where, line + 1, reason, f"unreadable {name}")
+        yield line + 1, RowIssue(where, line + 1, reason, f"unreadable {name}")
 
 
 def _plain_rows(batch: pyarrow.RecordBatch) -> Iterator[Row | str]:

@@ -56,6 +56,19 @@ class Tally:
             return
         self.kinds[PAIR if "reward_margin" in added else RESPONSES if "rewards" in added else CONVERSATION] += 1
 
+    def merge(self, later: Tally) -> None:
+        """Count the lines of another tally too.
+
+        Args:
+            later: of lines that follow.
+        """
+        self.kinds += later.kinds
+        self.failed += later.failed
+        self.truncated += later.truncated
+        self.first_error = self.first_error or later.first_error
+        self.renamed += later.renamed
+        self.noted += later.noted
+
 
 def header_file(target: Path) -> Path:
     """Where it is written what a partial output belongs to.

@@ -2,73 +2,43 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 import os
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from btrm_core import outputs
 from btrm_core.cache import cache_root, file_sha256
 from btrm_core.console import LongWork
-from btrm_core.data import PACKED, Naming, data_path, opened
+from btrm_core.data import PACKED, Naming, data_path
 from btrm_core.errors import DataError
-from btrm_core.scoring.partial import Tally, header_file, partial_file
-from btrm_core.scoring.records import (
-    CONVERSATION,
-    OWN_NAME,
-    PAIR,
-    RESPONSES,
-    Record,
-    read_record,
-    written,
-)
-from btrm_core.scoring.responses import Responses, Rewards
+from btrm_core.scoring.bulk.finish import finish
+from btrm_core.scoring.bulk.partial import Tally, header_file, partial_file
+from btrm_core.scoring.bulk.windows import Alone, Windows, WindowScorer, is_parquet
+from btrm_core.scoring.records import CONVERSATION, OWN_NAME, PAIR, RESPONSES
 from btrm_core.scoring.scorer import Scorer
 
 FORMAT_VERSION = 1
 
 
-ROWS_AHEAD = 16
-"""Rows of conversations that are read, arranged and written together."""
-
-
-_CHARACTERS_PER_TOKEN = 4
-
-
-_MOST_RECORDS = 512
-
-
-_OTHER_FORMATS = (".parquet", ".csv", ".tsv", ".json")
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    records: list[Record]
-    position: int
-    """Bytes of the input file that were read when the chunk was complete."""
-
-    @property
-    def groups(self) -> list[Responses]:
-        return [group for record in self.records if record.error is None for group in record.groups]
+_OTHER_FORMATS = (".csv", ".tsv", ".json", ".arrow")
 
 
 def score_file(
-    scorer: Scorer, source: str, output: str, *, overwrite: bool = False, naming: Naming | None = None
+    scorer: Scorer | WindowScorer, source: str, output: str, *, overwrite: bool = False, naming: Naming | None = None
 ) -> str:
-    """Give every line of a JSON Lines file its rewards; see `records` for what a line may be.
+    """Give every line of a JSON Lines or row of a Parquet file its rewards; see `records` for what a line may be.
 
-    Lines are written to `OUTPUT.partial`, which is renamed when it is complete. A call that finds the partial file of
-    an interrupted one with the same input and the same model goes on after its last whole line. Empty lines are left
-    out. What is no regular file (`-`, `/dev/stdout`, a pipe, `/dev/null`) is written to as it stands.
+    Lines are written to `OUTPUT.partial`, of which the output is made when it is complete. A call that finds the
+    partial file of an interrupted one with the same input and the same model goes on after its last whole line. Empty
+    lines are left out. What is no regular file (`-`, `/dev/stdout`, a pipe, `/dev/null`) gets lines as they come.
 
     Args:
-        scorer: the model.
-        source: a JSON Lines file, also packed, a pipe, or `-` for standard input.
-        output: the file to write; a link is followed. `-` is standard output.
+        scorer: the model, or what stands for several copies of it.
+        source: a JSON Lines file, also packed, a Parquet file, a pipe, or `-` for standard input.
+        output: the file to write; a link is followed. `-` is standard output. `.parquet` makes it Parquet, and `.gz`,
+            `.zst`, `.bz2` or `.xz` packs it.
         overwrite: replace a finished output.
         naming: the user's own names of columns and roles.
 
@@ -80,7 +50,7 @@ def score_file(
     """
     path = _input(source)
     target = outputs.output_file(output)
-    work = _Work(scorer, path, naming or Naming())
+    work = _Work(Alone(scorer) if isinstance(scorer, Scorer) else scorer, path, naming or Naming())
     try:
         if target is None:
             with outputs.output_stream(output) as stream:
@@ -103,7 +73,7 @@ def score_file(
 class _Work:
     """What a call scores with and from, and what it has done."""
 
-    scorer: Scorer
+    scorer: WindowScorer
     path: Path
     naming: Naming
     units: int = 0
@@ -124,7 +94,7 @@ def _to_file(work: _Work, target: Path) -> tuple[Tally, int]:
         _score_lines(work, stream, done)
         os.fsync(stream.fileno())
         if done.failed < done.lines:
-            Path(stream.name).replace(target)
+            finish(Path(stream.name), work.path, target)
         else:
             Path(stream.name).unlink()
         header_file(target).unlink(missing_ok=True)
@@ -142,18 +112,22 @@ def _input(source: str) -> Path:
     path, kind = data_path(source, cache_root())
     if kind != "file":
         what = "a folder" if kind == "folder" else "no file"
-        raise DataError(f"there is {what} {source}; expected a JSON Lines file of conversations, pairs or responses")
+        raise DataError(
+            f"there is {what} {source}; expected a JSON Lines or Parquet file of conversations, pairs or responses"
+        )
     name = path.name.lower()
     for ending in PACKED:
         name = name.removesuffix(ending)
     if name.endswith(_OTHER_FORMATS) and path == Path(source).expanduser():
-        raise DataError(f"{path} is not JSON Lines; expected one JSON object a line (.jsonl, also .jsonl.gz)")
+        raise DataError(
+            f"{path} is not JSON Lines or Parquet; expected one JSON object a line (.jsonl, also .jsonl.gz)"
+        )
+    if name.endswith(".parquet") and not is_parquet(path):
+        raise DataError(f"{path} is no Parquet file; expected one, or another ending")
     return path
 
 
 def _check_target(path: Path, target: Path, overwrite: bool) -> None:
-    if target.suffix.lower() in PACKED:
-        raise DataError(f"{target} would be written as plain text; name it without {target.suffix}")
     if target.exists() and (target.is_dir() or target.samefile(path)):
         raise DataError(f"cannot write to {target}: it is {'a directory' if target.is_dir() else 'the input'}")
     if target.exists() and not overwrite:
@@ -162,82 +136,18 @@ def _check_target(path: Path, target: Path, overwrite: bool) -> None:
 
 def _score_lines(work: _Work, stream: IO[bytes], done: Tally) -> None:
     """Score what follows the lines that are done."""
-    budget = ROWS_AHEAD * work.scorer.tokens_per_batch * _CHARACTERS_PER_TOKEN
-    waiting: list[_Chunk] = []
-
-    def groups(chunks: Iterator[_Chunk]) -> Iterator[Sequence[Responses]]:
-        for chunk in chunks:
-            waiting.append(chunk)
-            yield chunk.groups
-
+    windows = Windows(work.path, done.lines, work.scorer.tokens_per_batch, work.naming)
     with LongWork(f"scoring {work.path.name}", work.path.stat().st_size, "B", stays=True) as shown:
         started = time.monotonic()
-        for scored in work.scorer.stream(groups(_chunks(work, done.lines, budget))):
-            chunk = waiting.pop(0)
-            lines = _output_lines(chunk, iter(scored))
-            stream.write(b"".join(_encoded(line) for line in lines))
+        for window in work.scorer.finished(windows):
+            stream.write(window.lines)
             stream.flush()
-            for line in lines:
-                done.add(line)
-            for record in chunk.records:
-                done.noted.update(record.noted)
-            work.units += sum(reward is not None for one in scored for reward in one.rewards)
-            shown.reach(chunk.position)
+            done.merge(window.tally)
+            work.units += window.units
+            shown.reach(window.position)
             work.seconds = time.monotonic() - started
             speed = work.units / max(1e-9, work.seconds)
             shown.note(f"{done.lines:,} lines, {speed:.1f} rewards/s")
-
-
-def _output_lines(chunk: _Chunk, scored: Iterator[Rewards]) -> list[dict[str, Any]]:
-    lines = []
-    for record in chunk.records:
-        parts = [next(scored) for _ in record.groups] if record.error is None else []
-        rewards = tuple(reward for part in parts for reward in part.rewards)
-        errors = tuple(error for part in parts for error in part.errors)
-        lines.append(written(record, rewards, errors, any(part.truncated for part in parts)))
-    return lines
-
-
-def _encoded(line: dict[str, Any]) -> bytes:
-    try:
-        return (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
-        return (json.dumps(line) + "\n").encode("ascii")
-
-
-def _chunks(work: _Work, skip: int, budget: int) -> Iterator[_Chunk]:
-    """Read the lines after the first `skip`, in chunks of about `budget` characters."""
-    records: list[Record] = []
-    size = number = seen = 0
-    path = work.path
-    with opened(path) as (lines, packed):
-        if lines.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise DataError(f"{path} is UTF-16, expected UTF-8. Convert it with: iconv -t UTF-8")
-        problem: str | None = None
-        try:
-            for raw in lines:
-                if packed.broken and not raw.endswith(b"\n"):  # half a line
-                    break
-                number += 1
-                if not raw.strip():
-                    continue
-                seen += 1
-                if seen <= skip:
-                    continue
-                records.append(read_record(raw, number, work.naming))
-                size += len(raw)
-                if size >= budget or len(records) >= _MOST_RECORDS:
-                    yield _Chunk(records, packed.position)
-                    records, size = [], 0
-        except OSError as error:
-            problem = str(error)
-        if records:
-            yield _Chunk(records, packed.position)
-        if problem := problem or packed.broken:
-            raise DataError(
-                f"{path} cannot be read after line {number} ({problem}); the file may be cut short. The rewards up to "
-                "there are kept in the partial output"
-            )
 
 
 def summary(done: Tally, new_lines: int, units: int, seconds: float, target: Path) -> str:
