@@ -272,6 +272,22 @@ def test_a_stranger_without_pad_token_is_scored_alike(model: Path, tmp_path: Pat
         Scorer(str(own), device="cpu")
 
 
+def test_a_stranger_whose_template_ends_in_a_line_break_is_read_there(model: Path, tmp_path: Path) -> None:
+    made = strangers(model, tmp_path / "stranger")
+    file = made / "chat_template.jinja"
+    file.write_text(file.read_text() + "\n{{ '\\n' }}")  # as ChatML templates end, and those who train with them
+    found = Scorer(str(made), device="cpu")
+    conversation = [{"role": "user", "content": "Is ice cold?"}, {"role": "assistant", "content": "Yes."}]
+    ids = found.chat.tokenizer.apply_chat_template(conversation, return_dict=False)
+    assert found.chat.tokenizer.decode(ids[-1:]) == "\n"
+    hf = AutoModelForSequenceClassification.from_pretrained(made, dtype=torch.float32).eval()
+    assert found.rewards([conversation])[0] == pytest.approx(own_reward(hf, ids), abs=1e-5)
+    assert found.rewards([conversation])[0] != Scorer(str(model), device="cpu").rewards([conversation])[0]
+    (copied(model, tmp_path / "own") / "chat_template.jinja").write_text(file.read_text())
+    with pytest.raises(CheckpointError, match="ends a conversation in"):
+        Scorer(str(tmp_path / "own"), device="cpu")
+
+
 def test_a_source_without_pairs_is_said(scorer: Scorer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pairs are left"):
         source_rewards(scorer, write(tmp_path / "bad.jsonl", [{"chosen": 1, "rejected": 2}]))
