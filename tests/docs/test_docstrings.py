@@ -17,7 +17,7 @@ EXCUSED: frozenset[str] = frozenset(
     data/convert.py data/curate/overview.py data/curate/select.py data/curate/similar.py data/curate/write.py
     data/encode.py data/formats.py data/inputs/spec.py data/inputs/streams.py data/inputs/tables.py data/issues.py
     data/pairs.py data/quality.py data/readers.py data/shapes/conversation.py data/shapes/messages.py
-    data/shapes/naming.py data/shapes/preference.py data/shapes/text.py data/shapes/values.py data/store.py
+    data/shapes/preference.py data/shapes/text.py data/shapes/values.py data/store.py
     data/tables.py evaluation/plots.py packing/rows.py packing/trees.py
     """.split()
 )

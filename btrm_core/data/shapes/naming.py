@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from btrm_core.data.shapes.named import check_format
 from btrm_core.data.shapes.values import as_number
 from btrm_core.errors import ConfigError, did_you_mean
 
@@ -52,12 +53,14 @@ class Naming:
         roles: a role of the data, in lower case, and btrm's role.
         role_key: the key of a message that holds its role; None: `role` or `from`.
         content_key: the key that holds its text; None: `content` or `value`.
+        format: the format of every row, a name of `named.FORMATS`; None: each row's is found out.
     """
 
     columns: tuple[tuple[str, str], ...] = ()
     roles: tuple[tuple[str, str], ...] = ()
     role_key: str | None = None
     content_key: str | None = None
+    format: str | None = None
 
     def __bool__(self) -> bool:
         return self != Naming()
@@ -92,14 +95,18 @@ class Naming:
         return ("margin", "scores") in self.columns
 
 
-def parse_naming(entries: Iterable[str] | Mapping[str, Any]) -> Naming:
+def parse_naming(entries: Iterable[str] | Mapping[str, Any], form: str | None = None) -> Naming:
     """Read `name=column` texts, or the table of a settings file.
 
-    Raises:
-        ConfigError: an entry is malformed, or its left side is unknown.
+    Args:
+        entries: either.
+        form: the format of every row by name; None finds it out row by row.
 
-    >>> parse_naming(["prompt=question", "role.expert=assistant"])
-    Naming(columns=(('prompt', 'question'),), roles=(('expert', 'assistant'),), role_key=None, content_key=None)
+    Raises:
+        ConfigError: an entry is malformed, its left side is unknown, or there is no such format.
+
+    >>> parse_naming(["prompt=question", "role.expert=assistant"]).columns
+    (('prompt', 'question'),)
     """
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
@@ -123,7 +130,9 @@ def parse_naming(entries: Iterable[str] | Mapping[str, Any]) -> Naming:
                 f"map {name}={column}: '{name}' is unknown, expected one of {', '.join(known)}."
                 f"{did_you_mean(name, COLUMNS)}"
             )
-    return Naming(tuple(columns.items()), tuple(roles.items()), keys.get("role"), keys.get("content"))
+    return Naming(
+        tuple(columns.items()), tuple(roles.items()), keys.get("role"), keys.get("content"), form and check_format(form)
+    )
 
 
 def _pairs(entries: Iterable[str] | Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:

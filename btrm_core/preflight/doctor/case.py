@@ -144,7 +144,7 @@ def _read(config: RunConfig, sources: Sequence[str]) -> PairData:
     """The pairs of some sources as training reads them."""
     data = config.data
     scored, ties = cast(WhichPairs, data.scored), cast(Ties, data.ties)
-    names = parse_naming(data.map)
+    names = parse_naming(data.map, data.format)
     how: dict[str, Any] = {"strict": data.strict, "cache_dir": data.cache_dir, "own_prompts": data.own_prompts}
     return load_pairs(sources, scored=scored, ties=ties, naming=names, **how)
 
