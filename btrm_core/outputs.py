@@ -76,7 +76,11 @@ def whole_file(output: str) -> Iterator[Path]:
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")
-        yield partial
+        try:
+            yield partial
+        except BaseException:  # Ctrl-C included: nothing half-written stays
+            partial.unlink(missing_ok=True)
+            raise
         partial.replace(target)
         return
     with tempfile.TemporaryDirectory() as folder:

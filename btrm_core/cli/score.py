@@ -10,6 +10,7 @@ import click
 @click.argument("source", metavar="INPUT.jsonl")
 @click.option("--map", "names", metavar="NAME=COLUMN,...", multiple=True, help="The data's own names of columns.")
 @click.option("-o", "--output", required=True, metavar="OUTPUT.jsonl", help="Where to write, one line per input line.")
+@click.option("--normalize", is_flag=True, help="In standard deviations of the set of `btrm eval --save-calibration`.")
 @click.option("--tokens-per-batch", type=int, default=8192, show_default=True)
 @click.option("--dtype", default="auto", help="auto (as saved on a GPU, fp32 on a CPU), bf16 or fp32.")
 @click.option("--attention", default="auto")
@@ -19,6 +20,7 @@ def score(
     source: str,
     names: tuple[str, ...],
     output: str,
+    normalize: bool,
     tokens_per_batch: int,
     dtype: str,
     attention: str,
@@ -33,4 +35,5 @@ def score(
 
     naming = parse_naming(names)
     scorer = Scorer(model, dtype=dtype, attention=attention, tokens_per_batch=tokens_per_batch)
-    click.echo(score_file(scorer, source, output, overwrite=overwrite, naming=naming), err=True)
+    told = score_file(scorer, source, output, overwrite=overwrite, naming=naming, normalize=normalize)
+    click.echo(told, err=True)

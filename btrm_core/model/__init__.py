@@ -10,7 +10,17 @@ from btrm_core.model.base import (
     load_tokenizer,
 )
 from btrm_core.model.card import Trained, model_card, run_manifest, template_difference
-from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, sha256_of, write_model
+from btrm_core.model.directory import (
+    calibration_of,
+    find_model,
+    is_finished,
+    read_manifest,
+    refuse_overwrite,
+    reward_scale,
+    sha256_of,
+    write_calibration,
+    write_model,
+)
 from btrm_core.model.leakage import Trust, Use, trusted
 from btrm_core.model.load import (
     chat_from_checkpoint,
@@ -56,6 +66,7 @@ __all__ = [
     "base_config",
     "build_model",
     "build_toy",
+    "calibration_of",
     "causal_entries",
     "chat_from_checkpoint",
     "check_first_loss",
@@ -86,6 +97,7 @@ __all__ = [
     "read_shape",
     "refuse_overwrite",
     "require",
+    "reward_scale",
     "run_manifest",
     "saved_config",
     "sha256_of",
@@ -96,5 +108,6 @@ __all__ = [
     "training_flops",
     "trusted",
     "uses_softcap",
+    "write_calibration",
     "write_model",
 ]

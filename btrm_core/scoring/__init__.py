@@ -5,15 +5,18 @@ from btrm_core.scoring.client import AsyncClient, trl_reward_func
 from btrm_core.scoring.evaluate import SourceRewards, source_rewards
 from btrm_core.scoring.export import export
 from btrm_core.scoring.judge import ModelResult, Request, judge
-from btrm_core.scoring.results import from_scores, notes, report_of, write_suites
+from btrm_core.scoring.kept import Kept
+from btrm_core.scoring.results import calibration_values, from_scores, notes, report_of, write_suites
 from btrm_core.scoring.scorer import Scorer
 
 __all__ = [
     "AsyncClient",
+    "Kept",
     "ModelResult",
     "Request",
     "Scorer",
     "SourceRewards",
+    "calibration_values",
     "export",
     "from_scores",
     "judge",

@@ -15,6 +15,7 @@ from typing import IO, Any
 from btrm_core import files, outputs
 from btrm_core.data import PACKED, Naming, cache_root, data_path, opened
 from btrm_core.errors import DataError
+from btrm_core.model import reward_scale
 from btrm_core.scoring.partial import Tally, header_file, partial_file
 from btrm_core.scoring.records import (
     CONVERSATION,
@@ -56,7 +57,13 @@ class _Chunk:
 
 
 def score_file(
-    scorer: Scorer, source: str, output: str, *, overwrite: bool = False, naming: Naming | None = None
+    scorer: Scorer,
+    source: str,
+    output: str,
+    *,
+    overwrite: bool = False,
+    naming: Naming | None = None,
+    normalize: bool = False,
 ) -> str:
     """Give every line of a JSON Lines file its rewards; see `records` for what a line may be.
 
@@ -70,16 +77,19 @@ def score_file(
         output: the file to write; a link is followed. `-` is standard output.
         overwrite: replace a finished output.
         naming: the user's own names of columns and roles.
+        normalize: rewards in standard deviations from the mean of the set that the model was calibrated on.
 
     Returns:
         One line with counts and speed.
 
     Raises:
         DataError: the input cannot be read, the output exists or cannot be written, or not one line could be scored.
+        CheckpointError: `normalize`, and the model was never calibrated.
     """
+    scale = reward_scale(scorer.manifest, scorer.directory) if normalize else None
     path = _input(source)
     target = outputs.output_file(output)
-    work = _Work(scorer, path, naming or Naming())
+    work = _Work(scorer, path, naming or Naming(), scale)
     try:
         if target is None:
             with outputs.output_stream(output) as stream:
@@ -105,6 +115,7 @@ class _Work:
     scorer: Scorer
     path: Path
     naming: Naming
+    scale: tuple[float, float] | None = None
     units: int = 0
     seconds: float = 0.0
 
@@ -116,6 +127,7 @@ def _to_file(work: _Work, target: Path) -> tuple[Tally, int]:
         "input": files.file_sha256(work.path, cache_root()),
         "model": work.scorer.identity,
         **({"map": repr(work.naming)} if work.naming else {}),
+        **({"scale": list(work.scale)} if work.scale else {}),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with partial_file(target, header) as (stream, done):
@@ -176,7 +188,7 @@ def _score_lines(work: _Work, stream: IO[bytes], done: Tally) -> None:
         started = time.monotonic()
         for scored in work.scorer.stream(groups(_chunks(work, done.lines, budget))):
             chunk = waiting.pop(0)
-            lines = _output_lines(chunk, iter(scored))
+            lines = _output_lines(chunk, iter(scored), work.scale)
             stream.write(b"".join(_encoded(line) for line in lines))
             stream.flush()
             for line in lines:
@@ -190,11 +202,14 @@ def _score_lines(work: _Work, stream: IO[bytes], done: Tally) -> None:
             bar.set_postfix_str(f"{done.lines:,} lines, {speed:.1f} rewards/s")
 
 
-def _output_lines(chunk: _Chunk, scored: Iterator[Rewards]) -> list[dict[str, Any]]:
+def _output_lines(chunk: _Chunk, scored: Iterator[Rewards], scale: tuple[float, float] | None) -> list[dict[str, Any]]:
+    mean, std = scale or (0.0, 1.0)
     lines = []
     for record in chunk.records:
         parts = [next(scored) for _ in record.groups] if record.error is None else []
         rewards = tuple(reward for part in parts for reward in part.rewards)
+        if scale is not None:
+            rewards = tuple(None if reward is None else (reward - mean) / std for reward in rewards)
         errors = tuple(error for part in parts for error in part.errors)
         lines.append(written(record, rewards, errors, any(part.truncated for part in parts)))
     return lines
