@@ -78,6 +78,8 @@ def _check(models: tuple[str, ...], flags: dict[str, Any]) -> None:
         raise ConfigError("--against compares on pairs; give some with --data SRC")
     if flags["save_calibration"] and not (models and flags["data"]):
         raise ConfigError("--save-calibration measures a MODEL on pairs; name it, and give some with --data SRC")
+    if flags["save_calibration"] and (far := [model for model in models if not Path(model).expanduser().is_dir()]):
+        raise ConfigError(f"--save-calibration writes into a model's directory; {far[0]} is none on this machine")
     if flags["output"] and not flags["data"] and not flags["scores"]:
         raise ConfigError("--output keeps the rewards of pairs; give some with --data SRC")
 

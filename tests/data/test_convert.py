@@ -408,6 +408,7 @@ def test_a_named_format_is_read_and_no_other():
         RowError, match=r"not of the format 'shp': missing key 'human_ref_A' \(the row has prompt, chosen"
     ):
         as_format(both, "shp")
+    assert parse_naming(["format=shp"]).format == "shp"
     with pytest.raises(
         ConfigError, match=r"format 'ultrafedback' is unknown, expected one of standard, .*Did you mean"
     ):

@@ -214,6 +214,8 @@ def test_rewards_do_not_depend_on_company_or_order(scorer: Scorer) -> None:
         (("MODEL", "--suite", "llmbar", "--probes"), "--probes edits the answers of pairs"),
         (("MODEL", "--suite", "llmbar", "--against", "x"), "--against compares on pairs"),
         (("MODEL", "--suite", "llmbar", "-o", "x"), "--output keeps the rewards of pairs"),
+        (("MODEL", "--suite", "llmbar", "--save-calibration"), "--save-calibration measures a MODEL on pairs"),
+        (("org/name", "--data", "x", "--save-calibration"), "org/name is none on this machine"),
         (("--scores", "none.jsonl"), "there is no file none.jsonl"),
         (("--scores", "SCORES", "--against", "MODEL"), "which needs the pairs"),
     ],

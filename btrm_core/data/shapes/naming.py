@@ -9,6 +9,7 @@ right the name in the data:
 `margin=scores`        the margin is the difference of the scores that the row gives its answers
 `role.expert=user`     messages of the role `expert` are the user's; the right side is one of btrm's roles
 `message.role=who`     the key that holds a message's role; `message.content=text` the one that holds its text
+`format=hh`            all rows are in this format (`named.py`), whatever they look like
 =====================  =============================================================================================
 
 A row that lacks a mapped column is read as if nothing was mapped, so that evaluation data may have other columns.
@@ -100,7 +101,7 @@ def parse_naming(entries: Iterable[str] | Mapping[str, Any], form: str | None = 
 
     Args:
         entries: either.
-        form: the format of every row by name; None finds it out row by row.
+        form: the format of every row by name; None is what an entry `format` says, else it is found out row by row.
 
     Raises:
         ConfigError: an entry is malformed, its left side is unknown, or there is no such format.
@@ -122,10 +123,12 @@ def parse_naming(entries: Iterable[str] | Mapping[str, Any], form: str | None = 
             roles[rest.lower()] = column.lower()
         elif dot and kind == "message" and rest in ("role", "content"):
             keys[rest] = column
+        elif name == "format":
+            form = form or column
         elif name in COLUMNS:
             columns[name] = column
         else:
-            known = (*COLUMNS, "role.NAME", "message.role", "message.content")
+            known = (*COLUMNS, "role.NAME", "message.role", "message.content", "format")
             raise ConfigError(
                 f"map {name}={column}: '{name}' is unknown, expected one of {', '.join(known)}."
                 f"{did_you_mean(name, COLUMNS)}"
