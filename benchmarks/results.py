@@ -62,6 +62,17 @@ ARM: dict[str, dict[str, Any]] = {
         "computed_per_trie_token": float,
     },
     "score_best_of_n": {"seconds": dict, "cpu_seconds": dict, "tokens_computed": int},
+    "quality_vs_trl": {
+        "accuracy": float,
+        "wilson": list,
+        "bootstrap": list,
+        "loss": float,
+        "longer_wins": float,
+        "wall": dict,
+        "cpu": dict,
+        "training": dict,
+        "runs": list,
+    },
 }
 
 

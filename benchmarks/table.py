@@ -13,10 +13,15 @@ BEGIN, END = "<!-- results: begin (python -m benchmarks.table) -->", "<!-- resul
 
 
 def render(found: list[dict[str, Any]]) -> str:
-    """All results as Markdown, newest kind of run last; says so when there are none."""
+    """All results as Markdown, by name; says so when there are none."""
     if not found:
         return "No result has been recorded yet."
-    makers = {"train_throughput": _training, "score_throughput": _windows, "score_best_of_n": _scoring}
+    makers = {
+        "train_throughput": _training,
+        "score_throughput": _windows,
+        "score_best_of_n": _scoring,
+        "quality_vs_trl": _quality,
+    }
     return "\n\n".join(makers[result["benchmark"]](result) for result in found)
 
 
@@ -123,6 +128,35 @@ def _scoring(result: dict[str, Any]) -> str:
         + f"\n\nLargest difference of a reward: {result['largest_difference']:.1e}."
         + _notes(result)
     )
+
+
+def _quality(result: dict[str, Any]) -> str:
+    config, facts, found = result["config"], result["workload"], result["comparisons"]
+    frozen = f", the last {config['train_last_layers']} trained" if config["train_last_layers"] else ""
+    head = (
+        f"### {result['name']}\n\n{config['model']}, first {facts['layers']} layers{frozen}, {config['precision']}; "
+        f"{', '.join(config['train'])}: {facts['train_pairs']} pairs, {facts['steps']} steps of "
+        f"{config['pairs_per_step']}, learning rate {config['learning_rate']:g}, {len(config['seeds'])} seeds; "
+        f"judged on {facts['evaluation_pairs']} pairs of {facts['evaluation_prompts']} other prompts; "
+        f"{_where(result)}\n\n"
+    )
+    titles = ["arm", "accuracy (95 %)", "per seed", "loss", "training s", "process s", "CPU s"]
+    rows = [titles, ["---", *["--:"] * (len(titles) - 1)]]
+    for name, arm in result["arms"].items():
+        low, high = arm["bootstrap"]
+        row = [name, f"{arm['accuracy']:.3f} ({low:.3f} to {high:.3f})"]
+        row += [", ".join(f"{run['accuracy']:.3f}" for run in arm["runs"]), f"{arm['loss']:.4f}"]
+        rows.append(row + [_spread(arm[key], 1) for key in ("training", "wall", "cpu")])
+    both, wins = found["pooled"], result["arms"]["btrm"]["longer_wins"]
+    interval = both["interval"]
+    text = (
+        f"\n\nbtrm minus TRL: {both['difference']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f}, pairs "
+        f"resampled by prompt), {'a difference' if both['shown'] else 'no difference shown'}; per seed "
+        + ", ".join(f"{one['difference']:+.3f} (p {one['p_value']:.2f})" for one in found["seeds"])
+        + f"; the longer answer wins {wins:.3f}. btrm trains {_spread(found['speedup']['training'], 2)} times as fast "
+        f"({_spread(found['speedup']['cpu'], 2)} in CPU seconds of the whole process)."
+    )
+    return head + _table(rows) + text + _notes(result)
 
 
 def _overhead(result: dict[str, Any]) -> str:

@@ -83,9 +83,12 @@ class DataConfig:
     """Longest conversation in tokens. Longer ones lose whole oldest turns of the prompt, equally on both sides."""
     held_out_fraction: Annotated[float, AtLeast(0), AtMost(1, included=False)] = 0.05
     """Share of the training pairs held out for evaluation when no evaluation data is given; 0 holds out none."""
-    scored: Annotated[str, OneOf("best-vs-worst", "best-vs-each", "all")] = "best-vs-worst"
-    """Pairs of a row with several scored responses: best-vs-worst, best-vs-each or all. A row's pairs weigh 1
-    together, are computed together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
+    format: str | None = None
+    """Format of the rows by name, as hh or ultrafeedback; None finds it out row by row."""
+    scored: Annotated[str, OneOf("best-vs-worst", "best-vs-each", "all", "random")] = "best-vs-worst"
+    """Pairs of a row with several scored responses: best-vs-worst, best-vs-each, all or random (one pair of unequal
+    scores, drawn by a hash of the answers and so the same in every run). A row's pairs weigh 1 together, are computed
+    together and count as one pair of a step (InstructGPT, arXiv:2203.02155, section 3.5)."""
     ties: Annotated[str, OneOf("skip", "half")] = "skip"
     """Declared ties and equal scores: skip, or half to train on them as half a win for each answer (Davidson 1970)."""
     group_by: Annotated[str, OneOf("prompt", "pair"), Flag(metavar="WHAT")] = "prompt"

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import environment, harness, results, table
+from benchmarks import environment, harness, quality_vs_trl, results, table
 from benchmarks.gate import Gate
 from benchmarks.harness import ArmRun
+from benchmarks.quality_arms import TRL_BATCH, Experiment, btrm_command, freeze, trl_arguments
 from benchmarks.workload import (
     Settings,
     Workload,
@@ -303,3 +304,104 @@ def test_scoring_a_window_gives_the_rewards_of_padded_batches(work: Workload) ->
     assert (tokens["btrm"], tokens["btrm-pairs"], tokens["in-order"]) == (18, 20, token_counts(work.pairs, 2)["padded"])
     assert made["arms"]["btrm"]["computed_per_trie_token"] == 1.0
     assert "| btrm |" in table.render([made])
+
+
+def experiment_in(directory: Path, **values: Any) -> Experiment:
+    chosen = {"model": "m", "train": ("t.jsonl",), "pairs": 32, "pairs_per_step": 16, "seeds": (0, 1), **values}
+    return Experiment(**chosen, directory=str(directory))
+
+
+def test_both_arms_are_told_the_same_experiment(tmp_path: Path) -> None:
+    experiment = experiment_in(tmp_path, train_last_layers=2, precision="bf16", weight_decay=0.01)
+    assert Experiment.load(experiment.save()) == experiment
+    command, theirs = btrm_command(experiment, 1), trl_arguments(experiment, 1)
+    flags = dict(zip(command[4::2], command[5::2], strict=True))
+    settings = dict(word.split("=", 1) for word in command if "=" in word)
+    assert float(flags["--learning-rate"]) == theirs["learning_rate"]
+    assert int(flags["--pairs-per-step"]) == TRL_BATCH * theirs["gradient_accumulation_steps"] == 16
+    assert int(flags["--max-length"]) == theirs["max_length"]
+    assert (flags["--dtype"], theirs["bf16"], flags["--seed"], theirs["seed"]) == ("bf16", True, "1", 1)
+    assert int(settings["train.max_steps"]) == theirs["max_steps"] == experiment.steps == 2
+    assert float(settings["train.warmup_ratio"]) == theirs["warmup_steps"]
+    assert float(settings["train.weight_decay"]) == theirs["weight_decay"]
+    assert float(settings["train.max_grad_norm"]) == theirs["max_grad_norm"]
+    assert (settings["model.train_last_layers"], settings["data.held_out_fraction"]) == ("2", "0")
+    with pytest.raises(ValueError, match="no multiple of micro-batches"):
+        trl_arguments(experiment_in(tmp_path, pairs_per_step=12), 0)
+
+
+def test_the_same_parameters_are_frozen() -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from btrm_core.model import base
+    from btrm_core.settings import ModelConfig
+
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=12, num_labels=1, pad_token_id=PAD, **shape)
+    ours, theirs = LlamaForSequenceClassification(config), LlamaForSequenceClassification(config)
+    base.freeze(ours, ModelConfig(train_last_layers=1))
+    freeze(theirs, 1)
+    assert [p.requires_grad for p in ours.parameters()] == [p.requires_grad for p in theirs.parameters()]
+    assert {p.requires_grad for p in theirs.parameters()} == {True, False}
+
+
+def test_no_held_out_prompt_is_trained_on(tmp_path: Path) -> None:
+    def row(prompt: int, answer: int) -> dict[str, Any]:
+        said = [{"role": "user", "content": f"p{prompt}"}]
+        return {side: [*said, {"role": "assistant", "content": f"{side} {answer}"}] for side in ("chosen", "rejected")}
+
+    rows = [row(n % 20, n) for n in range(60)]
+    train, held = quality_vs_trl.split(experiment_in(tmp_path, held_out=0.25), rows, [])
+    prompts = [{quality_vs_trl.prompt_of(one) for one in part} for part in (train, held)]
+    assert (len(train), len(held), len(prompts[1])) == (45, 15, 5)
+    assert not prompts[0] & prompts[1]
+    assert quality_vs_trl.split(experiment_in(tmp_path, held_out=0.25), rows, []) == (train, held)
+    train, held = quality_vs_trl.split(experiment_in(tmp_path, evaluation=("e",)), rows, rows[:2])
+    assert (len(train), len(held)) == (54, 2)
+
+
+def test_quality_is_judged_per_seed_and_pooled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from btrm_core import scoring
+    from btrm_core.evaluation import PairRewards
+
+    right = {"btrm-0": 30, "trl-0": 24, "btrm-1": 28, "trl-1": 26}
+
+    class Judge:
+        """Gives the first pairs the right order."""
+
+        def __init__(self, model: str, dtype: str) -> None:
+            self.run = Path(model).parent.name
+
+    def rewards(judge: Judge, data: str) -> Any:
+        margin = np.where(np.arange(40) < right[judge.run], 1.0, -1.0)
+        found = PairRewards(
+            "", data, [str(n) for n in range(40)], [""] * 40, np.arange(40, dtype=np.uint64),
+            np.stack([margin, np.zeros(40)], axis=1), np.full((40, 2), [3, 2]), np.full((40, 2), [3, 2]),
+            np.ones(40), np.full(40, np.nan),
+        )  # fmt: skip
+        return type("Found", (), {"rewards": found})
+
+    monkeypatch.setattr(scoring, "Scorer", Judge)
+    monkeypatch.setattr(scoring, "source_rewards", rewards)
+    experiment = experiment_in(tmp_path)
+    seconds = {"wall": 4.0, "cpu": 2.0, "training": 1.0}
+    runs = {
+        arm: [{"seed": s, **{k: v * (1 + (arm == "trl")) for k, v in seconds.items()}} for s in (0, 1)]
+        for arm in ("btrm", "trl")
+    }
+    found = quality_vs_trl.judge(experiment, runs)
+    assert [run["accuracy"] for run in found["arms"]["btrm"]["runs"]] == [30 / 40, 28 / 40]
+    pooled = found["comparisons"]["pooled"]
+    assert pooled["difference"] == pytest.approx((30 + 28 - 24 - 26) / 80)
+    assert "p_value" not in pooled
+    assert pooled["interval"]["high"] > 0.1 > pooled["interval"]["low"]
+    assert [one["p_value"] for one in found["comparisons"]["seeds"]] == pytest.approx([2 / 2**6, 2 / 2**2])
+    facts = {"layers": 6, "train_pairs": 32, "steps": 2, "evaluation_pairs": 40, "evaluation_prompts": 40}
+    made = quality_vs_trl.header(experiment, "tiny-quality", {"commit": "c" * 40, "dirty": False})
+    made = {**made, "workload": facts, **found}
+    results.check(made)
+    text = table.render([made])
+    assert "| btrm | 0.725 (" in text
+    assert "0.750, 0.700" in text
+    assert "btrm minus TRL: +0.100 (" in text
+    assert "2.00 times as fast" in text

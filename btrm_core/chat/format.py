@@ -275,7 +275,13 @@ def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
 
 
 def settle(
-    tokenizer: Any, template: str, pad: PadToken, num_new_tokens: int, answers: dict[str, str], check: bool = True
+    tokenizer: Any,
+    template: str,
+    pad: PadToken,
+    num_new_tokens: int,
+    answers: dict[str, str],
+    check: bool = True,
+    any_end: bool = False,
 ) -> ChatFormat:
     """Put the settled answers on the tokenizer and check them on probe conversations.
 
@@ -286,6 +292,7 @@ def settle(
         num_new_tokens: tokens that the pad policy added to the vocabulary (0 or 1).
         answers: hook name -> who gave the answer.
         check: False demands nothing of the answers, to look at what a refused template writes.
+        any_end: True allows conversations to end in any one token, as those of a model by another trainer may.
 
     Returns:
         The format; without the check control tokens may be spelled, and `pad_id` is -1 where there is no pad token.
@@ -295,9 +302,10 @@ def settle(
     """
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     tokenizer.chat_template = template
-    facts = (
-        inspect_template(tokenizer, template, answers["chat_template"]) if check else as_written(tokenizer, template)
-    )
+    if check:
+        facts = inspect_template(tokenizer, template, answers["chat_template"], any_end)
+    else:
+        facts = as_written(tokenizer, template)
     unknown = None if tokenizer.unk_token == pad.token else tokenizer.unk_token_id
     return ChatFormat(
         tokenizer=tokenizer,

@@ -46,13 +46,14 @@ class TemplateFacts:
     """Control tokens the template writes before which a text can be cut without changing any id."""
 
 
-def inspect_template(tokenizer: Any, template: str, given_by: str) -> TemplateFacts:
+def inspect_template(tokenizer: Any, template: str, given_by: str, any_end: bool = False) -> TemplateFacts:
     """Render and encode probe conversations, and return what they show.
 
     Args:
         tokenizer: a fast tokenizer with its pad token set.
         template: Jinja source.
         given_by: who gave the template, for errors.
+        any_end: whether conversations may end in a token that is no control token, as the line break of ChatML.
 
     Raises:
         FamilyError: the template does not compile, prints the date, loses or changes a message, writes BOS not exactly
@@ -73,7 +74,7 @@ def inspect_template(tokenizer: Any, template: str, given_by: str) -> TemplateFa
                 f"tokenizer {type(tokenizer).__name__} does more than its fast backend, its ids cannot be reproduced; "
                 "return a plain fast tokenizer from the setup_tokenizer hook"
             )
-    terminal_id = _terminal(tokenizer, ids, who)
+    terminal_id = _terminal(tokenizer, ids, who, any_end)
     bos_id = _bos(tokenizer, ids, who, terminal_id)
     if tokenizer.pad_token_id is not None and any(tokenizer.pad_token_id in sequence for sequence in ids.values()):
         raise FamilyError(
@@ -118,15 +119,15 @@ def _render_probes(tokenizer: Any, template: str, who: str) -> dict[str, str]:
     return texts
 
 
-def _terminal(tokenizer: Any, ids: dict[str, list[int]], who: str) -> int:
-    """Return the id that ends every probe."""
+def _terminal(tokenizer: Any, ids: dict[str, list[int]], who: str, any_token: bool) -> int:
+    """Return the id that ends every probe; `any_token` allows one that is no control token, as a line break."""
     added = tokenizer.added_tokens_decoder
     last = {sequence[-1] for sequence in ids.values()}
     named = ", ".join(repr(tokenizer.decode([index])) for index in sorted(last))
     if len(last) > 1:
         raise FamilyError(f"{who} ends conversations in different tokens ({named}), expected one; {OTHER_TEMPLATE}")
     terminal_id = last.pop()
-    if terminal_id not in added or str(added[terminal_id]).isspace():
+    if not any_token and (terminal_id not in added or str(added[terminal_id]).isspace()):
         raise FamilyError(
             f"{who} ends a conversation in {named}, expected a control token such as {tokenizer.eos_token!r} "
             f"with nothing after it; {OTHER_TEMPLATE}"

@@ -15,7 +15,22 @@ from btrm_core.errors import ConfigError
 if TYPE_CHECKING:
     from btrm_core.chat import ChatFormat
 
-_RULES = ("best-vs-worst", "best-vs-each", "all")
+_RULES = ("best-vs-worst", "best-vs-each", "all", "random")
+
+
+class FormatOption(click.Option):
+    """An option whose help lists the formats, which are looked up when the help is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The line of the help.
+
+        Args:
+            ctx: click's context.
+        """
+        from btrm_core.data import FORMATS
+
+        self.help = f"Format of all rows, instead of what each looks like: {', '.join(FORMATS)}."
+        return super().get_help_record(ctx)
 
 
 @click.group()
@@ -57,8 +72,13 @@ def inspect(sources: tuple[str, ...], **flags: Any) -> None:
 @click.argument("sources", nargs=-1, required=True, metavar="SRC...")
 @click.option("-o", "--output", required=True, metavar="OUT", help="File to write: .jsonl, .jsonl.gz or .parquet.")
 @click.option("--map", "names", metavar="NAME=COLUMN,...", multiple=True, help="The data's own names of columns.")
+@click.option("--format", "form", metavar="NAME", cls=FormatOption)
 @click.option(
-    "--which-pairs", type=click.Choice(_RULES), default=_RULES[0], show_default=True, help="Of scored responses."
+    "--which-pairs",
+    type=click.Choice(_RULES),
+    default=_RULES[0],
+    show_default=True,
+    help="Of scored responses; random draws one pair, by a hash of the answers. `data.scored` of `btrm train`.",
 )
 @click.option(
     "--ties", type=click.Choice(["skip", "half"]), default="skip", show_default=True, help="Ties of the data."
@@ -93,7 +113,7 @@ def convert(sources: tuple[str, ...], **flags: Any) -> None:
         strict=flags["strict"],
         scored=flags["which_pairs"],
         ties=flags["ties"],
-        naming=parse_naming(flags["names"]),
+        naming=parse_naming(flags["names"], flags["form"]),
     )
     other = load_pairs(flags["decontaminate"]) if flags["decontaminate"] else None
     filters = curate.Filters(flags["min_margin"], flags["max_tokens"], flags["dedupe"], other, flags["sample"])

@@ -12,6 +12,7 @@ import click
 @click.argument("source", metavar="INPUT")
 @click.option("--map", "names", metavar="NAME=COLUMN,...", multiple=True, help="The data's own names of columns.")
 @click.option("-o", "--output", required=True, metavar="OUTPUT", help="Where to write, one line or row per input row.")
+@click.option("--normalize", is_flag=True, help="In standard deviations of the set of `btrm eval --save-calibration`.")
 @click.option("--tokens-per-batch", type=int, default=8192, show_default=True)
 @click.option("--dtype", default="auto", help="auto (as saved on a GPU, fp32 on a CPU), bf16 or fp32.")
 @click.option("--attention", default="auto")

@@ -25,12 +25,14 @@ from btrm_core.data.quality import (
 )
 from btrm_core.data.readers import parse_json_line
 from btrm_core.data.sample import sample_path
+from btrm_core.data.shapes.named import FORMATS
 from btrm_core.data.shapes.naming import Naming, parse_naming
 from btrm_core.data.shapes.values import RowError, json_value, plain, shown
 from btrm_core.data.shapes.view import RowView
 from btrm_core.data.store import TokenStore, encode_pairs
 
 __all__ = [
+    "FORMATS",
     "PACKED",
     "PROMPT_IN_EVALUATION",
     "ROLES",

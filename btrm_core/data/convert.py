@@ -30,8 +30,10 @@ Text that spells a conversation (messages in JSON, a finished chat template) is 
 are written into the text of their message. What a row holds and nobody used is counted under `unused`.
 
 Scored responses give one pair by default: the best against the worst, the clearest label there is, and no
-prompt counts more than another. "best-vs-each" pairs the best with every worse one, "all" makes every pair
-of unequal scores; the pairs of one prompt then weigh 1 together, as in InstructGPT (arXiv:2203.02155).
+prompt counts more than another. "random" draws one pair of unequal scores, by a hash of the answers, so it is the
+same in every run. "best-vs-each" pairs the best with every worse one, "all" makes every pair of unequal scores; the
+pairs of one prompt then weigh 1 together, as in InstructGPT (arXiv:2203.02155). The difference of their scores is
+the margin of a pair whose row gives none (of ranks only where `--map margin=scores` asks for it).
 Equal scores and declared ties hold no preference: they are skipped and counted, unless ties are to count half
 (a pair whose answers are equally likely the better one, half a win for each as in Davidson 1970).
 """

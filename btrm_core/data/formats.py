@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from btrm_core.data.issues import RowIssue
+from btrm_core.data.shapes.named import FORMATS
 from btrm_core.data.shapes.values import RowError, listed, shown
 from btrm_core.data.shapes.view import RowView
 
-WhichPairs = Literal["best-vs-worst", "best-vs-each", "all"]
+WhichPairs = Literal["best-vs-worst", "best-vs-each", "all", "random"]
 Ties = Literal["skip", "half"]
 Row = Mapping[str, Any]
 Kind = Literal["pair", "ranks", "choice", "scored", "versus", "single"]
@@ -135,8 +136,12 @@ def find_shape(view: RowView) -> Shape | None:
         The answers as they stand in the row, not yet read as messages; or None.
 
     Raises:
-        RowError: it has one of two answers, or its answers are no list.
+        RowError: it has one of two answers, its answers are no list, or it is not in the format that was named.
     """
+    form = view.naming.format
+    if form is not None and (key := FORMATS[form].lacks(view.has)) is not None:
+        has = ", ".join(list(view)[:8]) or "nothing"
+        raise RowError("another format", f"not of the format '{form}': missing key '{key}' (the row has {has})")
     for find in (_pair, _rejected_apart, _list, _versus, _single):
         if (found := find(view)) is not None:
             return found

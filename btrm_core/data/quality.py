@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from btrm_core.data.pairs import PairData
 from btrm_core.evaluation import standard_error
 
 _EXAMPLES_KEPT = 5
+_TOGETHER = 10_000
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -178,14 +180,19 @@ def sharing(data: PairData) -> Sharing:
     return Sharing(len(data), len(of_prompt), len(first), int((prompt_2P + answer_2P).sum()), once, keys_of)
 
 
-def _pair_hashes(data: PairData) -> tuple[np.ndarray, np.ndarray]:
+def _pair_hashes(data: PairData, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
     """64-bit hashes of (prompt, chosen, rejected) and of (prompt, rejected, chosen), each uint64 (P)."""
     forward_P, backward_P = (np.empty(len(data), np.uint64) for _ in range(2))
-    for index, pair in enumerate(data):
-        prompt = int(data.prompt_hash_P[index]).to_bytes(8, "big")
-        chosen, rejected = (hashlib.sha256(text.encode()).digest() for text in (pair.chosen, pair.rejected))
-        forward_P[index] = _eight_bytes((prompt, chosen, rejected))
-        backward_P[index] = _eight_bytes((prompt, rejected, chosen))
+    index = 0
+    for table in data.dataset.with_format("arrow").select_columns(["chosen", "rejected"]).iter(batch_size=_TOGETHER):
+        for texts in zip(table["chosen"].to_pylist(), table["rejected"].to_pylist(), strict=True):
+            prompt = int(data.prompt_hash_P[index]).to_bytes(8, "big")
+            chosen, rejected = (hashlib.sha256(text.encode()).digest() for text in texts)
+            forward_P[index] = _eight_bytes((prompt, chosen, rejected))
+            backward_P[index] = _eight_bytes((prompt, rejected, chosen))
+            index += 1
+        if progress:
+            progress(index)
     return forward_P, backward_P
 
 
@@ -206,37 +213,44 @@ def _finding(data: PairData, is_found_P: np.ndarray) -> Finding:
     return Finding(len(indices), len(data), examples)
 
 
-def inspect_pairs(data: PairData) -> dict[str, Any]:
+def inspect_pairs(data: PairData, progress: Progress | None = None) -> dict[str, Any]:
     """Counts, lengths, repeats, contradictions and the length baseline, as a value that can be written as JSON.
 
     Args:
         data: P pairs.
+        progress: told how many pairs were looked at.
 
     Returns:
         The figures by name; lengths are in characters, shares from 0 to 1, `subsets` the pairs of each, most first.
     """
-    columns = data.dataset.with_format("arrow")[:]
-    turns = np.array([len(prompt) for prompt in columns["prompt"]])
-    characters = {side: pc.utf8_length(columns[side]).to_numpy() for side in ("chosen", "rejected")}
+    multi_turn, subsets = 0, Counter[str]()
+    lengths: dict[str, list[np.ndarray]] = {"chosen": [], "rejected": []}
+    for table in data.dataset.with_format("arrow").iter(batch_size=_TOGETHER):
+        multi_turn += int((pc.list_value_length(table["prompt"]).to_numpy() > 1).sum())
+        subsets.update({one["values"]: one["counts"] for one in pc.value_counts(table["subset"]).to_pylist()})
+        for side, parts in lengths.items():
+            parts.append(pc.utf8_length(table[side]).to_numpy())
+    characters = {side: np.concatenate(parts) for side, parts in lengths.items()}
+    forward_P, backward_P = _pair_hashes(data, progress)
     baseline = longer_wins_characters(data)
     shared = sharing(data)
     findings = {
         "prompts seen before": duplicate_prompts(data),
-        "pairs seen before": duplicate_pairs(data),
-        "contradictory pairs": contradictory_pairs(data),
+        "pairs seen before": _finding(data, _repeats(forward_P)),
+        "contradictory pairs": _finding(data, np.isin(forward_P, backward_P)),
     }
     return {
         "rows": data.issues.to_dict(),
         "report": data.issues.format(),
         "fingerprint": data.fingerprint,
         "pairs": len(data),
-        "multi_turn": int((turns > 1).sum()),
+        "multi_turn": multi_turn,
         "characters": {side: _quantiles(values) for side, values in characters.items()},
         "longer_wins_characters": baseline,
         "longer_wins_characters_standard_error": standard_error(baseline, len(data)),
         "sharing": {**vars(shared), "saved": shared.saved},
         "findings": {name: {"count": f.count, "examples": list(f.examples)} for name, f in findings.items()},
-        "subsets": dict(Counter(columns["subset"].to_pylist()).most_common()),
+        "subsets": dict(subsets.most_common()),
     }
 
 

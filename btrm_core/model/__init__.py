@@ -10,7 +10,17 @@ from btrm_core.model.base import (
     load_tokenizer,
 )
 from btrm_core.model.card import Trained, base_licence, model_card, run_manifest, template_difference
-from btrm_core.model.directory import find_model, is_finished, read_manifest, refuse_overwrite, sha256_of, write_model
+from btrm_core.model.directory import (
+    calibration_of,
+    find_model,
+    is_finished,
+    read_manifest,
+    refuse_overwrite,
+    reward_scale,
+    sha256_of,
+    write_calibration,
+    write_model,
+)
 from btrm_core.model.leakage import Trust, Use, positions_problem, trusted
 from btrm_core.model.load import (
     chat_from_checkpoint,
@@ -59,6 +69,7 @@ __all__ = [
     "base_licence",
     "build_model",
     "build_toy",
+    "calibration_of",
     "causal_entries",
     "chat_from_checkpoint",
     "check_first_loss",
@@ -93,6 +104,7 @@ __all__ = [
     "read_shape",
     "refuse_overwrite",
     "require",
+    "reward_scale",
     "run_manifest",
     "saved_config",
     "sha256_of",
@@ -103,5 +115,6 @@ __all__ = [
     "training_flops",
     "trusted",
     "uses_softcap",
+    "write_calibration",
     "write_model",
 ]

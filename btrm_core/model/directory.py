@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,11 @@ from btrm_core.errors import CheckpointError, first_line
 from btrm_core.files import explained, whole_directory
 from btrm_core.hub import hub_problem
 from btrm_core.model.adapters import save_adapters
+from btrm_core.outputs import whole_file
 
 MANIFEST = "btrm.json"
+CALIBRATION = "calibration"
+"""The key of `btrm.json` that an evaluation writes."""
 
 
 SHARD_SIZE = "5GB"
@@ -137,6 +141,72 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the model directory is damaged") from error
     return dict(value)
+
+
+def calibration_of(manifest: Mapping[str, Any]) -> tuple[float | None, float | None, float]:
+    """What an evaluation measured of a model's rewards, as `write_calibration` keeps it.
+
+    Args:
+        manifest: Content of `btrm.json`.
+
+    Returns:
+        Mean and standard deviation of the rewards of a reference set, both None where one is missing or makes no sense;
+        and the temperature by which a difference of rewards is divided before the sigmoid, 1 if nobody fitted one.
+    """
+    found = manifest.get(CALIBRATION)
+    known = found if isinstance(found, dict) else {}
+    mean, std, temperature = (_number(known.get(key)) for key in ("mean", "std", "temperature"))
+    if mean is None or std is None or std <= 0:
+        mean = std = None
+    return mean, std, temperature if temperature is not None and temperature > 0 else 1.0
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, else None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
+
+
+def reward_scale(manifest: Mapping[str, Any], directory: Path) -> tuple[float, float]:
+    """Mean and standard deviation of the rewards of the set that a model was calibrated on.
+
+    Args:
+        manifest: Content of `btrm.json`.
+        directory: Where it is from, for the error.
+
+    Raises:
+        CheckpointError: nobody measured them.
+    """
+    mean, std, _ = calibration_of(manifest)
+    if mean is None or std is None:
+        raise CheckpointError(
+            f"{directory}/{MANIFEST} holds no mean and standard deviation (calibration); measure them with "
+            f"`btrm eval {directory} --data SRC --save-calibration`, or leave normalize out"
+        )
+    return mean, std
+
+
+def write_calibration(directory: Path, values: Mapping[str, Any]) -> None:
+    """Put what an evaluation measured into `btrm.json`, whole or not at all; the weights are never touched.
+
+    Args:
+        directory: A model directory that btrm wrote.
+        values: `temperature`, `mean` and `std`, and what they were measured on, as JSON values.
+
+    Raises:
+        CheckpointError: there is no `btrm.json`, or it cannot be written.
+    """
+    manifest = read_manifest(directory)
+    if not manifest:
+        raise CheckpointError(
+            f"{directory} holds no {MANIFEST}, in which a calibration is kept; expected a model written by `btrm train`"
+        )
+    text = json.dumps({**manifest, CALIBRATION: dict(values)}, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        with whole_file(str(directory / MANIFEST)) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise explained(error, directory) from error
 
 
 def model_directory(path: str) -> Path:

@@ -26,7 +26,7 @@ from btrm_core.families import PadToken
 from btrm_core.files import digest
 from btrm_core.model import adapters
 from btrm_core.model import base as base_module
-from btrm_core.model.directory import MANIFEST, read_manifest
+from btrm_core.model.directory import CALIBRATION, MANIFEST, read_manifest
 from btrm_core.model.shape import check_ids
 from btrm_core.settings import ModelConfig
 from btrm_core.weights import check_config, check_files, refuse_other_head
@@ -254,11 +254,11 @@ def identity(directory: Path, chat: ChatFormat, hf: Any, dtype: torch.dtype) -> 
         hf: its loaded model, for the head.
         dtype: what it computes in.
     """
-    names = ("config.json", MANIFEST, "tokenizer.json", adapters.SETTINGS, adapters.WEIGHTS)
-    files = [directory / name for name in names]
+    files = [directory / name for name in ("config.json", "tokenizer.json", adapters.SETTINGS, adapters.WEIGHTS)]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
+    made = {key: value for key, value in read_manifest(directory).items() if key != CALIBRATION}
     head = hf.score.weight.detach().float().cpu().numpy().tobytes()
-    return digest(contents, chat.template_sha256, chat.max_length, hashlib.sha256(head).hexdigest(), str(dtype))
+    return digest(contents, made, chat.template_sha256, chat.max_length, hashlib.sha256(head).hexdigest(), str(dtype))
 
 
 def tolerance(manifest: Mapping[str, Any], dtype: torch.dtype) -> float:
@@ -322,7 +322,7 @@ def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
     try:
         install_pad(tokenizer, pad, "checkpoint")
         answers = dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), "checkpoint")
-        chat = settle(tokenizer, template, pad, 0, answers)
+        chat = settle(tokenizer, template, pad, 0, answers, any_end=not own)
     except FamilyError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     if pad.new:  # the model has no embedding for it

@@ -11,6 +11,7 @@ import httpx
 
 from btrm_core.chat import Conversation
 from btrm_core.errors import BtrmError, DataError, first_line
+from btrm_core.model import reward_scale
 from btrm_core.scoring.responses import Responses
 from btrm_core.scoring.scorer import Scorer
 
@@ -113,7 +114,7 @@ def trl_reward_func(model: str, *, normalize: bool = False, **options: Any) -> C
         options: of `Scorer`, or of `AsyncClient`.
 
     Raises:
-        DataError: normalised rewards are asked for, and the model directory holds no calibration.
+        CheckpointError: normalised rewards are asked for, and the model directory holds no calibration.
     """
     if model.startswith(("http://", "https://")):
 
@@ -125,10 +126,7 @@ def trl_reward_func(model: str, *, normalize: bool = False, **options: Any) -> C
         reward.__name__ = "btrm_reward"
         return reward
     scorer = Scorer(model, **options)
-    calibration = scorer.manifest.get("calibration") or {}
-    if normalize and not {"mean", "std"} <= set(calibration):
-        raise DataError(f"{model}/btrm.json holds no mean and standard deviation (calibration); leave normalize out")
-    mean, std = (calibration["mean"], calibration["std"]) if normalize else (0.0, 1.0)
+    mean, std = reward_scale(scorer.manifest, scorer.directory) if normalize else (0.0, 1.0)
 
     def local(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
         found = [one.rewards[0] for one in scorer.score(_groups(prompts, completions))]

@@ -7,12 +7,14 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from btrm_core import files
 from btrm_core.console import LongWork
 from btrm_core.data import Naming, raw_rows
 from btrm_core.errors import DataError
@@ -31,6 +33,7 @@ from btrm_core.evaluation import (
     run_suite,
 )
 from btrm_core.scoring.evaluate import SourceRewards, source_rewards
+from btrm_core.scoring.kept import Kept, Part
 from btrm_core.scoring.responses import Responses
 from btrm_core.scoring.scorer import Scorer
 
@@ -97,12 +100,13 @@ class ModelResult:
         }
 
 
-def judge(scorer: Scorer, request: Request) -> ModelResult:
+def judge(scorer: Scorer, request: Request, kept: Kept | None = None) -> ModelResult:
     """Ask a model everything.
 
     Args:
         scorer: the model.
         request: sources of pairs, suites, best-of-N sources, and whether to probe; probes need a source of pairs.
+        kept: goes on where an interrupted evaluation was, and keeps how far this one comes.
 
     Raises:
         DataError: a source cannot be read or holds nothing.
@@ -111,16 +115,16 @@ def judge(scorer: Scorer, request: Request) -> ModelResult:
     """
     suites = [(load_suite(name.partition("=")[0]), name.partition("=")[2]) for name in request.suites]
     model = str(scorer.directory)
-    sources = [source_rewards(scorer, source, request.naming) for source in dict.fromkeys(request.data)]
+    sources = [source_rewards(scorer, source, request.naming, kept) for source in dict.fromkeys(request.data)]
     found = []
     for suite, source in suites:
         items = list(suite_items(suite, [source] if source else suite.SOURCES))
-        rewards = responses_rewards(scorer, [(i.prompt, i.responses) for i in items], suite.NAME)
+        rewards = responses_rewards(scorer, [(i.prompt, i.responses) for i in items], suite.NAME, kept)
         found.append((run_suite(suite, items, rewards, model), suite.results(items, rewards, model)))
     results: list[ProbeResult] = []
     invariance = None
     if request.probes and sources:
-        results, invariance = probe([s.rewards for s in sources], scorer)
+        results, invariance = probe([s.rewards for s in sources], scorer, kept)
     pairs = sum(len(s.rewards) for s in sources)
     seconds = sum(s.seconds for s in sources)
     return ModelResult(
@@ -130,11 +134,11 @@ def judge(scorer: Scorer, request: Request) -> ModelResult:
             "dtype": str(scorer.model.hf.dtype).removeprefix("torch."),
             "bad_rows": sum(s.bad_rows for s in sources),
             "seconds": round(seconds, 3),
-            "pairs_per_second": round(pairs / max(seconds, 1e-9), 3),
+            "pairs_per_second": round(pairs / seconds, 3) if seconds else 0.0,
         },
         sources=sources,
         suites=found,
-        best_of_n=[(source, best_of_source(scorer, source)) for source in request.best_of_n],
+        best_of_n=[(source, best_of_source(scorer, source, kept)) for source in request.best_of_n],
         probes=results,
         invariance=invariance,
     )
@@ -158,32 +162,46 @@ def suite_items(suite: Suite, sources: Sequence[str]) -> Iterator[Item]:
                 raise DataError(f"{source}, row {line} is none of suite {suite.NAME}: {error}") from error
 
 
-def responses_rewards(scorer: Scorer, groups: Sequence[Any], name: str = "") -> list[list[float]]:
+def responses_rewards(
+    scorer: Scorer, groups: Sequence[Any], name: str = "", kept: Kept | None = None
+) -> list[list[float]]:
     """Rewards of the responses to every prompt, with progress; NaN where one cannot be scored.
 
     Args:
         scorer: the model.
         groups: prompt and responses each.
         name: what the progress bar is called.
+        kept: goes on where an interrupted evaluation was.
 
     Returns:
         One list per group, in the order of its responses.
     """
-    chunks = [groups[start : start + _TOGETHER] for start in range(0, len(groups), _TOGETHER)]
-    out: list[list[float]] = []
+    of = files.digest([list(group) for group in groups])
+    with contextlib.nullcontext(Part()) if kept is None else kept.part(scorer, name, of) as part:
+        return _computed(scorer, groups, name, part)
+
+
+def _computed(scorer: Scorer, groups: Sequence[Any], name: str, part: Part) -> list[list[float]]:
+    """The rewards of a part, those from before first."""
+    out: list[list[float]] = [one for chunk in part.chunks for one in chunk]
+    chunks = [groups[start : start + _TOGETHER] for start in range(len(out), len(groups), _TOGETHER)]
     with LongWork(f"scoring {name}".rstrip(), len(groups), "prompt") as work:
+        work.reach(len(out))
         for scored in scorer.stream(chunks):
-            out += [[float("nan") if r is None else float(r) for r in one.rewards] for one in scored]
-            work.add(len(scored))
+            found = [[float("nan") if r is None else float(r) for r in one.rewards] for one in scored]
+            part.add(found)
+            out += found
+            work.reach(len(out))
     return out
 
 
-def best_of_source(scorer: Scorer, source: str) -> BestOfN:
+def best_of_source(scorer: Scorer, source: str, kept: Kept | None = None) -> BestOfN:
     """Best of N on rows with a prompt (text or messages), `responses` and their `gold` values.
 
     Args:
         scorer: the model.
         source: as after `--data`; `scores` is read where there is no `gold`.
+        kept: goes on where an interrupted evaluation was.
 
     Raises:
         DataError: a row has something else.
@@ -200,15 +218,18 @@ def best_of_source(scorer: Scorer, source: str) -> BestOfN:
             raise DataError(f"{source}, row {line}: 'prompt' is {type(prompt).__name__}, expected text or messages")
         groups.append(([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, responses))
         gold.append([float(v) for v in values])
-    return best_of_n(responses_rewards(scorer, groups, source), gold)
+    return best_of_n(responses_rewards(scorer, groups, source, kept), gold)
 
 
-def probe(parts: Sequence[PairRewards], scorer: Scorer) -> tuple[list[ProbeResult], Invariance]:
+def probe(
+    parts: Sequence[PairRewards], scorer: Scorer, kept: Kept | None = None
+) -> tuple[list[ProbeResult], Invariance]:
     """Edit the answers of some pairs, spread evenly over all, and compare the rewards.
 
     Args:
         parts: rewards of the unedited pairs, all with their texts; at most `PROBED_PAIRS` pairs of all are edited.
         scorer: the model that gave them.
+        kept: goes on where an interrupted evaluation was.
 
     Returns:
         One result per edit; and how far rewards depend on what is scored with them, from the first of these pairs.
@@ -225,7 +246,7 @@ def probe(parts: Sequence[PairRewards], scorer: Scorer) -> tuple[list[ProbeResul
             (prompt, [edit(prompt[-1]["content"], answer) for answer in (text.chosen, text.rejected)])
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        after_P2 = np.array(responses_rewards(scorer, groups, f"probe: {name}")).reshape(-1, 2)
+        after_P2 = np.array(responses_rewards(scorer, groups, f"probe: {name}", kept)).reshape(-1, 2)
         results.append(probed(name, before_P2, after_P2, every.prompt_P[places]))
     some = [(p, [t.chosen, t.rejected]) for p, t in zip(prompts, texts, strict=True)][:INVARIANCE_PAIRS]
     return results, invariance_of(scorer, some)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from btrm_core.chat import Conversation, EncodedResponses
+from btrm_core.chat import ChatFormat, Conversation, EncodedResponses, spare
 from btrm_core.data import plain
 from btrm_core.errors import DataError
 
@@ -59,6 +59,37 @@ def as_responses(conversation: Conversation, index: int) -> Responses:
     if not conversation or conversation[-1].get("role") != "assistant":
         raise DataError(f"conversation {index + 1}: expected a list of messages that ends with the assistant's")
     return conversation[:-1], [conversation[-1]["content"]]
+
+
+def encoded_responses(chat: ChatFormat, groups: Sequence[Responses], max_length: int) -> list[Encoded]:
+    """Return ids and one error or None per response; the ids are those of the responses without error, in order.
+
+    Args:
+        chat: the model's.
+        groups: prompt and responses each.
+        max_length: tokens of the longest conversation.
+    """
+    encoded: list[Encoded] = []
+    for (prompt, responses), result in zip(groups, chat.encode_groups(groups, max_length), strict=True):
+        errors: tuple[str | None, ...] = (result.error,) * len(responses)
+        if result.error and len(responses) > 1:
+            result, errors = spare(chat, prompt, responses, max_length)
+        encoded.append((result, errors))
+    return encoded
+
+
+def begin_alike(groups: Sequence[Responses], encoded: Sequence[Encoded]) -> list[Hashable]:
+    """One key per sequence of encoded groups, equal where prompts are equal and cut alike.
+
+    Args:
+        groups: prompt and responses each.
+        encoded: what `encoded_responses` made of them.
+    """
+    return [
+        (*(tuple(message.items()) for message in prompt), result.dropped_turns, result.cut_characters)
+        for (prompt, _), (result, _) in zip(groups, encoded, strict=True)
+        for _ in result.sequences
+    ]
 
 
 def rewards_of(encoded: Encoded, values: Iterator[float]) -> Rewards:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from btrm_core.errors import DataError
 from btrm_core.evaluation import Comparison, PairRewards, Report, Table, assess, compare, percent, short
@@ -53,6 +57,35 @@ def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (
         tables=[*_suites(everything), *_best_of_n(everything), *_probes(everything)],
         extra={"models": [result.to_dict() for result in everything]},
     )
+
+
+def calibration_values(result: ModelResult) -> dict[str, Any]:
+    """What an evaluation measured of a model's rewards: the temperature that fits them best, their mean and spread.
+
+    Args:
+        result: of a model that gave rewards to pairs; those of several sources count together.
+
+    Returns:
+        JSON values for `btrm.json`; the temperature is null where none fits best, as when no pair is wrong.
+
+    Raises:
+        DataError: no pair can be judged, or the rewards do not vary.
+    """
+    rewards = PairRewards.joined([source.rewards for source in result.sources])
+    temperature = assess(rewards).calibration.temperature
+    finite = rewards.reward_P2[np.isfinite(rewards.reward_P2)]
+    if not finite.std() > 0:
+        raise DataError(f"the rewards of {result.model} do not vary, so they have no scale; nothing is saved")
+    return {
+        "temperature": temperature,
+        "mean": float(finite.mean()),
+        "std": float(finite.std()),
+        "pairs": len(rewards),
+        "data": [source.rewards.data for source in result.sources],
+        "data_sha256": [source.fingerprint for source in result.sources],
+        "btrm_version": version("btrm"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def notes(results: Sequence[ModelResult]) -> list[str]:
@@ -118,8 +151,6 @@ def _title(results: Sequence[ModelResult]) -> str:
 
 
 def _facts(results: Sequence[ModelResult]) -> dict[str, str]:
-    from importlib.metadata import version
-
     facts = {"btrm": version("btrm")}
     for result in results:
         known = result.facts

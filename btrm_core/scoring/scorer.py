@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from btrm_core.chat import Conversation, spare
+from btrm_core.chat import Conversation
 from btrm_core.console import LongWork, unused_gpu
 from btrm_core.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from btrm_core.files import digest
 from btrm_core.model import (
     RewardModel,
     Use,
@@ -33,6 +34,7 @@ from btrm_core.model import (
     load_chat,
     load_weights,
     read_manifest,
+    reward_scale,
     template_difference,
     trusted,
     uses_softcap,
@@ -44,6 +46,8 @@ from btrm_core.scoring.responses import (
     Responses,
     Rewards,
     as_responses,
+    begin_alike,
+    encoded_responses,
     length_limit,
     plain_responses,
     rewards_of,
@@ -79,9 +83,10 @@ class Scorer:
         attention: auto, or the kernel of packed rows: flash, varlen, flex, sdpa, eager.
         tokens_per_batch: tokens of a row; bounds the memory, never changes a reward beyond rounding.
         device: None takes the GPU if there is one.
+        normalize: give rewards in standard deviations from the mean of the set that the model was calibrated on.
 
     Raises:
-        CheckpointError: there is no such model, or it is not a whole reward model.
+        CheckpointError: there is no such model, it is not a whole reward model, or it was never calibrated.
         ConfigError: a setting is unknown, or the kernel does not fit model and device.
 
     Attributes:
@@ -92,6 +97,7 @@ class Scorer:
         model: the reward model.
         tokens: what was computed so far.
         identity: changes when the rewards may, for programs that keep them.
+        scale: mean and standard deviation of what rewards are given in; those of finished ids are never changed.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class Scorer:
         attention: str = "auto",
         tokens_per_batch: int = 8192,
         device: str | torch.device | None = None,
+        normalize: bool = False,
     ) -> None:
         if dtype not in ("auto", *DTYPES):
             raise ConfigError(f"dtype '{dtype}' is unknown; expected auto, bf16 or fp32.{did_you_mean(dtype, DTYPES)}")
@@ -112,6 +119,7 @@ class Scorer:
         self.tokens = Tokens()
         self.directory = find_model(str(model))
         self.manifest = read_manifest(self.directory)
+        self.scale = reward_scale(self.manifest, self.directory) if normalize else (0.0, 1.0)
         check_head(self.directory)
         self.chat = load_chat(self.directory)
         as_saved = dtype == "auto" and self.device.type != "cpu"
@@ -120,6 +128,8 @@ class Scorer:
             hf = load_weights(self.directory, compute, self.device)
             self.max_length = self.chat.max_length or length_limit(hf.config, self.chat.tokenizer)
             self.identity = identity(self.directory, self.chat, hf, hf.dtype)
+            if normalize:
+                self.identity = digest(self.identity, self.scale)
             self.model = self._reward_model(hf, attention)
         idle = unused_gpu() if device is None else None
         for remark in (template_difference(self.manifest, self.chat), "; ".join(idle or ())):
@@ -260,14 +270,7 @@ class Scorer:
         Args:
             groups: prompt and responses each.
         """
-        encoded: list[Encoded] = []
-        for group, result in zip(groups, self.chat.encode_groups(groups, self.max_length), strict=True):
-            prompt, responses = group
-            errors: tuple[str | None, ...] = (result.error,) * len(responses)
-            if result.error and len(responses) > 1:
-                result, errors = spare(self.chat, prompt, responses, self.max_length)
-            encoded.append((result, errors))
-        return encoded
+        return encoded_responses(self.chat, groups, self.max_length)
 
     def score_encoded(self, groups: Sequence[Responses], encoded: Sequence[Encoded]) -> list[Rewards]:
         """Return the rewards of groups whose ids are there.
@@ -277,12 +280,8 @@ class Scorer:
             encoded: what `encode` made of them.
         """
         sequences = [ids for result, _ in encoded for ids in result.sequences]
-        keys = [
-            (*(tuple(message.items()) for message in prompt), result.dropped_turns, result.cut_characters)
-            for (prompt, _), (result, _) in zip(groups, encoded, strict=True)
-            for _ in result.sequences
-        ]
-        values = iter(self.sequence_rewards(sequences, keys).tolist())
+        rewards_S, (mean, std) = self.sequence_rewards(sequences, begin_alike(groups, encoded)), self.scale
+        values = iter(((rewards_S - mean) / std).tolist())
         return [rewards_of(part, values) for part in encoded]
 
     def sequence_rewards(self, sequences: Sequence[Sequence[int]], together: Sequence[Hashable]) -> np.ndarray:

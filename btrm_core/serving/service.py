@@ -21,7 +21,7 @@ from starlette.requests import Request
 
 from btrm_core.chat import ChatFormat
 from btrm_core.errors import BtrmError, ConfigError, one_line
-from btrm_core.model import tolerance
+from btrm_core.model import calibration_of, tolerance
 from btrm_core.serving.batching import Batcher, Engine, Work
 from btrm_core.serving.limits import Limits, Refused, too_many
 from btrm_core.serving.metrics import Metrics
@@ -98,11 +98,7 @@ class Calibration:
         Returns:
             No mean and standard deviation unless both are numbers and the latter is above 0; temperature 1 if none.
         """
-        found = manifest.get("calibration") or {}
-        mean, std, temperature = (_number(found.get(key)) for key in ("mean", "std", "temperature"))
-        if mean is None or std is None or std <= 0:
-            mean = std = None
-        return cls(mean, std, temperature if temperature is not None and temperature > 0 else 1.0)
+        return cls(*calibration_of(manifest))
 
     def normalized(self, reward: float) -> float:
         """The reward in standard deviations from the mean of the reference set.
@@ -129,12 +125,6 @@ class Calibration:
         """
         scaled = difference / self.temperature
         return 1 / (1 + math.exp(-scaled)) if scaled > -700 else 0.0
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, else None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
 
 
 class Service:

@@ -152,7 +152,7 @@ def _load_in_turn(config: RunConfig, chat: ChatFormat, runtime: Runtime) -> Data
 def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     data = config.data
     scored, ties = cast("WhichPairs", data.scored), cast("Ties", data.ties)
-    names = parse_naming(data.map)
+    names = parse_naming(data.map, data.format)
     read = partial(load_pairs, strict=data.strict, cache_dir=data.cache_dir, naming=names)
     rows = read(data.train, scored=scored, ties=ties, own_prompts=data.own_prompts)
     held_out: PairData | None = None

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btrm_core.data.convert import convert_row
+from btrm_core.data.convert import Reading, convert_row, pairs_of
 from btrm_core.data.formats import group_single_responses
+from btrm_core.data.shapes.named import FORMATS
+from btrm_core.data.shapes.naming import parse_naming
 from btrm_core.data.shapes.text import transcript_turns
 from btrm_core.data.shapes.values import RowError, shown
+from btrm_core.data.shapes.view import RowView
+from btrm_core.errors import ConfigError
 
 USER = {"role": "user", "content": "Name a prime."}
 GOOD = {"role": "assistant", "content": "7"}
@@ -67,7 +72,8 @@ def texts(row, **options):
 def test_every_format_gives_the_same_pair(row):
     pair = one(row, name="file.jsonl", line=3, subset="file")
     assert (pair.prompt, pair.chosen, pair.rejected) == ([USER], "7", "8")
-    assert (pair.id, pair.subset, pair.margin, pair.weight) == ("file.jsonl:3", "file", None, 1.0)
+    assert (pair.id, pair.subset, pair.weight) == ("file.jsonl:3", "file", 1.0)
+    assert (pair.margin is not None) == ("responses" in row or "completions" in row)
     assert pair.chosen_conversation == [USER, GOOD]
     assert pair.rejected_conversation == [USER, BAD]
 
@@ -299,19 +305,114 @@ def test_every_pair_of_scored_responses_prefers_the_higher_score(responses):
     row["scores"] = [score for _, score in responses]
     by_text = dict(zip(row["responses"], row["scores"], strict=True))
     expected = sum(a > b for a in row["scores"] for b in row["scores"])
-    for scored in ("best-vs-worst", "best-vs-each", "all"):
+    for scored in ("best-vs-worst", "best-vs-each", "all", "random"):
         if not expected:
             with pytest.raises(RowError, match="no preference"):
                 convert_row(row, scored=scored)
             continue
         pairs = convert_row(row, scored=scored)
-        assert all(by_text[pair.chosen] > by_text[pair.rejected] for pair in pairs)
+        assert all(by_text[pair.chosen] - by_text[pair.rejected] == pair.margin > 0 for pair in pairs)
         assert sum(pair.weight for pair in pairs) == pytest.approx(1)
+        if scored == "random":
+            assert len(pairs) == 1
+            continue
         if scored == "all":
             assert len(pairs) == expected
         else:
             assert {by_text[pair.chosen] for pair in pairs} == {max(row["scores"])}
         assert min(row["scores"]) in {by_text[pair.rejected] for pair in pairs}
+
+
+def test_random_pairs_are_drawn_alike_in_every_run_and_evenly():
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
+    assert texts(row, scored="random") == texts({"id": "7", **row, "prompt": "q"}, scored="random")
+    rows = [{"prompt": "p", "responses": [f"a{n}", f"b{n}", f"c{n}"], "scores": [3, 2, 1]} for n in range(300)]
+    drawn = Counter(
+        (w[0], r[0], convert_row(one, scored="random")[0].margin)
+        for one in rows
+        for w, r in texts(one, scored="random")
+    )
+    assert set(drawn) == {("a", "b", 1.0), ("a", "c", 2.0), ("b", "c", 1.0)}
+    assert min(drawn.values()) > 70  # 100 each, give or take 8
+
+
+def test_ranks_are_no_margins_unless_asked_for():
+    ranked = {"prompt": "p", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 7}]}
+    assert convert_row(ranked)[0].margin is None
+    view = RowView(ranked, parse_naming(["margin=scores"]))
+    assert pairs_of(view, Reading(naming=view.naming))[0].margin == 6.0
+
+
+FORMS = {
+    "standard": {"prompt": "p", "chosen": "a", "rejected": "b"},
+    "hh": {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "p"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
+    "rewardbench": {"prompt": "p", "chosen": "a", "rejected": "b", "subset": "x"},
+    "rewardbench2": {"prompt": "p", "chosen": ["a"], "rejected": ["b"]},
+    "ms-swift": {
+        "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}],
+        "rejected_response": "b",
+    },
+    "output-list": {"instruction": "p", "output": ["a", "b"]},
+    "scored": {"prompt": "p", "responses": ["b", "a"], "scores": [1, 2]},
+    "ultrafeedback": {
+        "instruction": "p",
+        "completions": [{"response": "b", "overall_score": 1}, {"response": "a", "overall_score": 2}],
+    },
+    "helpsteer": {"prompt": "p", "responses": ["b", "a"], "scores": [1, 2]},
+    "helpsteer3": {
+        "context": [{"role": "user", "content": "p"}],
+        "response1": "a",
+        "response2": "b",
+        "overall_preference": -2,
+    },
+    "ranks": {"prompt": "p", "responses": ["b", "a"], "ranks": [2, 1]},
+    "nectar": {"prompt": "p", "answers": [{"answer": "b", "rank": 2}, {"answer": "a", "rank": 1}]},
+    "summarize": {"info": {"post": "p"}, "summaries": [{"text": "b"}, {"text": "a"}], "choice": 1},
+    "arena": {
+        "conversation_a": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}],
+        "conversation_b": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}],
+        "winner": "model_a",
+    },
+    "versus": {"prompt": "p", "response_a": "b", "response_b": "a", "winner": "b"},
+    "pku": {"prompt": "p", "response_0": "b", "response_1": "a", "better_response_id": 1},
+    "shp": {"history": "p", "human_ref_A": "b", "human_ref_B": "a", "labels": 0},
+}
+
+
+def as_format(row, form):
+    naming = parse_naming([], form)
+    return [(p.chosen, p.rejected) for p in pairs_of(RowView(row, naming), Reading(naming=naming))]
+
+
+def test_every_format_has_a_name_under_which_its_rows_are_read_alike():
+    assert list(FORMS) == list(FORMATS)
+    for form, row in FORMS.items():
+        assert as_format(row, form) == texts(row)[:1] == [("a", "b")]
+
+
+def test_a_named_format_is_read_and_no_other():
+    both = {**FORMS["standard"], "completions": FORMS["ultrafeedback"]["completions"][::-1], "id": 1}
+    both["chosen"] = "other"
+    assert texts(both) == [("other", "b")]
+    assert as_format(both, "ultrafeedback") == [("a", "b")]
+    naming = parse_naming([], "ultrafeedback")
+    view = RowView(both, naming)
+    pairs_of(view, Reading(naming=naming))
+    assert view.unused == ["chosen", "rejected"]
+    with pytest.raises(
+        RowError, match=r"not of the format 'shp': missing key 'human_ref_A' \(the row has prompt, chosen"
+    ):
+        as_format(both, "shp")
+    assert parse_naming(["format=shp"]).format == "shp"
+    with pytest.raises(
+        ConfigError, match=r"format 'ultrafedback' is unknown, expected one of standard, .*Did you mean"
+    ):
+        parse_naming([], "ultrafedback")
 
 
 def test_neighbouring_single_responses_are_joined():

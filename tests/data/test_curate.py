@@ -14,6 +14,7 @@ from support.scorer_samples import reward_model
 
 from btrm_core.cli import main
 from btrm_core.cli.data import held_out_name
+from btrm_core.config import apply
 from btrm_core.data import load_pairs
 from btrm_core.data.curate import overview, survey, write_pairs
 from btrm_core.data.curate.select import token_lengths
@@ -21,6 +22,8 @@ from btrm_core.data.curate.similar import has_passage, near_duplicates, ngrams, 
 from btrm_core.data.pairs import pairs_from_rows
 from btrm_core.errors import DataError
 from btrm_core.model import load_chat
+from btrm_core.preflight.doctor.case import _read as read_as_training
+from btrm_core.settings import RunConfig
 
 LONG = " ".join(f"word{n}" for n in range(60))
 
@@ -202,6 +205,28 @@ def test_what_convert_writes_are_the_pairs_that_training_reads(tmp_path, ending)
     twice = tmp_path / f"twice.{ending}"
     write_pairs(again, twice)
     assert values(load_pairs([str(twice)], ties="half")) == values(direct)
+
+
+@pytest.mark.parametrize("rule", ["best-vs-worst", "best-vs-each", "all", "random"])
+def test_settings_of_training_and_flags_of_convert_mean_the_same_pairs(tmp_path, rule):
+    completions = [{"response": f"r{n}", "overall_score": n * 1.5} for n in range(4)]
+    rows = [{"instruction": f"p{n}", "completions": completions, "chosen": "x", "rejected": "y"} for n in range(5)]
+    source, target = (
+        write(tmp_path / "in.jsonl", [*rows, {"prompt": "q", "chosen": "a", "rejected": "b"}]),
+        tmp_path / "out.jsonl",
+    )
+    result = btrm("convert", source, "-o", target, "--which-pairs", rule, "--format", "ultrafeedback")
+    assert result.exit_code == 0, result.output
+    assert "another format" in result.stdout
+    config = apply(RunConfig(), {"data.scored": rule, "data.format": "ultrafeedback"})
+    trained, written = read_as_training(config, [str(source)]), load_pairs([str(target)])
+    assert values(written) == values(trained)
+    assert {pair.margin for pair in written} == {1.5 * (int(p.chosen[1]) - int(p.rejected[1])) for p in trained}
+    wrong = btrm("convert", source, "-o", tmp_path / "no.jsonl", "--format", "rewardbemch")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "expected one of standard, hh, sharegpt" in wrong.stderr
+    assert "Did you mean 'rewardbench'" in wrong.stderr
+    assert "ultrafeedback, helpsteer" in " ".join(btrm("convert", "--help").stdout.split())
 
 
 def test_equal_pairs_give_equal_bytes(tmp_path):

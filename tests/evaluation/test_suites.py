@@ -6,11 +6,13 @@ import math
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from btrm_core.errors import ConfigError, DataError
 from btrm_core.evaluation.suites import load_suite, registry, run_suite, suite_names
 from btrm_core.evaluation.suites import rewardbench as rb1
+from btrm_core.evaluation.suites.ppe import area_under_roc, strengths
 
 
 def rb1_rows(right):
@@ -195,7 +197,7 @@ def test_llmbar_in_both_forms():
 def test_ppe_votes_and_answers():
     vote = {"question_id": "q", "prompt": "p", "response_1": "a", "response_2": "b"}
     suite = load_suite("ppe")
-    assert suite.items({**vote, "winner": "tie"}, "human") == []
+    assert suite.items({**vote, "winner": "undecided"}, "human") == []
     votes = [{**vote, "winner": "model_a"}, {**vote, "winner": "model_b"}]
     answers = {
         "question_id": 1,
@@ -210,8 +212,50 @@ def test_ppe_votes_and_answers():
     assert found.scores.subsets == {"human preference": 0.5, "math": 0.75}
     assert found.scores.sections["math, best of K"] == 0.5
     assert found.scores.total == 0.625
+    # Rewards 2, 2, 1 of which the first is right: 1/3 of one; of two (2, 2), (2, 1), (2, 1): 1/2, 1, 0; of three 1/2.
+    assert found.scores.sections["math, highest best of k"] == pytest.approx(0.5)
+    # The right answer ties with one wrong answer and beats the other.
+    assert found.scores.sections["math, area under ROC"] == pytest.approx(0.75)
     with pytest.raises(DataError, match="neither 'winner'"):
         suite.items({"prompt": "p"}, "math")
+
+
+def ppe_vote(a, b, winner, **more):
+    row = {"question_id": f"{a}{b}{winner}", "prompt": "p", "response_1": "x", "response_2": "y"}
+    return {**row, "model_a": a, "model_b": b, "winner": winner, **more}
+
+
+def test_ppe_order_of_models():
+    # Votes: A > B > C > D; rewards swap C and D and agree otherwise.
+    rows = [ppe_vote(*pair, "model_a", language="English") for pair in ("AB", "AB", "BC", "BC", "BC", "CD", "CD")]
+    rows += [ppe_vote("B", "A", "tie"), ppe_vote("A", "B", "model_b", is_code=True, language="German")]
+    rewards = [[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 2 + [[1.0, 1.0], [0.0, 1.0]]
+    suite = load_suite("ppe")
+    items = [item for row in rows for item in suite.items(row, "human")]
+    found = run_suite(suite, items, rewards, "m", draws=5)
+    # Of eight votes that are no tie, two are wrong (those of C against D).
+    assert found.scores.subsets["human preference"] == pytest.approx(6 / 8)
+    assert found.scores.subsets["human preference, English"] == pytest.approx(5 / 7)
+    assert found.scores.subsets["human preference, code"] == 1.0
+    # Ranks 1234 against 1243: Spearman 1 - 6 * 2 / (4 * 15), Kendall (5 - 1) / 6.
+    assert found.scores.sections["human preference, Spearman of models"] == pytest.approx(0.8)
+    assert found.scores.sections["human preference, Kendall of models"] == pytest.approx(4 / 6)
+    two = [item for item in items if {item.row["model_a"], item.row["model_b"]} == {"A", "B"}]
+    assert "human preference, Spearman of models" not in suite.score(two, [[1.0, 0.0]] * len(two)).sections
+
+
+def test_bradley_terry_strengths():
+    # Two models, 3 wins against 1: a difference of ln 3 but for the prior.
+    found = strengths(np.array([[0.0, 3.0], [1.0, 0.0]]))
+    assert found[0] - found[1] == pytest.approx(math.log(3.001 / 1.001), abs=1e-5)
+    # A circle of equal wins leaves all equal, whoever met whom.
+    assert np.ptp(strengths(np.array([[0.0, 2, 0], [0, 0, 2], [2, 0, 0]]))) == 0
+
+
+def test_area_under_the_roc_curve_by_hand():
+    assert area_under_roc([(3.0, 1.0), (1.0, 1.0), (2.0, 0.0), (0.0, 0.0)]) == 0.75
+    assert area_under_roc([(1.0, 1.0), (1.0, 0.0)]) == 0.5
+    assert area_under_roc([(math.nan, 1.0), (math.nan, 0.0), (1.0, 1.0), (0.0, 0.0)]) == 0.25
 
 
 @pytest.mark.parametrize("name", suite_names())

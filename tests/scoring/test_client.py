@@ -11,7 +11,7 @@ from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, change_json
 from support.serving import Held, serving, until
 
 import btrm_core
-from btrm_core.errors import BtrmError, DataError
+from btrm_core.errors import BtrmError, CheckpointError
 from btrm_core.scoring import AsyncClient, Scorer, trl_reward_func
 from btrm_core.serving import Backend, Limits
 
@@ -91,7 +91,7 @@ def test_trl_calls_it_as_it_calls_reward_functions(model: Path, scorer: Scorer) 
 
 
 def test_rewards_are_normalized_only_when_asked_and_measured(model: Path, scorer: Scorer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="calibration"):
+    with pytest.raises(CheckpointError, match="calibration"):
         trl_reward_func(str(model), normalize=True, device="cpu")
     change_json(model / "btrm.json", calibration={"mean": 1.0, "std": 2.0})
     try:

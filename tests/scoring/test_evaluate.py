@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,20 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from support import processes
 from support.scorer_samples import change_json, own_reward, reward_model
 from transformers import AutoModelForSequenceClassification
 
 from btrm_core.cli import main
 from btrm_core.errors import CheckpointError, DataError
-from btrm_core.evaluation import PROBES, assess
+from btrm_core.evaluation import PROBES, assess, read_scores
+from btrm_core.scoring import evaluate
 from btrm_core.scoring.evaluate import source_rewards
 from btrm_core.scoring.judge import Request, invariance_of, judge
+from btrm_core.scoring.kept import Kept, Part
 from btrm_core.scoring.results import report_of
 from btrm_core.scoring.scorer import Scorer
+from btrm_core.serving.service import Calibration
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +214,8 @@ def test_rewards_do_not_depend_on_company_or_order(scorer: Scorer) -> None:
         (("MODEL", "--suite", "llmbar", "--probes"), "--probes edits the answers of pairs"),
         (("MODEL", "--suite", "llmbar", "--against", "x"), "--against compares on pairs"),
         (("MODEL", "--suite", "llmbar", "-o", "x"), "--output keeps the rewards of pairs"),
+        (("MODEL", "--suite", "llmbar", "--save-calibration"), "--save-calibration measures a MODEL on pairs"),
+        (("org/name", "--data", "x", "--save-calibration"), "org/name is none on this machine"),
         (("--scores", "none.jsonl"), "there is no file none.jsonl"),
         (("--scores", "SCORES", "--against", "MODEL"), "which needs the pairs"),
     ],
@@ -232,6 +240,87 @@ def test_one_pair_all_ties_and_missing_rewards_give_figures(tmp_path: Path) -> N
     assert "NaN" not in (tmp_path / "report" / "report.json").read_text()
     nothing = btrm("--scores", write(tmp_path / "none.jsonl", rows[3:]))
     assert (nothing.exit_code, nothing.stdout) == (2, "")
+
+
+def kept_files(cache: Path) -> list[Path]:
+    return sorted((cache / "evaluations").glob("*.partial")) if (cache / "evaluations").is_dir() else []
+
+
+def killed_while_scoring(tmp_path: Path, *arguments: str) -> int:
+    """Start an evaluation in a process of its own and kill it when something is kept; returns the rewards kept."""
+    started = processes.start(processes.command, "eval", *arguments, log=tmp_path / "log")
+    processes.until(lambda: any(path.stat().st_size for path in kept_files(tmp_path / "cache")), started, timeout=120)
+    started[0].kill()
+    assert processes.wait(started) == [-signal.SIGKILL], (tmp_path / "log").read_text()
+    whole = [line for path in kept_files(tmp_path / "cache") for line in path.read_text().splitlines(keepends=True)]
+    return sum(len(chunk) for line in whole if line.endswith("\n") for chunk in json.loads(line)["rewards"])
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", pairs(1600)), tmp_path / "out.jsonl"
+    arguments = (str(model), "--data", source, "--output", str(out), "--tokens-per-batch", "512")
+    number = killed_while_scoring(tmp_path, *arguments)
+    assert 0 < number < 3200
+    assert not list(tmp_path.glob("out.jsonl*"))
+    again = btrm(*arguments)
+    assert again.exit_code == 0, again.output
+    assert f"evaluation of {model} on {source} goes on after {number:,} rewards" in again.stderr
+    assert kept_files(tmp_path / "cache") == []
+    rewards = read_scores(out)[0].reward_P2
+    np.testing.assert_array_equal(
+        rewards, source_rewards(Scorer(str(model), tokens_per_batch=512), source).rewards.reward_P2
+    )
+
+
+class Interrupted(Kept):
+    """Ctrl-C after the second chunk."""
+
+    @contextlib.contextmanager
+    def part(self, scorer: Scorer, name: str, of: str) -> Iterator[Part]:
+        with super().part(scorer, name, of) as part:
+            add, part.add = part.add, lambda chunk: add(chunk) or self.count()
+            yield part
+
+    def count(self) -> None:
+        self.number = getattr(self, "number", 0) + 1
+        if self.number == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_changed_model_or_other_data_is_noticed(
+    model: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "_EVALUATED_TOGETHER", 32)
+    made, source = copied(model, tmp_path / "model"), write(tmp_path / "in.jsonl", pairs(100))
+    weights = load_file(made / "model.safetensors")
+
+    def said() -> str:
+        with pytest.raises(KeyboardInterrupt):
+            judge(Scorer(str(made), device="cpu", tokens_per_batch=64), Request((source,)), Interrupted())
+        return capsys.readouterr().err
+
+    assert "keeps what is scored; the same command goes on from there" in said()
+    save_file({**weights, "score.weight": -weights["score.weight"]}, made / "model.safetensors", {"format": "pt"})
+    assert "is not of this input and model: starting anew" in said()
+    write(tmp_path / "in.jsonl", [*pairs(100), *pairs(1, "Do not. ")])
+    assert "is not of this input and model: starting anew" in said()
+    with pytest.raises(KeyboardInterrupt):
+        judge(Scorer(str(made), device="cpu", tokens_per_batch=32), Request((source,)), Interrupted())
+    assert "starting anew" in capsys.readouterr().err
+    found = judge(Scorer(str(made), device="cpu", tokens_per_batch=32), Request((source,)), Kept())
+    assert "goes on after 128 rewards" in capsys.readouterr().err
+    expected = judge(scorer, Request((source,)))
+    np.testing.assert_allclose(found.sources[0].rewards.reward_P2, -expected.sources[0].rewards.reward_P2, atol=1e-5)
+
+
+def test_best_of_n_goes_on_too(scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"Say {n}.", "responses": [f"{n}", "no"], "gold": [1, 0]} for n in range(300)]
+    request = Request(best_of_n=[write(tmp_path / "best.jsonl", rows)])
+    with pytest.raises(KeyboardInterrupt):
+        judge(scorer, request, Interrupted())
+    found = judge(scorer, request, Kept())
+    assert "goes on after 512 rewards" in capsys.readouterr().err
+    assert found.best_of_n[0][1] == judge(scorer, request).best_of_n[0][1]
 
 
 def strangers(model: Path, directory: Path, **tokenizer: Any) -> Path:
@@ -270,6 +359,61 @@ def test_a_stranger_without_pad_token_is_scored_alike(model: Path, tmp_path: Pat
     change_json(own / "tokenizer_config.json", pad_token=None)
     with pytest.raises(CheckpointError, match="names no pad token"):
         Scorer(str(own), device="cpu")
+
+
+def test_a_stranger_whose_template_ends_in_a_line_break_is_read_there(model: Path, tmp_path: Path) -> None:
+    made = strangers(model, tmp_path / "stranger")
+    file = made / "chat_template.jinja"
+    file.write_text(file.read_text() + "\n{{ '\\n' }}")  # as ChatML templates end, and those who train with them
+    found = Scorer(str(made), device="cpu")
+    conversation = [{"role": "user", "content": "Is ice cold?"}, {"role": "assistant", "content": "Yes."}]
+    ids = found.chat.tokenizer.apply_chat_template(conversation, return_dict=False)
+    assert found.chat.tokenizer.decode(ids[-1:]) == "\n"
+    hf = AutoModelForSequenceClassification.from_pretrained(made, dtype=torch.float32).eval()
+    assert found.rewards([conversation])[0] == pytest.approx(own_reward(hf, ids), abs=1e-5)
+    assert found.rewards([conversation])[0] != Scorer(str(model), device="cpu").rewards([conversation])[0]
+    (copied(model, tmp_path / "own") / "chat_template.jinja").write_text(file.read_text())
+    with pytest.raises(CheckpointError, match="ends a conversation in"):
+        Scorer(str(tmp_path / "own"), device="cpu")
+
+
+def test_a_calibration_is_kept_in_btrm_json_and_used(model: Path, scorer: Scorer, tmp_path: Path) -> None:
+    made, source = copied(model, tmp_path / "model"), write(tmp_path / "in.jsonl", pairs(40))
+    weights = (made / "model.safetensors").read_bytes()
+    before = json.loads((made / "btrm.json").read_text())
+    assert btrm(made, "--data", source).exit_code == 0
+    assert json.loads((made / "btrm.json").read_text()) == before
+    lines = write(tmp_path / "lines.jsonl", [{"prompt": "Say 3.", "responses": ["3", "no"]}])
+    score = ["score", str(made), lines, "-o", str(tmp_path / "out.jsonl"), "--overwrite"]
+    refused = CliRunner().invoke(main, [*score, "--normalize"])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "btrm eval" in refused.stderr
+    result = btrm(made, "--data", source, "--save-calibration")
+    assert result.exit_code == 0, result.output
+    assert "calibration saved (temperature" in result.stderr
+    after = json.loads((made / "btrm.json").read_text())
+    kept = after.pop("calibration")
+    assert after == before
+    assert (made / "model.safetensors").read_bytes() == weights
+    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in model.iterdir())
+    rewards = source_rewards(scorer, source)
+    assert kept["mean"] == pytest.approx(rewards.rewards.reward_P2.mean())
+    assert kept["std"] == pytest.approx(rewards.rewards.reward_P2.std())
+    assert kept["temperature"] == assess(rewards.rewards).calibration.temperature
+    assert (kept["pairs"], kept["data"], kept["data_sha256"]) == (40, [source], [rewards.fingerprint])
+    calibrated = Scorer(str(made), device="cpu")
+    assert calibrated.identity == Scorer(str(model), device="cpu").identity  # the rewards are the same
+    written = {}
+    for flags in ((), ("--normalize",)):
+        assert CliRunner().invoke(main, [*score, *flags]).exit_code == 0
+        written[flags] = np.array(json.loads((tmp_path / "out.jsonl").read_text())["rewards"])
+    np.testing.assert_allclose(
+        written[("--normalize",)], (written[()] - kept["mean"]) / kept["std"], rtol=1e-4, atol=1e-6
+    )
+    assert Calibration.of(calibrated.manifest) == Calibration(kept["mean"], kept["std"], kept["temperature"] or 1.0)
+    stranger = btrm(strangers(model, tmp_path / "stranger"), "--data", source, "--save-calibration")
+    assert stranger.exit_code == 2
+    assert "holds no btrm.json, in which a calibration is kept" in stranger.stderr
 
 
 def test_a_source_without_pairs_is_said(scorer: Scorer, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from btrm_core.data.curate.select import encoded, prompt_texts
 from btrm_core.data.curate.similar import has_passage, near_duplicates, passages
 from btrm_core.data.pairs import PairData
-from btrm_core.data.quality import contradictory_pairs, inspect_pairs
+from btrm_core.data.quality import inspect_pairs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,14 +109,15 @@ def survey(
         done += len(rows)
         progress("rows", done, len(data))
     per_prompt = np.unique(data.prompt_hash_P, return_counts=True)[1]
+    basic = inspect_pairs(data, lambda done: progress("repeats", done, len(data)))
     return Survey(
-        basic=inspect_pairs(data),
+        basic=basic,
         roles=dict(roles.most_common()),
         turns=dict(sorted(turns.items())),
         pairs_per_prompt={int(k): int(v) for k, v in zip(*np.unique(per_prompt, return_counts=True), strict=True)},
         labels=dict(labels),
         control_tokens=dict(control.most_common(20)),
-        cycles=_cycles(data),
+        cycles=_cycles(data, basic["findings"]["contradictory pairs"]["count"]),
         near_duplicates=_near(data, progress) if near else None,
         against=None if against is None else _overlap(data, against),
         tokens=None if chat is None else _tokens(data, chat, progress),
@@ -164,24 +165,27 @@ def _overlap(data: PairData, other: PairData) -> dict[str, Any]:
     }
 
 
-def _cycles(data: PairData) -> dict[str, Any]:
+def _cycles(data: PairData, contradictory: int) -> dict[str, Any]:
     """Prompts whose preferences run in a circle of three answers or more, besides contradictions."""
     several = np.flatnonzero(np.isin(data.prompt_hash_P, _repeated(data.prompt_hash_P)))
-    edges: dict[int, dict[bytes, set[bytes]]] = {}
-    first: dict[int, int] = {}
-    for start in range(0, len(several), _TOGETHER):
-        places = several[start : start + _TOGETHER]
-        part = data.select(places, "prompts with several pairs", data.issues)
-        for place, pair in zip(places.tolist(), part, strict=True):
-            prompt = int(data.prompt_hash_P[place])
-            better, worse = (
-                hashlib.sha256(t.encode("utf-8", "surrogatepass")).digest()[:8] for t in (pair.chosen, pair.rejected)
-            )
-            edges.setdefault(prompt, {}).setdefault(better, set()).add(worse)
-            first.setdefault(prompt, place)
-    found = [prompt for prompt, graph in edges.items() if _has_cycle(graph)]
-    examples = [str(data.dataset[first[prompt]]["id"]) for prompt in found[:5]]
-    return {"prompts": len(found), "contradictory pairs": contradictory_pairs(data).count, "examples": examples}
+    several = several[np.argsort(data.prompt_hash_P[several], kind="stable")]
+    prompts = data.prompt_hash_P[several]
+    answers = np.empty((len(several), 2), dtype=np.uint64)
+    ordered = data.select(several, "prompts with several pairs", data.issues)
+    for place, pair in enumerate(ordered):
+        for side, text in enumerate((pair.chosen, pair.rejected)):
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+            answers[place, side] = int.from_bytes(digest[:8], "big")
+    ends = [*np.flatnonzero(prompts[1:] != prompts[:-1]) + 1, len(several)]
+    found = []
+    for start, end in itertools.pairwise([0, *map(int, ends)]):
+        graph: dict[int, set[int]] = {}
+        for better, worse in answers[start:end].tolist():
+            graph.setdefault(better, set()).add(worse)
+        if _has_cycle(graph):
+            found.append(int(several[start]))
+    examples = [str(data.dataset[place]["id"]) for place in sorted(found)[:5]]
+    return {"prompts": len(found), "contradictory pairs": contradictory, "examples": examples}
 
 
 def _repeated(hash_P: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -189,9 +193,9 @@ def _repeated(hash_P: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values[counts > 1]
 
 
-def _has_cycle(graph: dict[bytes, set[bytes]]) -> bool:
+def _has_cycle(graph: dict[int, set[int]]) -> bool:
     """Whether the edges run in a circle (Kahn: what is left after taking away nodes without incoming edges)."""
-    incoming: Counter[bytes] = Counter(worse for below in graph.values() for worse in below)
+    incoming: Counter[int] = Counter(worse for below in graph.values() for worse in below)
     waiting = [node for node in graph if not incoming[node]]
     while waiting:
         for worse in graph.get(waiting.pop(), ()):

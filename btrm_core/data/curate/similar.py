@@ -10,6 +10,7 @@ Shapes: N texts, W words of a text, H hashes of a signature.
 from __future__ import annotations
 
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SHINGLE_WORDS, PASSAGE_WORDS = 5, 13
 SIMILAR = 0.8
 _HASHES, _BANDS = 64, 8
+_TOGETHER = 4096
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _GENERATOR = np.random.default_rng(0)
@@ -94,7 +96,8 @@ def near_duplicates(texts: Iterable[str]) -> NDArray[np.int64]:
     """For every text the place of an earlier one that it nearly repeats, or -1.
 
     Texts are compared with the first and the previous one of those that agree in a band of eight hashes, so the time
-    grows with the number of texts, not with its square.
+    grows with the number of texts, not with its square. Signatures lie in a file meanwhile: memory holds some numbers
+    of eight bytes for every text.
 
     Args:
         texts: N texts.
@@ -102,25 +105,51 @@ def near_duplicates(texts: Iterable[str]) -> NDArray[np.int64]:
     Returns:
         Places from 0, int64 [N].
     """
-    signatures = [signature(text) for text in texts]
-    if not signatures:
-        return np.empty(0, dtype=np.int64)
-    hashes_NH = np.stack(signatures)
-    found_N: NDArray[np.int64] = np.full(len(hashes_NH), -1, dtype=np.int64)
-    width = _HASHES // _BANDS
-    for band in range(_BANDS):
-        part = np.ascontiguousarray(hashes_NH[:, band * width : (band + 1) * width])
-        keys = part.view(np.dtype((np.void, part.dtype.itemsize * width))).ravel()
-        order = np.argsort(keys, kind="stable")
-        same = keys[order[1:]] == keys[order[:-1]]
-        starts = np.concatenate([[True], ~same])
-        first = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
-        for earlier in (first[1:][same], order[:-1][same]):
+    with tempfile.TemporaryFile() as file:
+        number = 0
+        for text in texts:
+            file.write(signature(text).tobytes())
+            number += 1
+        file.flush()
+        if not number:
+            return np.empty(0, dtype=np.int64)
+        hashes_NH = np.memmap(file, dtype=np.uint32, mode="r", shape=(number, _HASHES))
+        found_N: NDArray[np.int64] = np.full(number, -1, dtype=np.int64)
+        for band in range(_BANDS):
+            keys_N = _band_keys(hashes_NH, band)
+            order = np.argsort(keys_N, kind="stable")
+            same = keys_N[order[1:]] == keys_N[order[:-1]]
+            starts = np.concatenate([[True], ~same])
+            first = order[np.maximum.accumulate(np.where(starts, np.arange(number), 0))]
             later = order[1:][same]
-            alike = (hashes_NH[later] == hashes_NH[earlier]).mean(axis=1) >= SIMILAR
-            new = alike & (found_N[later] < 0) & (earlier < later)
-            found_N[later[new]] = earlier[new]
-    return found_N
+            for earlier in (first[1:][same], order[:-1][same]):
+                _note(found_N, hashes_NH, later, earlier)
+        return found_N
+
+
+def _band_keys(hashes_NH: NDArray[np.uint32], band: int) -> Hashes:
+    """One number for the hashes of a band [N]: equal for equal hashes, and for others hardly ever."""
+    width = _HASHES // _BANDS
+    keys_N = np.zeros(len(hashes_NH), dtype=np.uint64)
+    for start in range(0, len(keys_N), _TOGETHER):
+        part = np.asarray(hashes_NH[start : start + _TOGETHER, band * width : (band + 1) * width])
+        for column in part.T:
+            with np.errstate(over="ignore"):
+                mixed = (keys_N[start : start + _TOGETHER] + column + np.uint64(1)) * _FACTOR
+            keys_N[start : start + _TOGETHER] = mixed ^ (mixed >> np.uint64(29))
+    return keys_N
+
+
+def _note(
+    found_N: NDArray[np.int64], hashes_NH: NDArray[np.uint32], later: NDArray[np.int64], earlier: NDArray[np.int64]
+) -> None:
+    """Note the earlier text of every later one that it is similar to, if none is known and it does come earlier."""
+    open_ones = (found_N[later] < 0) & (earlier < later)
+    later, earlier = later[open_ones], earlier[open_ones]
+    for start in range(0, len(later), _TOGETHER):
+        one, other = later[start : start + _TOGETHER], earlier[start : start + _TOGETHER]
+        alike = (hashes_NH[one] == hashes_NH[other]).mean(axis=1) >= SIMILAR
+        found_N[one[alike]] = other[alike]
 
 
 def passages(texts: Iterable[str]) -> Hashes:

@@ -9,6 +9,7 @@ right the name in the data:
 `margin=scores`        the margin is the difference of the scores that the row gives its answers
 `role.expert=user`     messages of the role `expert` are the user's; the right side is one of btrm's roles
 `message.role=who`     the key that holds a message's role; `message.content=text` the one that holds its text
+`format=hh`            all rows are in this format (`named.py`), whatever they look like
 =====================  =============================================================================================
 
 A row that lacks a mapped column is read as if nothing was mapped, so that evaluation data may have other columns.
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from btrm_core.data.shapes.named import check_format
 from btrm_core.data.shapes.values import as_number
 from btrm_core.errors import ConfigError, did_you_mean
 
@@ -52,12 +54,14 @@ class Naming:
         roles: a role of the data, in lower case, and btrm's role.
         role_key: the key of a message that holds its role; None: `role` or `from`.
         content_key: the key that holds its text; None: `content` or `value`.
+        format: the format of every row, a name of `named.FORMATS`; None: each row's is found out.
     """
 
     columns: tuple[tuple[str, str], ...] = ()
     roles: tuple[tuple[str, str], ...] = ()
     role_key: str | None = None
     content_key: str | None = None
+    format: str | None = None
 
     def __bool__(self) -> bool:
         return self != Naming()
@@ -92,20 +96,21 @@ class Naming:
         return ("margin", "scores") in self.columns
 
 
-def parse_naming(entries: Iterable[str] | Mapping[str, Any]) -> Naming:
+def parse_naming(entries: Iterable[str] | Mapping[str, Any], form: str | None = None) -> Naming:
     """Read `name=column` texts, or the table of a settings file.
 
     Args:
         entries: texts of one or several entries with commas between, or a table; `role` and `message` are tables in it.
+        form: the format of every row by name; None is what an entry `format` says, else it is found out row by row.
 
     Returns:
         The names; of an entry given twice, the last.
 
     Raises:
-        ConfigError: an entry is malformed, or its left side is unknown.
+        ConfigError: an entry is malformed, its left side is unknown, or there is no such format.
 
-    >>> parse_naming(["prompt=question", "role.expert=assistant"])
-    Naming(columns=(('prompt', 'question'),), roles=(('expert', 'assistant'),), role_key=None, content_key=None)
+    >>> parse_naming(["prompt=question", "role.expert=assistant"]).columns
+    (('prompt', 'question'),)
     """
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
@@ -121,15 +126,19 @@ def parse_naming(entries: Iterable[str] | Mapping[str, Any]) -> Naming:
             roles[rest.lower()] = column.lower()
         elif dot and kind == "message" and rest in ("role", "content"):
             keys[rest] = column
+        elif name == "format":
+            form = form or column
         elif name in COLUMNS:
             columns[name] = column
         else:
-            known = (*COLUMNS, "role.NAME", "message.role", "message.content")
+            known = (*COLUMNS, "role.NAME", "message.role", "message.content", "format")
             raise ConfigError(
                 f"map {name}={column}: '{name}' is unknown, expected one of {', '.join(known)}."
                 f"{did_you_mean(name, COLUMNS)}"
             )
-    return Naming(tuple(columns.items()), tuple(roles.items()), keys.get("role"), keys.get("content"))
+    return Naming(
+        tuple(columns.items()), tuple(roles.items()), keys.get("role"), keys.get("content"), form and check_format(form)
+    )
 
 
 def _pairs(entries: Iterable[str] | Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:

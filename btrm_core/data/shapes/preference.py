@@ -5,6 +5,7 @@ Scored responses, ranks, rows that name a winner and rows of a chosen and a reje
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _scored(shape: Shape, view: RowView, mode: WhichPairs, ties: Ties) -> list[C
     key, items, found = shape.key, shape.items, shape.sides
     if len(items) == 1:
         raise RowError("only one response", f"'{key}' holds one response, nothing to compare", bad=False)
-    given = _scores(view, key, items)
+    given, are_ranks = _scores(view, key, items)
     scores = {index: score for index, score in enumerate(given) if score is not None}
     if len(scores) < len(items):
         view.remark("responses without a score, left out")
@@ -132,6 +133,9 @@ def _scored(shape: Shape, view: RowView, mode: WhichPairs, ties: Ties) -> list[C
     best, worst = order[0], min(scores, key=lambda index: scores[index])
     if mode == "best-vs-worst":
         wanted = [(best, worst if scores[best] > scores[worst] else order[-1])]
+    elif mode == "random":
+        unequal = [(b, w) for b in order for w in order if scores[b] > scores[w]]
+        wanted = [_drawn(unequal, found)] if unequal else [(best, order[-1])]
     elif mode == "best-vs-each":
         wanted = [(best, other) for other in order if other != best]
     else:
@@ -142,14 +146,19 @@ def _scored(shape: Shape, view: RowView, mode: WhichPairs, ties: Ties) -> list[C
         raise RowError("tie", text, bad=False)
     # Equal texts with unequal scores: of several pairs only those are left out, a lone one is reported as bad.
     kept = [(b, w) for b, w in held if found[b].value != found[w].value] or held[:1]
-    gap: Callable[[int, int], float | None] = (
-        (lambda b, w: scores[b] - scores[w]) if view.naming.margin_of_scores else lambda b, w: None
-    )
+    has_gap = view.naming.margin_of_scores or not are_ranks  # a distance of ranks is none of quality unless one says so
+    gap: Callable[[int, int], float | None] = lambda b, w: scores[b] - scores[w] if has_gap else None  # noqa: E731
     return [Compared(found[b], found[w], 1.0 if scores[b] > scores[w] else TIED, gap(b, w)) for b, w in kept]
 
 
-def _scores(view: RowView, key: str, items: Sequence[Any]) -> list[float | None]:
-    """One score per response, higher is better; None for a response that has none."""
+def _drawn(pairs: Sequence[tuple[int, int]], sides: Sequence[Side]) -> tuple[int, int]:
+    """One of several pairs, by a hash of the answers: the same in every run, file and order of rows."""
+    texts = "\0".join(repr(side.value) for side in sides)
+    return pairs[int.from_bytes(hashlib.sha256(texts.encode("utf-8", "replace")).digest()[:8], "big") % len(pairs)]
+
+
+def _scores(view: RowView, key: str, items: Sequence[Any]) -> tuple[list[float | None], bool]:
+    """One score per response, higher is better, None for a response that has none; and whether they are ranks."""
     for name, sign in (("scores", 1.0), ("ratings", 1.0), ("ranks", -1.0)):
         values = listed(view.get(name))
         if values is None:
@@ -157,11 +166,11 @@ def _scores(view: RowView, key: str, items: Sequence[Any]) -> list[float | None]
         if not isinstance(values, list) or len(values) != len(items):
             number = len(values) if isinstance(values, list) else shown(values)
             raise RowError("wrong type", f"'{name}' is of length {number}, expected {len(items)}, one a response")
-        return _numbers(values, sign, name)
+        return _numbers(values, sign, name), sign < 0
     for inner, sign in (*((name, 1.0) for name in SCORE_KEYS), ("rank", -1.0)):
         values = [item.get(inner) if isinstance(item, dict) else None for item in items]
         if any(as_number(value) is not None for value in values):
-            return _numbers(values, sign, f"{key}[].{inner}")
+            return _numbers(values, sign, f"{key}[].{inner}"), sign < 0
     raise RowError("missing key", f"no score for '{key}[0]': expected 'scores' or a score in it")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from btrm_core.data.shapes.named import hidden
 from btrm_core.data.shapes.naming import Naming
 from btrm_core.data.shapes.values import RowError, plain
 
@@ -31,6 +32,7 @@ class RowView(Mapping[str, Any]):
     def __init__(self, row: Mapping[str, Any], naming: Naming | None = None) -> None:
         self.naming = naming or Naming()
         self._row, self.mapped = self.naming(row)
+        self._hidden = hidden(self.naming.format)
         self._used: set[str] = set()
         self.remarks: set[str] = set()
         self.parts_unused: set[str] = set()
@@ -47,15 +49,16 @@ class RowView(Mapping[str, Any]):
             key: btrm's name of the key.
             default: what is returned if there is no such key or it holds None.
         """
-        return self[key] if self._row.get(key) is not None else default
+        return self[key] if self.has(key) else default
 
     def has(self, key: str) -> bool:
         """True if the key holds a value; does not count as using it.
 
         Args:
-            key: btrm's name of the key; one that holds None has no value.
+            key: btrm's name of the key; one that holds None, or answers in another format than the named one, has no
+                value.
         """
-        return self._row.get(key) is not None
+        return key not in self._hidden and self._row.get(key) is not None
 
     def peek(self, key: str) -> Any:
         """The value of a key or None; does not count as using it.
@@ -63,7 +66,7 @@ class RowView(Mapping[str, Any]):
         Args:
             key: btrm's name of the key.
         """
-        return self._row.get(key)
+        return None if key in self._hidden else self._row.get(key)
 
     def __iter__(self) -> Any:
         return iter(self._row)

@@ -144,7 +144,7 @@ def _read(config: RunConfig, sources: Sequence[str]) -> PairData:
     """The pairs of some sources as training reads them."""
     data = config.data
     scored, ties = cast(WhichPairs, data.scored), cast(Ties, data.ties)
-    names = parse_naming(data.map)
+    names = parse_naming(data.map, data.format)
     how: dict[str, Any] = {"strict": data.strict, "cache_dir": data.cache_dir, "own_prompts": data.own_prompts}
     return load_pairs(sources, scored=scored, ties=ties, naming=names, **how)
 
@@ -278,8 +278,8 @@ def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | N
     config, scorer = case.config, None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if case.directory is not None:
-        options = {"dtype": config.model.dtype, "attention": config.model.attention}
-        scorer = Scorer(str(case.directory), tokens_per_batch=config.train.tokens_per_batch, **options)
+        dtype, attention, budget = config.model.dtype, config.model.attention, config.train.tokens_per_batch
+        scorer = Scorer(str(case.directory), dtype=dtype, attention=attention, tokens_per_batch=budget)
         model, head_is_new = scorer.model, False
     else:
         assert case.family is not None

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -79,6 +79,15 @@ def header_file(target: Path) -> Path:
     return target.with_name(target.name + ".partial.json")
 
 
+def part_of(target: Path) -> Path:
+    """Where an output is while it is not finished.
+
+    Args:
+        target: the finished output; nothing need exist yet.
+    """
+    return target.with_name(target.name + ".partial")
+
+
 @contextlib.contextmanager
 def partial_file(target: Path, header: dict[str, Any]) -> Iterator[tuple[IO[bytes], Tally]]:
     """Open `OUTPUT.partial` for this process alone, cut to its whole lines, with the tally of these.
@@ -90,20 +99,8 @@ def partial_file(target: Path, header: dict[str, Any]) -> Iterator[tuple[IO[byte
     Raises:
         DataError: another process is writing it.
     """
-    with target.with_name(target.name + ".partial").open("a+b") as stream:
-        if not hold(stream):
-            raise DataError(f"another process is writing {stream.name}; wait for it, or name another output")
-        stream.seek(0)
-        known, done, size = header_file(target), Tally(), 0
-        if Path(stream.name).stat().st_size:
-            what = "is not of this input and model: starting anew"
-            with contextlib.suppress(OSError, ValueError):
-                if json.loads(known.read_text(encoding="utf-8")) == header:
-                    done, size = _whole_lines(stream)
-                    what = f"goes on after {done.lines:,} lines" if size else "holds no whole line: starting anew"
-            print(f"{stream.name} {what}", file=sys.stderr)
-        stream.truncate(size)
-        known.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    done = Tally()
+    with partial_lines(target, header, done.add) as stream:
         try:
             yield stream, done
         except KeyboardInterrupt:
@@ -111,16 +108,47 @@ def partial_file(target: Path, header: dict[str, Any]) -> Iterator[tuple[IO[byte
             raise
 
 
-def _whole_lines(stream: IO[bytes]) -> tuple[Tally, int]:
-    """Count the whole lines at the beginning of a partial output; returns them and the bytes they take."""
-    tally, size = Tally(), 0
+@contextlib.contextmanager
+def partial_lines(
+    target: Path, header: dict[str, Any], take: Callable[[dict[str, Any]], int | None], called: str = ""
+) -> Iterator[IO[bytes]]:
+    """Open `OUTPUT.partial` for this process alone, cut to its whole lines.
+
+    Args:
+        target: the output.
+        header: JSON values that say what the lines are of; lines written under another header are dropped.
+        take: is given every line that is kept, in order, and may say how many rewards it holds.
+        called: what to call it instead of the file's name, if that says nothing to the user.
+
+    Raises:
+        DataError: another process is writing it.
+    """
+    with part_of(target).open("a+b") as stream:
+        if not hold(stream):
+            raise DataError(f"another process is writing {stream.name}; wait for it, or name another output")
+        stream.seek(0)
+        known, number, size = header_file(target), 0, 0
+        called, unit = called or stream.name, "rewards" if called else "lines"
+        if Path(stream.name).stat().st_size:
+            what = "is not of this input and model: starting anew"
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(known.read_text(encoding="utf-8")) == header:
+                    for line, raw in _whole_lines(stream):
+                        number, size = number + (take(line) or 1), size + len(raw)
+                    what = f"goes on after {number:,} {unit}" if size else "holds no whole line: starting anew"
+            print(f"{called} {what}", file=sys.stderr)
+        stream.truncate(size)
+        known.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        yield stream
+
+
+def _whole_lines(stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield the whole lines at the beginning of a partial output, with their bytes."""
     for raw in stream:
         try:
             line = json.loads(raw)
         except ValueError:
-            break
+            return
         if not raw.endswith(b"\n") or not isinstance(line, dict):
-            break
-        tally.add(line)
-        size += len(raw)
-    return tally, size
+            return
+        yield line, raw
