@@ -1,11 +1,12 @@
 # `make test` and `make demo` are all a newcomer needs; both may be run again and from any path.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .vllm
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 REAL = $(shell grep -rl 'pytest.mark.hub' tests --include='test_*.py')
 
-.PHONY: install test fetch real lint types demo fuzz clean
+.PHONY: install test test-vllm fetch real lint types demo fuzz clean
 
 install: $(INSTALLED)
 
@@ -24,6 +25,13 @@ fetch: $(INSTALLED)
 real: fetch
 	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --timeout 1200 -m hub $(REAL)
 
+# vLLM's CPU build in an environment of its own; minutes per family, so not part of `make test`
+$(VLLM)/.installed: tests/servers/environment.py
+	$(PYTHON) tests/servers/environment.py $(VLLM)
+
+test-vllm: $(INSTALLED) $(VLLM)/.installed
+	BTRM_VLLM=$(VLLM) OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/servers
+
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -40,4 +48,4 @@ fuzz: $(INSTALLED)
 	BTRM_FUZZ=2000 BTRM_SEED=1 $(PY) -m pytest -q tests/cli/test_cli.py -k absurd_command --timeout 7200
 
 clean:
-	rm -rf $(VENV) .real runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .real runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

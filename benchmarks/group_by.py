@@ -140,7 +140,11 @@ def _loss(rewards: PairRewards) -> float:
 def _compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """`prompt` minus `pair` over all seeds together: accuracy and its interval, loss and its interval by prompt."""
     joined = {arm: PairRewards.joined([_only(run["rewards"]) for run in runs[arm]]) for arm in ARMS}
-    out = compare(joined["prompt"], joined["pair"]).to_dict()["overall"]
+    overall = compare(joined["prompt"], joined["pair"]).to_dict()["overall"]
+    # no p-value: the pairs of several seeds are the same pairs
+    out = {
+        key: overall[key] for key in ("pairs", "first", "second", "difference", "interval", "only_first", "only_second")
+    }
     loss_P = [np.logaddexp(0.0, -joined[arm].margin_P) for arm in ARMS]
     interval = bootstrap_mean(loss_P[0] - loss_P[1], clusters(joined["prompt"].prompt_P, len(joined["prompt"])))
     out["loss_difference"] = float((loss_P[0] - loss_P[1]).mean())

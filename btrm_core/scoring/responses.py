@@ -7,6 +7,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from btrm_core.chat import ChatFormat, Conversation, EncodedResponses, spare
 from btrm_core.data import plain
 from btrm_core.errors import DataError
@@ -111,6 +113,15 @@ def rewards_of(encoded: Encoded, values: Iterator[float]) -> Rewards:
             reward, reasons[place] = None, f"the model's reward is {reward}, not a finite number"
         rewards.append(reward)
     return Rewards(tuple(rewards), tuple(reasons), bool(result.dropped_turns or result.cut_characters))
+
+
+def reward_array(rewards: Sequence[float | None]) -> np.ndarray:
+    """Return rewards as float32 [S], NaN where there is none.
+
+    Args:
+        rewards: S of them.
+    """
+    return np.array(rewards, dtype=np.float32)
 
 
 def length_limit(config: Any, tokenizer: Any) -> int:

@@ -50,6 +50,7 @@ from btrm_core.scoring.responses import (
     encoded_responses,
     length_limit,
     plain_responses,
+    reward_array,
     rewards_of,
 )
 
@@ -191,7 +192,7 @@ class Scorer:
             DataError: one cannot be scored; it says which and why.
         """
         groups = [as_responses(conversation, index) for index, conversation in enumerate(conversations)]
-        return _array([reward for scored in self._all(groups, "conversation") for reward in scored])
+        return reward_array([reward for scored in self._all(groups, "conversation") for reward in scored])
 
     def pair_rewards(
         self, prompts: Sequence[Conversation], chosen: Sequence[str], rejected: Sequence[str]
@@ -211,7 +212,7 @@ class Scorer:
                 f"{len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} rejected do not make pairs"
             )
         groups = [(p, [c, r]) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
-        return _array([reward for scored in self._all(groups, "pair") for reward in scored]).reshape(-1, 2)
+        return reward_array([reward for scored in self._all(groups, "pair") for reward in scored]).reshape(-1, 2)
 
     def group_rewards(self, groups: Sequence[Responses]) -> list[np.ndarray]:
         """Return the rewards of N responses to each prompt, one float32 array per group.
@@ -224,7 +225,7 @@ class Scorer:
         Raises:
             DataError: a response cannot be scored; `score` gives the others' rewards nevertheless.
         """
-        return [_array(scored) for scored in self._all(groups, "group")]
+        return [reward_array(scored) for scored in self._all(groups, "group")]
 
     def _all(self, groups: Sequence[Responses], noun: str) -> list[tuple[float | None, ...]]:
         results = self.score(groups)
@@ -347,7 +348,3 @@ class Scorer:
             raise CheckpointError(f"{self.directory}/btrm.json holds no self-test vectors to compare with")
         rewards_S = [self.sequence_rewards([vector["input_ids"]], [0])[0] for vector in vectors]
         return float(np.abs(np.array(rewards_S) - [vector["reward"] for vector in vectors]).max())
-
-
-def _array(rewards: Sequence[float | None]) -> np.ndarray:
-    return np.array(rewards, dtype=np.float32)
