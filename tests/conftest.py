@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("btrm", deadline=None)  # the machine may be busy
 settings.load_profile("btrm")
 
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # set by `make real` and `make test-vllm`; the first three with _MISSING and the reason where one could not be fetched
 FETCHED = {
     "tokenizers": "BTRM_REAL_TOKENIZERS",

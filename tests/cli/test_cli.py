@@ -352,7 +352,7 @@ DRY = ("train", "--family", "llama3", "--dry-run")
         ([*DRY, "--data", "a\0b"], "data.train holds a character of value 0"),
         (
             [*DRY, "--set", "data.cache_dir=/dev/null"],
-            "the system refuses '/dev/null",
+            "cannot write the data cache '/dev/null",
         ),
         (
             [*DRY, "--attention", "flash"],

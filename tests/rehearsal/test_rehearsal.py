@@ -38,11 +38,8 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     cache = request.config.cache
     library = gpu.build(place if cache is None else Path(cache.mkdir("rehearsal")), compiler)
     path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
-    chosen = (
-        "DS_ACCELERATOR",
-        "TORCHDYNAMO_DISABLE",
-        "LOCAL_RANK",
-    )  # by what ran here before, for a machine without GPU
+    # set by earlier tests of this process, for a machine without a GPU
+    chosen = ("DS_ACCELERATOR", "TORCHDYNAMO_DISABLE", "LOCAL_RANK")
     inherited = {name: value for name, value in os.environ.items() if name not in chosen}
     variables = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BTRM_CACHE": str(place / "cache")}
     command = [sys.executable, "-m", "support.rehearsal.stage", str(library), str(place), *SCENES]

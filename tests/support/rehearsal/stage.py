@@ -25,6 +25,7 @@ SECONDS = 600
 def main(library: str, directory: str, names: list[str]) -> None:
     """Run scenes one after another; each has a directory of its own beside what all share."""
     gpu.arrive(library)
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # it would look for CUDA's own libraries
     from support.rehearsal import kernels, nccl, scenes
 
     nccl.install()
