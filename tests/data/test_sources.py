@@ -193,9 +193,9 @@ def test_content_hash_follows_the_content_and_not_the_name_or_time(tmp_path):
 
 
 def test_change_of_equal_size_with_the_old_time_is_noticed(tmp_path, monkeypatch):
-    from btrm_core import files as files_module
+    from btrm_core.cache import sealed
 
-    monkeypatch.setattr(files_module, "_SETTLED_SECONDS", -1.0)  # remember the hash of a file this young
+    monkeypatch.setattr(sealed, "_SETTLED_SECONDS", -1.0)  # remember the hash of a file this young
     path = write(tmp_path / "a.jsonl", "old content")
     before = path.stat()
     first = found(path, tmp_path / "c")[0].content

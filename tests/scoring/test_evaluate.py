@@ -258,7 +258,7 @@ def killed_while_scoring(tmp_path: Path, *arguments: str) -> int:
 
 def test_a_killed_evaluation_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", pairs(1600)), tmp_path / "out.jsonl"
-    arguments = (str(model), "--data", source, "--output", str(out), "--tokens-per-batch", "512")
+    arguments = (str(model), "--data", source, "--output", str(out), "--tokens-per-batch", "64")
     number = killed_while_scoring(tmp_path, *arguments)
     assert 0 < number < 3200
     assert not list(tmp_path.glob("out.jsonl*"))
@@ -268,7 +268,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(model: Path, tmp_path: Path) -
     assert kept_files(tmp_path / "cache") == []
     rewards = read_scores(out)[0].reward_P2
     np.testing.assert_array_equal(
-        rewards, source_rewards(Scorer(str(model), tokens_per_batch=512), source).rewards.reward_P2
+        rewards, source_rewards(Scorer(str(model), tokens_per_batch=64), source).rewards.reward_P2
     )
 
 

@@ -41,7 +41,10 @@ def start(
     processes = []
     for rank in range(world):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
-        variables = {key: str(value) for key, value in {**address, **group}.items()}
+        own = {
+            "BTRM_CACHE": os.environ["BTRM_CACHE"]
+        }  # the server children come from may have been started with another
+        variables = {key: str(value) for key, value in {**own, **address, **group}.items()}
         process = _context.Process(
             target=_child, args=(variables, str(log), function, arguments, keywords), daemon=True
         )

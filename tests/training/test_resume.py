@@ -34,7 +34,8 @@ from btrm_core.training.processes.runtime import group, start
 from btrm_core.training.report import Reporter
 
 EXACT = 1e-6
-LIVES = 3
+LIVES = int(os.environ.get("BTRM_LIVES", "8"))
+"""How often a run is killed; 20 and more must also meet it while it saves."""
 MODES: dict[str, dict[str, Any]] = {
     "zero1": {},
     "zero2": {"distributed__deepspeed": "zero2"},
@@ -109,14 +110,15 @@ def test_killed_and_resumed(root: Path, tmp_path: Path, mode: str, drawn: random
     assert [row["step"] for row in metrics(output, "eval")] == [2, 4, 6, 8, 10]
 
 
-@pytest.mark.parametrize("lives", [LIVES, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, lives: int, drawn: random.Random) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, drawn: random.Random) -> None:
     """A run that saves after every step is killed again and again, most times while it saves, and always goes on."""
-    steps = 12 * lives
+    steps = 12 * LIVES
     values = {"train__max_steps": steps, "train__epochs": 100.0, "output__resume": "auto"}
     output, log = tmp_path / "run", tmp_path / "log"
     during = 0
-    for _ in range(lives):
+    for _ in range(LIVES):
         before = _newest(output)
         child = processes.start(trajectories.trajectory, root, output, log=log, **{**values, "output__save_every": 1})
         processes.until(lambda before=before: _newest(output) > before, child)
@@ -128,7 +130,7 @@ def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, lives: int, 
     found = trajectory(root, output, **values)
     assert not list((output / "resume").glob(".step-*")), "what was left half-written is removed"
     assert distance(found, trajectory(root, tmp_path / "whole", **values)) < EXACT
-    assert during or lives < 10, "no kill came during a save"
+    assert during or LIVES < 20, "no kill came during a save"
 
 
 def _newest(output: Path) -> int:

@@ -90,9 +90,7 @@ def test_other_launchers(root: Path, tmp_path: Path, launcher: tuple[str, ...]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_launcher_reaches_all(root: Path, tmp_path: Path, number: int, code: int) -> None:
     given = flags(root, tmp_path / "run", train__max_steps=100_000, train__epochs=1e5)
     command = [sys.executable, "-m", "btrm_core", "train", "--processes", "2", *given]
