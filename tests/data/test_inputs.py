@@ -66,7 +66,7 @@ def test_packed_files(tmp_path: Path, ending: str, form: str) -> None:
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("form", [".jsonl", ".json", ".csv"])
 def test_what_comes_before_a_break_is_read_and_nothing_half(tmp_path: Path, ending: str, form: str) -> None:
-    rows = [{"prompt": os.urandom(900).hex(), "chosen": "a", "rejected": "b" * (n % 7)} for n in range(2000)]
+    rows = [{"prompt": os.urandom(900).hex(), "chosen": "a", "rejected": "b" * (n % 7)} for n in range(900)]
     if form == ".csv":
         content = "prompt,chosen,rejected\n" + "".join(",".join(row.values()) + "\n" for row in rows)
     else:

@@ -55,6 +55,11 @@ def scored(environment: Environment, model: Path, source: Path) -> list[dict[str
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
+def manifest_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "model" / "btrm.json").read_text(encoding="utf-8"))
+    return found
+
+
 def test_their_own_tests_pass(environment, tmp_path):
     directories = [str(PACKAGES / f"btrm-{name}" / "tests") for name in NAMES]
     options = ["-q", "-rs", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(tmp_path)]
@@ -75,28 +80,32 @@ def test_they_are_packages_that_can_be_published(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_installed_it_trains_and_evaluates_and_uninstalled_its_models_score_the_same(name, wheels, tmp_path):
-    environment, output = Environment(tmp_path / "environment"), tmp_path / "run"
-    environment.install(wheels[name])
-    assert listed(environment)[name] == f"{NAMES[name]} ok"
-    done = environment.btrm("train", "--family", name, "--max-steps", "2", "--output", str(output))
-    assert f"family {name} ({NAMES[name]})" in " ".join((done_well(done) + done.stderr).split())
-    manifest = json.loads((output / "model" / "btrm.json").read_text(encoding="utf-8"))
-    assert (manifest["family"], manifest["origin"]) == (name, NAMES[name])
-    assert (manifest["terminal_token"], manifest["pad_token"]) == TOKENS[name]
-    assert manifest["answers"] == dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), f"family {name}")
-    evaluated = json.loads(done_well(environment.btrm("eval", str(output), "--data", str(SAMPLE), "--json")))
-    assert evaluated["evaluations"][0]["accuracy"]["pairs"] == 131
+def test_installed_they_train_and_evaluate_and_uninstalled_their_models_score_the_same(wheels, tmp_path):
+    environment = Environment(tmp_path / "environment")
+    environment.install(*wheels.values())
+    assert {name: listed(environment)[name] for name in NAMES} == {name: f"{NAMES[name]} ok" for name in NAMES}
+    for name in NAMES:
+        done = environment.btrm("train", "--family", name, "--max-steps", "2", "--output", str(tmp_path / name))
+        assert f"family {name} ({NAMES[name]})" in " ".join((done_well(done) + done.stderr).split())
+        manifest = manifest_of(tmp_path / name)
+        assert (manifest["family"], manifest["origin"]) == (name, NAMES[name])
+        assert (manifest["terminal_token"], manifest["pad_token"]) == TOKENS[name]
+        assert manifest["answers"] == dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), f"family {name}")
+    models = [str(tmp_path / name) for name in NAMES]
+    evaluated = json.loads(done_well(environment.btrm("eval", *models, "--data", str(SAMPLE), "--json")))
+    assert [one["accuracy"]["pairs"] for one in evaluated["evaluations"]] == [131, 131]
 
-    environment.uninstall(f"btrm-{name}")
-    assert name not in listed(environment)
-    gone = environment.btrm("families", name)
-    assert (gone.returncode, gone.stderr.startswith(f"btrm: unknown family '{name}'.")) == (2, True)
+    environment.uninstall(*(f"btrm-{name}" for name in NAMES))
+    assert not listed(environment).keys() & NAMES.keys()
+    gone = environment.btrm("families", "phi3")
+    assert (gone.returncode, gone.stderr.startswith("btrm: unknown family 'phi3'.")) == (2, True)
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
-    after = [line[key] for line in scored(environment, output, source) for key in ("chosen_reward", "rejected_reward")]
-    assert after == pytest.approx([vector["reward"] for vector in manifest["self_test"]], abs=1e-5)
+    for name in NAMES:
+        lines = scored(environment, tmp_path / name, source)
+        after = [line[key] for line in lines for key in ("chosen_reward", "rejected_reward")]
+        expected = [vector["reward"] for vector in manifest_of(tmp_path / name)["self_test"]]
+        assert after == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.hub("model")
@@ -127,7 +136,7 @@ def test_smollm2_with_its_real_weights(environment, real_model, tmp_path):
     output = tmp_path / "run"
     train = ["train", "--model", str(real_model), "--data", str(source), "--output", str(output), *settings]
     done_well(environment.btrm(*train))
-    manifest = json.loads((output / "model" / "btrm.json").read_text(encoding="utf-8"))
+    manifest = manifest_of(output)
     assert (manifest["family"], manifest["origin"], manifest["pad_token_id"]) == ("smollm2", NAMES["smollm2"], 0)
     lines = scored(environment, output, source)
     assert len(lines) == 40

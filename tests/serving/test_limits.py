@@ -226,7 +226,7 @@ def queue_of(url: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith("btrm_queue_tokens "))
 
 
-SOAK_SECONDS = float(os.environ.get("BTRM_SOAK_SECONDS", "12"))
+SOAK_SECONDS = float(os.environ.get("BTRM_SOAK_SECONDS", "6"))
 
 
 def resident(pid: int) -> int:

@@ -34,7 +34,7 @@ from btrm_core.training.processes.runtime import group, start
 from btrm_core.training.report import Reporter
 
 EXACT = 1e-6
-LIVES = int(os.environ.get("BTRM_LIVES", "8"))
+LIVES = int(os.environ.get("BTRM_LIVES", "5"))
 """How often a run is killed; 20 and more must also meet it while it saves."""
 MODES: dict[str, dict[str, Any]] = {
     "zero1": {},

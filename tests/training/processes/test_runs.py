@@ -67,7 +67,6 @@ def test_btrm_starts_processes_itself(root: Path, tmp_path: Path) -> None:
     assert "2 x CPU" in done.stderr
 
 
-TORCHRUN = ("torchrun", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port={port}", "-m", "btrm_core")
 ACCELERATE = (
     *("accelerate", "launch", "--use_deepspeed", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
     *("--dynamo_backend=no", "--main_process_port=0", "-m", "btrm_core"),
@@ -76,7 +75,7 @@ DEEPSPEED = ("deepspeed", "--num_gpus=2", "--master_port={port}", "--module", "b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE, DEEPSPEED], ids=lambda command: command[0])
+@pytest.mark.parametrize("launcher", [ACCELERATE, DEEPSPEED], ids=lambda command: command[0])
 def test_other_launchers(root: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
     port = processes.free_port()
     program, *options = (part.format(port=port) for part in launcher)
