@@ -50,7 +50,7 @@ def listed(environment: Environment) -> dict[str, str]:
 
 def scored(environment: Environment, model: Path, source: Path) -> list[dict[str, Any]]:
     """The lines that `btrm score` writes for an input file."""
-    output = source.with_suffix(".scored.jsonl")
+    output = source.with_name(f"{model.name}.scored.jsonl")
     done_well(environment.btrm("score", str(model), str(source), "-o", str(output)))
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
