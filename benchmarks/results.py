@@ -61,6 +61,7 @@ ARM: dict[str, dict[str, Any]] = {
         "tokens_computed": int,
         "computed_per_trie_token": float,
     },
+    "serve_load": {"rows_per_second": dict, "cpu_seconds": dict},
     "score_best_of_n": {"seconds": dict, "cpu_seconds": dict, "tokens_computed": int},
     "quality_vs_trl": {
         "accuracy": float,
@@ -85,8 +86,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def header(benchmark: str, name: str, settings: Settings, commit: dict[str, Any]) -> dict[str, Any]:
+def header(benchmark: str, name: str, settings: Settings | dict[str, Any], commit: dict[str, Any]) -> dict[str, Any]:
     """The part of a result that says what was run, on what, at which commit."""
+    config = settings if isinstance(settings, dict) else asdict(settings)
     return {
         "schema": SCHEMA,
         "benchmark": benchmark,
@@ -94,12 +96,12 @@ def header(benchmark: str, name: str, settings: Settings, commit: dict[str, Any]
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **commit,
         "command": environment.command_line(),
-        "hardware": environment.hardware(settings.device),
+        "hardware": environment.hardware(config["device"]),
         "versions": environment.versions(),
         "config": {
-            **asdict(settings),
-            "model": environment.named(settings.model),
-            "data": [environment.named(source) for source in settings.data],
+            **config,
+            "model": environment.named(config["model"]),
+            "data": [environment.named(source) for source in config.get("data", ())],
         },
         "notes": [],
     }

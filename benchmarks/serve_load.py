@@ -1,14 +1,12 @@
 """How fast `btrm serve` answers many clients, beside scoring the same rows offline and asking one at a time.
 
 Starts a real server on loopback and asks it over HTTP with one conversation a request, as trainers do. The three ways
-take turns, several rounds of each, so that what else the machine does falls on all of them. Prints one JSON object:
-medians over the rounds with their smallest and largest, in rows per second and in CPU seconds, and p50 and p99 of the
-answers.
+take turns, several rounds of each, so that what else the machine does falls on all of them.
 
 The device, the server's HTTP and the load generator are threads of one machine. With OMP_NUM_THREADS=1 a CPU is a
 device of one core, and the rest needs a core of its own, as beside a GPU.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.serve_load MODEL --name NAME --prompts 32 --responses 16 --clients 64
+    OMP_NUM_THREADS=1 python -m benchmarks.serve_load MODEL --name serve-load
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
+from benchmarks import environment, results
 from btrm_core.scoring import Scorer
 
 WORDS = "river stone market letter winter garden window music engine paper silver mountain answer question".split()
@@ -108,110 +106,105 @@ class Server:
         self.process.wait(60)
 
 
-@dataclass
-class Figures:
-    """What the rounds gave, a list for each name."""
-
-    values: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, **values: float) -> None:
-        """Note the figures of a round."""
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Median, smallest and largest of each."""
-        return {
-            name: {"median": _rounded(np.median(v)), "min": _rounded(min(v)), "max": _rounded(max(v))}
-            for name, v in self.values.items()
-        }
-
-
-def _rounded(value: Any) -> float:
-    return float(f"{float(value):.4g}")
-
-
-def one_round(scorer: Scorer, server: Server, rows: Rows, options: argparse.Namespace, figures: Figures) -> float:
-    """Offline, served and one at a time, once each; returns the largest difference of a reward."""
+def one_round(scorer: Scorer, server: Server, rows: Rows, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Offline, served and one at a time, once each; what each took, and the largest difference of a reward."""
     bodies = [json.dumps({"items": [{"messages": row}]}).encode() for row in rows]
     some = bodies[: max(options.responses, len(bodies) // 8)]
     since, cpu, tokens = time.perf_counter(), time.process_time(), scorer.tokens.computed
     expected = scorer.rewards(rows)
-    offline = time.perf_counter() - since
-    figures.add(
-        offline_rows_per_second=len(rows) / offline,
-        offline_cpu_seconds=time.process_time() - cpu,
-        offline_model_tokens=scorer.tokens.computed - tokens,
-    )
-    names = {"served_model_tokens": "btrm_model_tokens_total", "served_batches": "btrm_compute_seconds_count",
-             "served_device_seconds": "btrm_compute_seconds_sum"}  # fmt: skip
-    counted = {name: server.counted(metric) for name, metric in names.items()}
+    offline = {
+        "rows_per_second": len(rows) / (time.perf_counter() - since),
+        "cpu_seconds": time.process_time() - cpu,
+        "tokens_computed": scorer.tokens.computed - tokens,
+    }
+    counters = {"tokens_computed": "btrm_model_tokens_total", "batches": "btrm_compute_seconds_count",
+                "device_seconds": "btrm_compute_seconds_sum"}  # fmt: skip
+    before = {name: server.counted(metric) for name, metric in counters.items()}
     server_cpu, cpu = server.cpu_seconds(), time.process_time()
     seconds, times, rewards = asyncio.run(load(server.port, bodies, options.clients))
-    client_cpu, server_cpu = time.process_time() - cpu, server.cpu_seconds() - server_cpu
-    served = len(rows) / seconds
-    figures.add(**{name: server.counted(metric) - counted[name] for name, metric in names.items()})
-    alone_seconds, _, _ = asyncio.run(load(server.port, some, 1))
-    alone = len(some) / alone_seconds
-    figures.add(
-        served_rows_per_second=served,
-        served_cpu_seconds=server_cpu,
-        load_generator_cpu_seconds=client_cpu,
-        one_at_a_time_rows_per_second=alone,
-        served_to_offline=served * offline / len(rows),
-        served_to_one_at_a_time=served / alone,
-        p50_seconds=float(np.percentile(times, 50)),
-        p99_seconds=float(np.percentile(times, 99)),
-    )
-    return float(np.abs(np.array(rewards) - expected).max())
+    served = {
+        "rows_per_second": len(rows) / seconds,
+        "cpu_seconds": server.cpu_seconds() - server_cpu,
+        "load_generator_cpu_seconds": time.process_time() - cpu,
+        "p50_seconds": float(np.percentile(times, 50)),
+        "p99_seconds": float(np.percentile(times, 99)),
+        "largest_difference": float(np.abs(np.array(rewards) - expected).max()),
+        **{name: server.counted(metric) - before[name] for name, metric in counters.items()},
+    }
+    server_cpu = server.cpu_seconds()
+    seconds, _, _ = asyncio.run(load(server.port, some, 1))
+    alone = {"rows_per_second": len(some) / seconds, "cpu_seconds": server.cpu_seconds() - server_cpu}
+    return {"offline": offline, "served": served, "one-at-a-time": alone}
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
-    rows = workload(options.prompts, options.responses, options.prompt_words, options.response_words)
-    scorer = Scorer(options.model, dtype=options.dtype)
-    server, figures, off = Server(options.model, ["--dtype", options.dtype]), Figures(), 0.0
+def measure(scorer: Scorer, rows: Rows, options: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
+    """Every round's figures, after one that warms both up."""
+    server = Server(options.model, ["--dtype", options.dtype])
     try:
-        one_round(scorer, server, rows, options, Figures())  # warms both up
-        for _ in range(options.rounds):
-            off = max(off, one_round(scorer, server, rows, options, figures))
+        one_round(scorer, server, rows, options)
+        return [one_round(scorer, server, rows, options) for _ in range(options.rounds)]
     finally:
         server.stop()
-    return {
-        "benchmark": "serve_load",
-        "model": Path(options.model).name,
-        "rows": len(rows),
-        "clients": options.clients,
-        "responses_per_prompt": options.responses,
-        "rounds": options.rounds,
-        "device": str(scorer.device),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
-        "cores": os.cpu_count(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "parameters": sum(p.numel() for p in scorer.model.parameters()),
-        **figures.summary(),
-        "largest_difference": off,
+
+
+def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """The spread of every arm's figures, and of the served rows per second over those of the other arms."""
+    arms = {
+        name: {key: results.spread([one[name][key] for one in rounds]) for key in first}
+        for name, first in rounds[0].items()
     }
+    rate = {name: [one[name]["rows_per_second"] for one in rounds] for name in arms}
+    over = {
+        name: results.spread([served / other for served, other in zip(rate["served"], rate[name], strict=True)])
+        for name in ("offline", "one-at-a-time")
+    }
+    return {"arms": arms, "comparisons": {"served_over": over}}
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--responses", type=int, default=16)
-    parser.add_argument("--prompt-words", type=int, default=120)
-    parser.add_argument("--response-words", type=int, default=20)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--name", help="write the figures to benchmarks/results/NAME.json too")
-    options = parser.parse_args()
-    text = json.dumps(measure(options), indent=2)
-    if options.name:
-        (Path(__file__).parent / "results" / f"{options.name}.json").write_text(text + "\n")
-    print(text)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.split("\n")[0])
+    out.add_argument("model", help="a finished model directory")
+    out.add_argument("--name", required=True, help="name of the result: benchmarks/results/<name>.json")
+    out.add_argument("--prompts", type=int, default=32)
+    out.add_argument("--responses", type=int, default=16, help="to each prompt")
+    out.add_argument("--prompt-words", type=int, default=120)
+    out.add_argument("--response-words", type=int, default=20)
+    out.add_argument("--clients", type=int, default=64)
+    out.add_argument("--rounds", type=int, default=5)
+    out.add_argument("--dtype", default="auto")
+    out.add_argument("--output", type=Path, default=results.RESULTS)
+    out.add_argument("--allow-dirty", action="store_true", help="measure code that is not committed; marks the result")
+    out.add_argument("--note", action="append", default=[], help="a sentence to print under the table")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write, print; returns an exit code."""
+    options = parser().parse_args(argv)
+    try:
+        commit = environment.require_clean(options.allow_dirty)
+    except environment.DirtyTreeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = workload(options.prompts, options.responses, options.prompt_words, options.response_words)
+    scorer = Scorer(options.model, dtype=options.dtype)
+    settings = {key: value for key, value in vars(options).items() if key not in ("output", "allow_dirty", "note")}
+    settings |= {"threads": int(os.environ.get("OMP_NUM_THREADS", "0")), "device": str(scorer.device)}
+    result = results.header("serve_load", options.name, settings, commit)
+    layers = scorer.model.base_model.config.get_text_config().num_hidden_layers
+    result["workload"] = {
+        "rows": len(rows),
+        "layers": layers,
+        "parameters": sum(p.numel() for p in scorer.model.parameters()),
+    }
+    result.update(summarise(measure(scorer, rows, options)), notes=options.note, load_average=os.getloadavg()[0])
+    results.write(result, options.output)
+    from benchmarks.table import render
+
+    print(render([result]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -20,6 +20,7 @@ def render(found: list[dict[str, Any]]) -> str:
         "train_throughput": _training,
         "score_throughput": _windows,
         "score_best_of_n": _scoring,
+        "serve_load": _serving,
         "quality_vs_trl": _quality,
     }
     return "\n\n".join(makers[result["benchmark"]](result) for result in found)
@@ -128,6 +129,23 @@ def _scoring(result: dict[str, Any]) -> str:
         + f"\n\nLargest difference of a reward: {result['largest_difference']:.1e}."
         + _notes(result)
     )
+
+
+def _serving(result: dict[str, Any]) -> str:
+    config, work, over = result["config"], result["workload"], result["comparisons"]["served_over"]
+    served = result["arms"]["served"]
+    head = (
+        f"### {result['name']}\n\n{config['model']}, {work['layers']} layers, {config['dtype']}; {config['prompts']} "
+        f"prompts, {config['responses']} responses to each, one a request, from {config['clients']} clients; "
+        f"{config['rounds']} rounds; {_where(result)}\n\n"
+    )
+    rows = [["arm", "rows/s", "CPU s", "served is faster"], ["---", "--:", "--:", "--:"]]
+    for name, arm in result["arms"].items():
+        faster = _spread(over[name], 2) if name in over else ""
+        rows.append([name, _spread(arm["rows_per_second"], 1), _spread(arm["cpu_seconds"], 2), faster])
+    times = {key: _spread(served[f"{key}_seconds"], 2) for key in ("p50", "p99")}
+    text = f"\n\nAn answer took {times['p50']} s (p50), {times['p99']} s (p99). Largest difference of a reward: "
+    return head + _table(rows) + text + f"{served['largest_difference']['max']:.1e}." + _notes(result)
 
 
 def _quality(result: dict[str, Any]) -> str:

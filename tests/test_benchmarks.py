@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import environment, harness, quality_vs_trl, results, table
+from benchmarks import environment, harness, quality_vs_trl, results, serve_load, table
 from benchmarks.gate import Gate
 from benchmarks.harness import ArmRun
 from benchmarks.quality_arms import TRL_BATCH, Experiment, btrm_command, freeze, trl_arguments
@@ -405,3 +405,26 @@ def test_quality_is_judged_per_seed_and_pooled(tmp_path: Path, monkeypatch: pyte
     assert "0.750, 0.700" in text
     assert "btrm minus TRL: +0.100 (" in text
     assert "2.00 times as fast" in text
+
+
+def test_a_server_is_compared_round_by_round() -> None:
+    served = {"p50_seconds": 0.5, "p99_seconds": 0.9, "largest_difference": 1e-7, "cpu_seconds": 1.0}
+    rounds = [
+        {
+            "offline": {"rows_per_second": 10.0 * k, "cpu_seconds": 1.0},
+            "served": {"rows_per_second": 9.0 * k, **served},
+            "one-at-a-time": {"rows_per_second": 1.5, "cpu_seconds": 2.0},
+        }
+        for k in (1.0, 2.0, 1.0)
+    ]
+    keys = ("prompts", "responses", "clients", "rounds", "threads")
+    settings = {"model": "/nowhere/tiny", "device": "cpu", "dtype": "auto", **dict.fromkeys(keys, 2)}
+    result = results.header("serve_load", "serve", settings, {"commit": "a" * 40, "dirty": False})
+    result.update(serve_load.summarise(rounds), workload={"layers": 1})
+    results.check(result)
+    text = table.render([result])
+    assert "| served | 9.0 (9.0 to 18.0) | 1.00 |  |" in text
+    assert "| offline | 10.0 (10.0 to 20.0) | 1.00 | 0.90 |" in text
+    assert "| one-at-a-time | 1.5 | 2.00 | 6.00 (6.00 to 12.00) |" in text
+    assert "0.50 s (p50), 0.90 s (p99)" in text
+    assert "nowhere" not in json.dumps(result["config"])
