@@ -217,6 +217,13 @@ def test_what_is_switched_off_or_left_open_is_nothing(tmp_path):
     assert config["gradient_clipping"] == 1.0
 
 
+def test_a_second_partition_of_the_weights_divides_the_processes(tmp_path):
+    hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    assert made(tmp_path, hpz, world=8)["zero_optimization"]["zero_hpz_partition_size"] == 4
+    with pytest.raises(ConfigError, match=r"zero_hpz_partition_size = 4 with 2 process\(es\): expected a number that"):
+        made(tmp_path, hpz, world=2)
+
+
 def test_what_a_run_needs_is_there_whatever_the_file_says(tmp_path):
     """Without them the model could not be saved at the end, a resumed run would be rounded, and no norm reported."""
     needed = ("stage3_gather_16bit_weights_on_model_save", "load_from_fp32_weights", "compute_grad_norm")

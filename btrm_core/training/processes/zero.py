@@ -96,6 +96,12 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         merged["zero_allow_untested_optimizer"] = True
     if name not in PRESETS:
         accepted(merged, name)
+        copies = merged["zero_optimization"].get("zero_hpz_partition_size", 1)
+        if world % max(copies, 1):
+            raise ConfigError(
+                f"{name}: zero_optimization.zero_hpz_partition_size = {copies} with {world} process(es): expected a "
+                "number that divides them, such as the GPUs of one machine"
+            )
     return merged
 
 

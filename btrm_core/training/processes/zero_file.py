@@ -95,7 +95,6 @@ NOT_WITH_BTRM = {
     "zero_optimization.mics_shard_size": "MiCS is another engine",
     "zero_optimization.offload_optimizer.super_offload": "its optimizer is another one",
     "zero_optimization.zenflow": "it updates weights by old gradients",
-    "zero_optimization.zero_hpz_partition_size": "its second copy of the weights is untried with packed rows",
     "zero_optimization.zero_quantized_gradients": "gradients would be rounded to a few bits on the way",
     "zero_optimization.zero_quantized_nontrainable_weights": "weights would be rounded to a few bits",
     "zero_optimization.zero_quantized_weights": "weights would be rounded to a few bits on the way",
