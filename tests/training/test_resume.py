@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ from support import processes, trajectories
 from support.trajectories import Trajectory, distance, metrics, read, trajectory
 
 from btrm_core import files
+from btrm_core import run as run_module
 from btrm_core.config import read_settings
 from btrm_core.errors import CheckpointError, DataError
+from btrm_core.signals import Stopped
 from btrm_core.training import report, resume
 from btrm_core.training.processes.runtime import group, start
 from btrm_core.training.report import Reporter
 
 EXACT = 1e-6
+SEAMS = import_module("btrm_core.training.seams")
 LIVES = int(os.environ.get("BTRM_LIVES", "8"))
 """How often a run is killed; 20 and more must also meet it while it saves."""
 MODES: dict[str, dict[str, Any]] = {
@@ -155,6 +159,52 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert "Traceback" not in said
     found = trajectory(root, output, **values, output__resume="auto")
     assert distance(found, whole) < EXACT
+
+
+@pytest.mark.parametrize("every", [3, 1000])
+def test_asked_to_stop_while_it_evaluates_a_run_saves_first(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Trajectory, every: int
+) -> None:
+    """Also in the evaluation after the last step (1000), when there is no model yet."""
+    output, rewards = tmp_path / "run", SEAMS.pair_rewards
+
+    def signalled(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return rewards(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SEAMS, "pair_rewards", signalled)
+        outcome = trajectories.train(root, output, output__eval_every=every)
+    step = min(every, trajectories.STEPS)
+    assert (outcome.directory, outcome.progress.step, outcome.exit_code) == (None, step, 143)
+    assert [path.name for path in resume.complete(output / "resume")] == [f"step-{step:08d}"]
+    assert metrics(output, "eval") == []
+    assert distance(trajectory(root, output, output__eval_every=every, output__resume="auto"), whole) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "code"), [(signal.SIGTERM, Stopped, 143), (signal.SIGINT, KeyboardInterrupt, None)]
+)
+def test_before_the_first_step_a_signal_stops_at_once(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    error: type[BaseException],
+    code: int | None,
+) -> None:
+    """There is nothing to save yet, and loading a large model takes minutes."""
+    build = run_module.build_model
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return build(*arguments)
+
+    monkeypatch.setattr(run_module, "build_model", signalled)
+    with pytest.raises(error) as caught:
+        trajectories.train(root, tmp_path / "run")
+    assert getattr(caught.value, "code", None) == code
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
 def signalled(root: str, output: str, values: dict[str, Any], number: int) -> None:
