@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import tqdm.std
+from safetensors.torch import load_file
 from support import processes, trajectories
 from support.trajectories import Trajectory, distance, metrics, read, trajectory
 
@@ -480,6 +481,26 @@ def test_every_kind_of_damage(root: Path, stopped: Path, capsys: pytest.CaptureF
 def test_nothing_to_resume_begins_anew(root: Path, tmp_path: Path, whole: Trajectory) -> None:
     found = trajectory(root, tmp_path, output__resume="auto", output__eval_every=2)
     assert distance(found, whole) == 0
+
+
+def test_figures_that_find_no_room_end_no_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whole: Trajectory
+) -> None:
+    """A full disk, and a tracker whose server is gone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", gone)
+    outcome = trajectories.train(root, tmp_path / "run", output__eval_every=2)
+    assert outcome.directory is not None
+    found = load_file(outcome.directory / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in whole.weights.items())
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl: figures are lost from now on ([Errno 28] No space left on device)") == 1
+    assert said.count("--report-to none: figures are lost from now on (the server is gone); training goes on") == 1
 
 
 def test_rewind_drops_what_is_done_again(tmp_path: Path) -> None:

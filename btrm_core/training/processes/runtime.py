@@ -106,6 +106,8 @@ def group(config: RunConfig) -> Iterator[None]:
     """
     if launcher := os.environ.get(LAUNCHER):
         end_with(int(launcher))
+    elif os.environ.get("TORCHELASTIC_RUN_ID"):  # torchrun or accelerate: when its agent is killed, as well
+        end_with(os.getppid())
     quiet()
     join(config.distributed.join_seconds)
     with shared(torch.distributed.get_world_size()):
