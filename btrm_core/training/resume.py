@@ -183,9 +183,11 @@ def find(resume: str, directory: Path, runtime: Runtime) -> Path | None:
         if there:
             raise CheckpointError(f"every checkpoint in {directory} is damaged; without --resume training begins anew")
         return None
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not (path / COMPLETE).exists():
-        raise CheckpointError(f"--resume {resume}: there is no complete checkpoint (no file {COMPLETE} in it)")
+        near = [step for place in (path, path / "resume", directory) for step in complete(place)[-1:]]
+        told = f"did you mean {near[0]}?" if near else f"--resume alone takes the newest in {directory}"
+        raise CheckpointError(f"--resume {resume}: there is no complete checkpoint (no file {COMPLETE} in it); {told}")
     damage = damaged(path, runtime)
     if damage is not None:
         raise CheckpointError(damage)
@@ -203,7 +205,7 @@ def damaged(path: Path, runtime: Runtime) -> str | None:
         text = (path / RECORD).read_text(encoding="utf-8")
         written = json.loads(text)["files"]
         recorded = (path / COMPLETE).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"the checkpoint {path} is damaged: {RECORD} cannot be read ({error})"
     if recorded and recorded != hashlib.sha256(text.encode()).hexdigest():  # it was empty in earlier versions
         return f"the checkpoint {path} is damaged: the content of {RECORD} has changed since it was written"

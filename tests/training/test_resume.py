@@ -464,18 +464,19 @@ def test_every_kind_of_damage(root: Path, stopped: Path, capsys: pytest.CaptureF
         )
         state.unlink()
         assert resume.damaged(newest, runtime) == f"the checkpoint {newest} is damaged: {name} is missing"
-        (newest / "trainer.json").write_text('{"progress": ')
-        assert str(resume.damaged(newest, runtime)).startswith(
-            f"the checkpoint {newest} is damaged: trainer.json cannot be read ("
-        )
+        for half in ('{"progress": ', "[]", '{"files": {}}'):
+            (newest / "trainer.json").write_text(half)
+            told = f"the checkpoint {newest} is damaged: (trainer.json cannot be read|the content of trainer.json has)"
+            assert re.match(told, str(resume.damaged(newest, runtime))), half
         assert resume.damaged(older, runtime) is None
         (older / "model" / "btrm.json").unlink()
         capsys.readouterr()
         with pytest.raises(CheckpointError, match=r"every checkpoint in .*resume is damaged; without --resume"):
             resume.find("latest-good", stopped / "resume", runtime)
         assert capsys.readouterr().err.count("looking at the one before") == 2
-        with pytest.raises(CheckpointError, match="there is no complete checkpoint"):
-            resume.find(str(stopped), stopped / "resume", runtime)
+        for path in (stopped, stopped / "resume", Path("latest")):
+            with pytest.raises(CheckpointError, match=rf"no complete checkpoint .*; did you mean {newest}\?"):
+                resume.find(str(path), stopped / "resume", runtime)
 
 
 def test_nothing_to_resume_begins_anew(root: Path, tmp_path: Path, whole: Trajectory) -> None:
