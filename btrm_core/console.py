@@ -76,7 +76,39 @@ def tell(text: str) -> None:
     """
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a terminal that was closed, a reader that has gone
+        tqdm.write(text, file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Print a result of finished work to standard output; the work stays done where nobody reads it any more.
+
+    Args:
+        text: one or more lines.
+    """
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
+class _Heard:
+    """A stream to which a bar is written, also where nobody listens any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 class LongWork:
@@ -200,7 +232,7 @@ class LongWork:
             leave=self.stays,
             delay=0 if self.stays else BAR_EVERY,
             dynamic_ncols=True,
-            file=self._stream,
+            file=_Heard(self._stream),
             bar_format=count if self.total is not None else "{desc} [{elapsed}{postfix}]",
         )
 

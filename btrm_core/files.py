@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,10 @@ AGAIN_SECONDS = 10.0
 """Between two tries to write to a full disk."""
 
 
+LOST = (errno.EIO, errno.ESTALE, errno.EROFS, *FULL)
+"""What says that something was not written; other errors say that a file system cannot do what it was asked."""
+
+
 FULL_TEXTS = (*(f"(os error {number})" for number in FULL), "No space left", "enforce fail at inline_container.cc")
 
 
@@ -81,7 +86,7 @@ def whole_directory(target: Path, keep: Callable[[Path], bool] | None = None) ->
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=BUILDING))
     try:
         with only_user(staging):
-            staging.chmod(0o755)
+            _allow(staging, 0o755)
             yield staging
             publish(staging, target, keep)
     finally:
@@ -124,8 +129,7 @@ def publish(staging: Path, target: Path, keep: Callable[[Path], bool] | None = N
     target = _place_of_directory(target)
     for path in sorted(staging.rglob("*")):
         if path.is_file():
-            with contextlib.suppress(PermissionError):  # some network file systems own all files themselves
-                path.chmod(0o644)  # safetensors leaves its files readable by their owner alone
+            _allow(path, 0o644)  # safetensors leaves its files readable by their owner alone
         if path.is_file() or path.is_dir():
             _fsync(path)
     _fsync(staging)
@@ -206,19 +210,48 @@ def _too_large(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.EFBIG or f"(os error {errno.EFBIG})" in str(error)
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _allow(path: Path, mode: int) -> None:
+    """Let others read a file or directory, where the file system has such modes; some own all files themselves."""
     try:
-        os.fsync(handle)
+        path.chmod(mode)
     except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
-            raise  # directories cannot be flushed everywhere, and then need not be
+        if error.errno in LOST:
+            raise
+
+
+def _fsync(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # it may be written and not read
+            return
+        raise
+    try:
+        flush_handle(handle)
     finally:
         os.close(handle)
 
 
+def flush_handle(handle: int) -> None:
+    """Flush an open file to disk where that can be done; a file system that cannot says EINVAL, ENOSYS and the like.
+
+    Args:
+        handle: its descriptor.
+
+    Raises:
+        OSError: what was written is lost, or may be.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in LOST:
+            raise
+
+
 def probe(directory: Path) -> int:
     """Find out whether a directory can be written to the end, and return the free bytes of its disk.
+
+    A file system that does not say how large it is (some behind FUSE) counts as endless.
 
     Args:
         directory: It must exist; a file is written there for a moment.
@@ -230,11 +263,14 @@ def probe(directory: Path) -> int:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=PROBE) as file:
             file.write(b"btrm")
             file.flush()
-            os.fsync(file.fileno())
-        found = os.statvfs(directory)
+            flush_handle(file.fileno())
     except OSError as error:
         raise CheckpointError(f"cannot write to the output directory {directory}: {error.strerror}") from error
-    return found.f_bavail * found.f_frsize
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return sys.maxsize
+    return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
 
 
 def until_there_is_room(write: Callable[[], None], seconds: float, give_up: Callable[[], bool]) -> Iterator[str]:

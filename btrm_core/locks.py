@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF)
+HELD = (errno.EWOULDBLOCK, errno.EACCES)
+"""What says that another holds a lock; all else (ENOLCK, ENOSYS, EINVAL, EIO, ...) that there are none to be had."""
 STALE_SECONDS = 24 * 3600.0
 """Where there are no locks: what nobody has touched for so long is in use no more."""
 
@@ -107,7 +108,5 @@ def _locked(handle: int, how: int) -> bool | None:
     try:
         fcntl.flock(handle, how)
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            return None
-        return False
+        return False if error.errno in HELD else None
     return True

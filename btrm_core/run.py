@@ -12,12 +12,15 @@ from pathlib import Path
 
 from btrm_core.config import keeps_best
 from btrm_core.console import say
+from btrm_core.errors import CheckpointError
 from btrm_core.evaluation import badness
-from btrm_core.files import disk_is_full, explained, output_lock, probe, publish
+from btrm_core.files import disk_is_full, explained, output_lock, probe
 from btrm_core.hub import prepare_upload
 from btrm_core.model import build_model, is_finished, read_manifest, refuse_overwrite
 from btrm_core.settings import RunConfig
+from btrm_core.signals import stopping_at_once
 from btrm_core.training import (
+    AskedToStop,
     Data,
     Job,
     Outcome,
@@ -39,9 +42,11 @@ from btrm_core.training import (
     introduce,
     load_data,
     plan_of_epoch,
+    publish_best,
     resume,
     save_run,
     seams,
+    settings_changed,
     start_engine,
     trackers,
     usable_form,
@@ -70,12 +75,12 @@ def train(config: RunConfig) -> Outcome:
     Raises:
         BtrmError: a subclass says what the user can put right; no half-written model is left.
     """
-    with group(config):  # processes: they find each other, and a failure of one ends all
+    # until the first step a signal stops at once: nothing is there yet that could be saved
+    with stopping_at_once(), group(config):  # processes: they find each other, and a failure of one ends all
         job = choose(config)  # families, chat: who answers; the settings resolved
         with (
             claim_output(job) as output,
             start(job.config, trackers(job.config.output.report_to), str(output)) as runtime,
-            Interrupt() as interrupt,
         ):
             agree(runtime, software(job.config, job.family))  # all machines have the same versions and settings
             check_output(job, runtime)
@@ -93,8 +98,9 @@ def train(config: RunConfig) -> Outcome:
                     session = Session(job, runtime, data, engine, form, epoch, schedule, reporter)
                     introduce(session)
                     progress = begin(session, head_is_new)  # a checkpoint, or the first loss of a new head
-                    progress = fit(session, progress, seams(session, interrupt))
-                    return finish(session, progress, interrupt)
+                    with Interrupt() as interrupt:  # from here on a signal saves first
+                        progress = fit(session, progress, seams(session, interrupt))
+                        return finish(session, progress, interrupt)
 
 
 @contextlib.contextmanager
@@ -122,6 +128,10 @@ def claim_output(job: Job) -> Iterator[Path]:
             raise
 
 
+LENGTH = ("epochs", "max_steps", "pairs_per_step", "early_stopping")
+"""Settings of training that say how long a run is: with others it goes on."""
+
+
 def finished_before(job: Job, data: Data, runtime: Runtime) -> Outcome | None:
     """What a run that is to be resumed has left, if it is done: same data, same length, its model in place.
 
@@ -132,14 +142,28 @@ def finished_before(job: Job, data: Data, runtime: Runtime) -> Outcome | None:
 
     Returns:
         The outcome of the finished run; None if there is something left to do.
+
+    Raises:
+        CheckpointError: the model that is there is of other data or settings, and would be replaced from the beginning.
     """
-    made = read_manifest(job.output / "model") if job.config.output.resume != "no" and runtime.is_main else {}
+    output, there = job.config.output, job.output / "model"
+    made = read_manifest(there) if output.resume != "no" and runtime.is_main else {}
     settings, training = made.get("config", {}), made.get("training", {})
+    others = settings_changed(settings, job.config) if made else []
+    if made and made.get("data", {}).get("fingerprint") != data.report["fingerprint"]:
+        others.insert(0, "the training data is another")
     now = job.config.train
-    same = made.get("data", {}).get("fingerprint") == data.report["fingerprint"] and all(
-        settings.get(f"train.{name}") == getattr(now, name) for name in ("epochs", "max_steps", "pairs_per_step")
-    )
-    if not runtime.any(bool(made) and same and training.get("finished", False)):
+    done = training.get("finished", False) and all(settings.get(f"train.{k}") == getattr(now, k) for k in LENGTH)
+    if (
+        others
+        and (done or not resume.complete(job.output / "resume"))
+        and not (output.overwrite or output.force_resume)
+    ):
+        raise CheckpointError(
+            f"--resume: the model in {there} was made otherwise ({'; '.join(others)}); use the data and settings of "
+            "before, choose another --output, or begin anew with --overwrite"
+        )
+    if not runtime.any(done and not others):
         return None
     say(runtime, f"this run is finished ({training.get('steps')} steps); --epochs N or --max-steps N makes it longer")
     progress = Progress(step=training.get("steps", 0), seconds=training.get("seconds", 0.0))
@@ -228,24 +252,29 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     runtime, output = session.runtime, session.job.output
     if session.reporter is not None:
         session.reporter.close_bar()
+    evaluation = None
+    if progress.stopped != "signal":
+        try:  # also of a run that was stopped between two evaluations
+            evaluation = evaluate_now(session, progress.step, interrupt.requested)
+        except AskedToStop:
+            progress.stopped = "signal"
+            seams(session, interrupt).save(progress)
     if progress.stopped == "signal":
         say(runtime, f"stopped after step {progress.step}; go on with the same command and --resume")
         return Outcome(None, None, progress, interrupt.signal or 0)
-    evaluation = evaluate_now(session, progress.step)  # also of a run that was stopped between two evaluations
     shown = examples(session)
     rewards_P2 = None if session.evaluated is None else session.evaluated[1]
     directory, best = output / "model", output / "best"
-    by = session.config.output.best_by
+    by, done = session.config.output.best_by, progress.is_done(session.schedule.total_steps)
     earlier = keeps_best(session.config) and evaluation is not None and progress.best_loss < badness(evaluation, by)
     if earlier and runtime.any(runtime.is_main and is_finished(best)):  # the others need not see the directory
         shown, rewards_P2 = session.best_examples, session.best_rewards_P2
         if runtime.is_main:
-            evaluation = read_manifest(best)["evaluation"]
-            publish(best, directory)
+            evaluation = publish_best(best, directory, done=done)
         runtime.barrier()
     else:
         save_run(session, progress, evaluation, directory, interrupt.requested)
-        if runtime.is_main:
+        if runtime.is_main and done:
             shutil.rmtree(best, ignore_errors=True)
     if progress.stopped:
         say(runtime, f"stopped {progress.stopped}")

@@ -7,6 +7,7 @@ Only headers are read: the look costs milliseconds for a model of any size.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -193,8 +194,13 @@ def unread_head(name: str, place: str) -> CheckpointError:
     )
 
 
+DIGESTED = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash")
+"""Keys of a `config.json` that say where it came from, or what is said otherwise: the type a run computes in."""
+
+
 def weights_digest(name: str, commit: str | None) -> str:
-    """What a base model's weights are, wherever they lie: the hub's commit, or XXH3 of a directory's weight files.
+    """What a base model is, wherever it lies: the hub's commit, or XXH3 of a directory's weights and configuration.
 
     Args:
         name: A directory or a hub id.
@@ -206,7 +212,11 @@ def weights_digest(name: str, commit: str | None) -> str:
     if not directory.is_dir():
         return commit or name
     whole = xxhash.xxh3_128()
-    for path in sorted(directory.glob("*.safetensors")):
+    with contextlib.suppress(OSError, ValueError):  # it has none: whoever needs it says so
+        described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        said = {key: value for key, value in described.items() if key not in NO_PART_OF_A_MODEL}
+        whole.update(json.dumps(said, sort_keys=True).encode())
+    for path in sorted(path for pattern in DIGESTED for path in directory.glob(pattern)):
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 whole.update(block)

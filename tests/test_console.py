@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -22,6 +23,25 @@ def test_json_holds_no_number_that_json_does_not_know():
         "subsets": [{"margin": None, "pairs": 3}],
         "sides": [1.5, None],
     }
+
+
+@pytest.mark.parametrize("closed", ["terminal", "pipe"])
+def test_work_goes_on_where_nobody_listens_any_more(closed, monkeypatch):
+    """As when the terminal of a run in the background is closed, or `| head` has seen enough."""
+    reader, writer = os.openpty() if closed == "terminal" else os.pipe()
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(sys, "stdout", stream)
+        work = LongWork("training", 3, "step", stays=True)
+        os.close(reader)
+        with pytest.raises(OSError, match=r"Input/output error|Broken pipe"):
+            print("is heard by nobody", file=stream)
+        work.reach(2)
+        work.note("loss 0.5")
+        work.close()
+        console.tell("step 2: checkpoint saved")
+        console.show("model saved in run/model")
+        print("not told either, and no error at the end of the process")
 
 
 def test_libraries_are_quiet_inside_and_as_before_after():

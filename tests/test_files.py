@@ -2,7 +2,6 @@
 
 import errno
 import os
-import stat
 import subprocess
 import sys
 import time
@@ -169,31 +168,42 @@ def test_a_number_in_the_name_of_what_finds_no_room_means_nothing(monkeypatch: p
     assert len(list(files.until_there_is_room(write, 600.0, lambda: False))) == 1
 
 
-def test_what_a_file_system_cannot_do_does_not_fail_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on network file systems: directories that cannot be flushed, owners that cannot be changed, no locks."""
-    flush, change = os.fsync, Path.chmod
+@pytest.mark.parametrize(
+    ("flushing", "allowing", "locking"),
+    [
+        (errno.EINVAL, errno.EPERM, errno.ENOLCK),
+        (errno.ENOSYS, errno.ENOTSUP, errno.ENOSYS),
+        (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL),
+        (errno.EPERM, errno.EACCES, errno.EIO),
+    ],
+)
+def test_what_a_file_system_cannot_do_does_not_fail_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flushing: int, allowing: int, locking: int
+) -> None:
+    """As on network file systems: nothing to flush, modes that cannot be changed, no locks, no size."""
 
-    def fsync(handle: int) -> None:
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        flush(handle)
+    def refuse(number: int) -> Callable[..., None]:
+        def refusing(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
 
-    def chmod(path: Path, mode: int) -> None:
-        if path.is_file():
-            raise PermissionError(errno.EPERM, "Operation not permitted")
-        change(path, mode)
+        return refusing
 
-    def flock(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "chmod", chmod)
-    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    monkeypatch.setattr(os, "fsync", refuse(flushing))
+    monkeypatch.setattr(Path, "chmod", refuse(allowing))
+    monkeypatch.setattr(locks.fcntl, "flock", refuse(locking))
+    monkeypatch.setattr(os, "statvfs", refuse(errno.ENOSYS))
     with files.whole_directory(tmp_path / "model") as staging:
         (staging / "file").write_text("whole")
     assert (tmp_path / "model" / "file").read_text() == "whole"
     with files.output_lock(tmp_path / "run", is_main=True):
         assert files.probe(tmp_path / "run") > 0
+
+
+def test_a_file_system_that_does_not_say_how_large_it_is_is_not_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
+    assert files.probe(tmp_path) == sys.maxsize
 
 
 def test_a_file_that_cannot_be_flushed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

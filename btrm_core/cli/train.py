@@ -66,12 +66,13 @@ def train(gpus: str | None, processes: int | None, dry_run: bool, **given: Any) 
     if outcome.signal is not None:
         raise SystemExit(outcome.exit_code)
     if int(os.environ.get("RANK", "0")) == 0:
+        from btrm_core.console import show
         from btrm_core.training import closing_text, write_training_report
 
-        click.echo(closing_text(outcome))
+        show(closing_text(outcome))
         if told := write_training_report(outcome):
-            click.echo(told)
+            show(told)
         if config.output.push_to is not None and outcome.directory is not None:
             from btrm_core.scoring import push
 
-            click.echo(push(str(outcome.directory), config.output.push_to, private=config.output.private))
+            show(push(str(outcome.directory), config.output.push_to, private=config.output.private))

@@ -7,6 +7,7 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -175,14 +176,13 @@ def check_figure(name: str, subsets: Sequence[str]) -> None:
 
 
 def badness(figures: Mapping[str, Any], name: str) -> float:
-    """A figure turned so that lower is better; `name` is one that `check_figure` lets through.
+    """A figure turned so that lower is better, NaN worst; `name` is one that `check_figure` lets through.
 
     Args:
         figures: an evaluation as JSON values.
         name: a figure, or SUBSET.FIGURE.
     """
-    if name in LOWER_IS_BETTER:
-        return float(figures[name]) if LOWER_IS_BETTER[name] else -float(figures[name])
     subset, _, figure = name.rpartition(".")
-    value = float(next(row[figure] for row in figures["subsets"] if row["name"] == subset))
-    return value if LOWER_IS_BETTER[figure] else -value
+    row = next(row for row in figures["subsets"] if row["name"] == subset) if subset else figures
+    value = float(row[figure]) if LOWER_IS_BETTER[figure] else -float(row[figure])
+    return math.inf if math.isnan(value) else value

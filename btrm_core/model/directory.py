@@ -201,7 +201,24 @@ def write_calibration(directory: Path, values: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{directory} holds no {MANIFEST}, in which a calibration is kept; expected a model written by `btrm train`"
         )
-    text = json.dumps({**manifest, CALIBRATION: dict(values)}, indent=2, ensure_ascii=False, allow_nan=False)
+    _put(directory, {**manifest, CALIBRATION: dict(values)})
+
+
+def mark_finished(directory: Path) -> None:
+    """Say in `btrm.json` that the run which made a model is finished.
+
+    Args:
+        directory: A model directory that btrm wrote.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    manifest = read_manifest(directory)
+    _put(directory, {**manifest, "training": {**manifest["training"], "finished": True}})
+
+
+def _put(directory: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         with whole_file(str(directory / MANIFEST)) as partial:
             partial.write_text(text + "\n", encoding="utf-8")

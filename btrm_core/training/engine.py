@@ -10,11 +10,11 @@ import torch
 
 from btrm_core.config import settled
 from btrm_core.console import LongWork
-from btrm_core.errors import TrainingError, first_line
+from btrm_core.errors import BtrmError, ConfigError, TrainingError, first_line
 from btrm_core.model import OPTIMIZERS, RewardModel, parameter_groups
 from btrm_core.model import optimizer as model_optimizer
 from btrm_core.settings import RunConfig
-from btrm_core.training.processes import Runtime
+from btrm_core.training.processes import PRESETS, Runtime
 
 
 def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
@@ -29,7 +29,7 @@ def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
         The DeepSpeed engine; its `module` is `model`, and calling it computes rewards.
 
     Raises:
-        ConfigError: an 8-bit optimizer cannot be had.
+        ConfigError: an 8-bit optimizer cannot be had, or DeepSpeed does not start with the user's own file.
     """
     from accelerate.utils import DummyOptim
 
@@ -37,8 +37,17 @@ def make_engine(model: RewardModel, config: RunConfig, runtime: Runtime) -> Any:
     optimizer: Any = DummyOptim(groups, lr=config.train.learning_rate)  # DeepSpeed makes torch's own
     if config.train.optimizer in OPTIMIZERS:
         optimizer = model_optimizer(groups, config.train, runtime.world)
-    with LongWork("starting DeepSpeed"):
-        engine, _ = runtime.accelerator.prepare(model, optimizer)
+    try:
+        with LongWork("starting DeepSpeed"):
+            engine, _ = runtime.accelerator.prepare(model, optimizer)
+    except Exception as error:
+        own = config.distributed.deepspeed
+        if own in PRESETS or isinstance(error, BtrmError | torch.OutOfMemoryError | torch.distributed.DistError):
+            raise
+        raise ConfigError(
+            f"DeepSpeed does not start with {own}: {first_line(error)}; change the file, or use --deepspeed "
+            f"{', '.join(PRESETS)}"
+        ) from error
     return engine
 
 

@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from btrm_core.chat import tokenizer_fingerprint
-from btrm_core.config import flat
+from btrm_core.config import apply, flat
 from btrm_core.console import LongWork
 from btrm_core.errors import CheckpointError
-from btrm_core.settings import OutputConfig, RunConfig
+from btrm_core.files import text_sha256
+from btrm_core.settings import OutputConfig, RunConfig, declared
 from btrm_core.training.processes import gather
 from btrm_core.training.session import Data, Job, Session
 from btrm_core.weights import weights_digest
 
 FREE_TO_CHANGE = (
+    "family",
+    "force_family",
     "output.",
     "model.name",
     "model.revision",
     "model.trust_remote_code",
     "data.train",
     "data.eval",
+    "data.map",
+    "data.format",
+    "data.held_out_fraction",
     "data.workers",
     "data.cache_dir",
     "data.strict",
@@ -44,13 +50,16 @@ FREE_TO_CHANGE = (
     "model.gradient_checkpointing",
     "model.activation_offload",
     "distributed.",
+    "tokenizer.chat_template",
     "train.layout",
 )
 """Settings that change no result, or are known by what they lead to: a resumed run may have others. What data, weights
 and chat format are is compared by content; what is computed in, the ZeRO stage and the number of processes as they turn
 out; the length of a run is said and changes its learning rates from there on."""
-WITH_DROPOUT = ("train.tokens_per_batch", "train.layout")
-"""Settings that change what dropout draws: which sequences lie together in a row."""
+WITH_DROPOUT = ("train.tokens_per_batch", "train.layout", "distributed.sequence_parallel")
+"""Settings that change what dropout draws: which sequences lie together in a row, and who computes them."""
+FAMILY = "family's name"
+"""Its own, however it was found."""
 PROCESSES, STAGE, OPTIMIZER = "processes", "ZeRO stage", "train.optimizer"
 """What the optimiser's state is cut by, and whose it is: it is cut anew for other processes, but for no other stage."""
 VERSION = "btrm"
@@ -85,12 +94,12 @@ def identity(session: Session) -> dict[str, Any]:
     commit = getattr(session.engine.module.base_model.config, "_commit_hash", None)
     with LongWork(f"reading the weights of {config.model.name}"):
         weights = weights_digest(str(config.model.name), commit) if runtime.is_main else ""  # read once
-    free = tuple(key for key in FREE_TO_CHANGE if not (config.lora.dropout and key in WITH_DROPOUT))
     made = {
-        **{key: value for key, value in flat(config).items() if not key.startswith(free)},
+        **_compared(config),
+        FAMILY: session.job.family.name,
         "data": data.report["fingerprint"],
         "training pairs": data.train.digest,
-        EVALUATION: data.eval.digest if data.eval is not None else "none",
+        EVALUATION: text_sha256(data.eval.digest + str(data.eval.subsets())) if data.eval is not None else "none",
         "tokenizer": tokenizer_fingerprint(chat.tokenizer),
         "chat template": chat.template_sha256,
         "base weights": gather(runtime, weights)[0],
@@ -100,6 +109,25 @@ def identity(session: Session) -> dict[str, Any]:
         VERSION: version("btrm"),
     }
     return json.loads(json.dumps(made))  # type: ignore[no-any-return]
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """The settings that must be the same, by key."""
+    also = WITH_DROPOUT if config.lora.dropout or config.model.dropout else ()
+    values = {key: value for key, value in flat(config).items() if key in also or not key.startswith(FREE_TO_CHANGE)}
+    return {**values, "lora.targets": sorted(config.lora.targets)}  # their order says nothing
+
+
+def settings_changed(made: dict[str, Any], config: RunConfig) -> list[str]:
+    """What differs between the settings of a finished model and those of a run, a line each.
+
+    Args:
+        made: Its settings by key, as in `btrm.json`; a setting it lacks had its default.
+        config: Resolved settings of the run.
+    """
+    before, now = apply(RunConfig(), {key: value for key, value in made.items() if key in declared()}), config
+    changed = differences({**_compared(before), VERSION: ""}, json.loads(json.dumps(_compared(now))))
+    return list(changed.values())
 
 
 def refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], output: OutputConfig) -> None:
@@ -117,6 +145,8 @@ def refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any], outp
     """
     changed = differences(before, now)
     processes = changed.pop(PROCESSES, None)
+    if processes and (now.get("lora.dropout") or now.get("model.dropout")):
+        changed[PROCESSES] = f"{processes} (which dropout draws by)"
     cut = [changed.pop(k) for k in (STAGE, OPTIMIZER) if k in changed]
     if processes and now.get(OPTIMIZER) != "adamw":  # moments of 8 bits share their scales across any new cut
         cut.append(processes)
@@ -144,6 +174,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     skipped = {VERSION, *(OLD_NAMES[1:] if old else ("data",))}
     if old:  # contents were not recorded; the fingerprint of the rows was
         skipped |= {"training pairs", EVALUATION, "tokenizer", "base weights"}
+    if FAMILY not in before:
+        skipped.add(FAMILY)
     lines = {}
     for name in {**before, **now}:
         had = before.get(name, defaults.get(name))

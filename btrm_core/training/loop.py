@@ -30,7 +30,8 @@ from btrm_core.training.micro_batches import MicroBatch, StepBatches, build_micr
 from btrm_core.training.offload import activation_context
 from btrm_core.training.processes import gather
 from btrm_core.training.profiling import Profiler
-from btrm_core.training.schedule import Progress, plan_of_epoch
+from btrm_core.training.rewards import AskedToStop
+from btrm_core.training.schedule import EARLY, Progress, plan_of_epoch
 from btrm_core.training.session import Session
 
 
@@ -154,13 +155,20 @@ def _after_step(session: Session, progress: Progress, seams: Seams, stop: bool) 
         seams.save(progress)  # before anything else: whoever asked may not wait for an evaluation
         return
     if evaluates:
-        _evaluated(seams, progress, session.config)
+        try:
+            _evaluated(seams, progress, session.config)
+        except AskedToStop:
+            progress.stopped = "signal"
+            seams.save(progress)
+            return
+    cut = False
     limits = ((train.max_hours, progress.seconds - session.seconds_before), (train.max_total_hours, progress.seconds))
     for hours, seconds in limits:
         if hours and session.runtime.any(seconds > hours * 3600):
-            progress.stopped = f"after {hours:g} hours, as asked"
-    due = output.save_every is not None and progress.step % output.save_every == 0 and not last
-    if due:
+            progress.stopped, cut = f"after {hours:g} hours, as asked", True
+    due = output.save_every is not None and progress.step % output.save_every == 0
+    later = cut and (output.save_every is not None or output.resume != "no")  # it may go on in its next hours
+    if (due or later) and not last:
         seams.save(progress)
 
 
@@ -311,7 +319,7 @@ def _evaluated(seams: Seams, progress: Progress, config: RunConfig) -> None:
     progress.evaluations_since_best += 1
     if patience is not None and progress.evaluations_since_best >= patience:
         told = "loss has not fallen" if by == "loss" else f"{by} has not become better"
-        progress.stopped = f"early: the evaluation {told} for {patience} evaluations"
+        progress.stopped = f"{EARLY}: the evaluation {told} for {patience} evaluations"
 
 
 def _skip_or_stop(reason: str, progress: Progress, skip: bool) -> None:

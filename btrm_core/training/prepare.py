@@ -296,7 +296,7 @@ def output_directory(config: RunConfig, family: Family) -> Path:
         family: Gives its name.
     """
     if config.output.dir:
-        return Path(config.output.dir)
+        return Path(config.output.dir).expanduser()  # a shell leaves the ~ of --output=~/x
     return Path("runs") / f"{family.name}-{Path(str(config.model.name)).name}"
 
 

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from btrm_core.config import flat
 from btrm_core.console import LongWork, finite, say
@@ -90,7 +90,8 @@ class Reporter:
 
     def __init__(self, runtime: Runtime, directory: Path, config: RunConfig) -> None:
         self.runtime, self.directory, self.config = runtime, directory, config
-        self.file: TextIO | None = None
+        self.file: BinaryIO | None = None
+        self.unwritten: set[str] = set()
         self.work: LongWork | None = None
 
     def open(self, total_steps: int, first_step: int) -> None:
@@ -106,13 +107,16 @@ class Reporter:
         runtime, directory = self.runtime, self.directory
         if runtime.is_main:
             directory.mkdir(parents=True, exist_ok=True)
-            self.file = (directory / "metrics.jsonl").open("a" if first_step else "w", encoding="utf-8")
+            # without a buffer: a line that a full disk has not taken is lost, not kept to fail once more
+            self.file = (directory / "metrics.jsonl").open("ab" if first_step else "wb", buffering=0)
         if trackers(self.config.output.report_to):
             start_trackers(runtime, directory, first_step, self.config)
         self.work = LongWork("training", total_steps, "step", done=first_step, stays=True)
 
     def log(self, split: str, step: int, figures: Mapping[str, Any]) -> None:
         """Write one line of `metrics.jsonl`, tell the trackers, and move the bar.
+
+        A disk that is full and a tracker that fails are said once and end no run: the weights are what counts.
 
         Args:
             split: "train" or "eval".
@@ -121,18 +125,29 @@ class Reporter:
         """
         numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
         numbers |= {f"{row['name']}/accuracy": row["accuracy"] for row in figures.get("subsets", ())}
-        self.runtime.accelerator.log({f"{split}/{k}": v for k, v in numbers.items()}, step=step)
+        try:
+            self.runtime.accelerator.log({f"{split}/{k}": v for k, v in numbers.items()}, step=step)
+        except Exception as error:  # every tracker has errors of its own
+            self._tell_once(f"--report-to {self.config.output.report_to}", error)
         if self.file is None:
             return
         line = {"split": split, "step": step, "time": round(time.time(), 3), **finite(figures)}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        broken = b"\n" if "metrics.jsonl" in self.unwritten else b""  # perhaps half a line is there
+        try:
+            self.file.write(broken + json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            self._tell_once("metrics.jsonl", error)
         if split == "train":
             if self.work is not None:
                 self.work.note(bar_text(figures))
                 self.work.reach(step)
         else:
             say(self.runtime, f"step {step}: {evaluation_text(figures)}")
+
+    def _tell_once(self, what: str, error: Exception) -> None:
+        if what not in self.unwritten:
+            say(self.runtime, f"{what}: figures are lost from now on ({first_line(error)}); training goes on")
+        self.unwritten.add(what)
 
     def close_bar(self) -> None:
         """End the bar alone: no step follows."""
@@ -144,8 +159,11 @@ class Reporter:
         self.close_bar()
         if self.file is not None:
             self.file.close()
-        for tracker in self.runtime.accelerator.trackers:
-            tracker.finish()
+        try:
+            for tracker in self.runtime.accelerator.trackers:
+                tracker.finish()
+        except Exception as error:  # as in `log`
+            self._tell_once(f"--report-to {self.config.output.report_to}", error)
 
 
 def bar_text(figures: Mapping[str, Any]) -> str:

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from btrm_core.config import keeps_best
 from btrm_core.console import LongWork, say
 from btrm_core.errors import CheckpointError, first_line
 from btrm_core.files import PROBE, explained, publish, sweep
-from btrm_core.model import is_finished, read_manifest
 from btrm_core.training import reshard
 from btrm_core.training.identity import EVALUATION, PROCESSES, refuse_changes
 from btrm_core.training.processes import Runtime, gather, require_shared
+from btrm_core.training.saving import bring_back_best
 from btrm_core.training.schedule import Progress, Schedule
 from btrm_core.training.session import Session
 
@@ -182,9 +183,11 @@ def find(resume: str, directory: Path, runtime: Runtime) -> Path | None:
         if there:
             raise CheckpointError(f"every checkpoint in {directory} is damaged; without --resume training begins anew")
         return None
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not (path / COMPLETE).exists():
-        raise CheckpointError(f"--resume {resume}: there is no complete checkpoint (no file {COMPLETE} in it)")
+        near = [step for place in (path, path / "resume", directory) for step in complete(place)[-1:]]
+        told = f"did you mean {near[0]}?" if near else f"--resume alone takes the newest in {directory}"
+        raise CheckpointError(f"--resume {resume}: there is no complete checkpoint (no file {COMPLETE} in it); {told}")
     damage = damaged(path, runtime)
     if damage is not None:
         raise CheckpointError(damage)
@@ -202,7 +205,7 @@ def damaged(path: Path, runtime: Runtime) -> str | None:
         text = (path / RECORD).read_text(encoding="utf-8")
         written = json.loads(text)["files"]
         recorded = (path / COMPLETE).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"the checkpoint {path} is damaged: {RECORD} cannot be read ({error})"
     if recorded and recorded != hashlib.sha256(text.encode()).hexdigest():  # it was empty in earlier versions
         return f"the checkpoint {path} is damaged: the content of {RECORD} has changed since it was written"
@@ -289,11 +292,8 @@ def _forget_what_is_gone(session: Session, progress: Progress, *, same_evaluatio
     """
     if math.isinf(progress.best_loss):
         return
-    best = session.job.output / "best"
-    kept = None
-    if session.runtime.is_main and is_finished(best):
-        kept = read_manifest(best).get("training", {}).get("steps")
-    there = not session.runtime.any(session.runtime.is_main and kept != progress.best_step)
+    output, runtime = session.job.output, session.runtime
+    there = runtime.any(runtime.is_main and bring_back_best(output, progress))
     by = session.config.output.best_by
     if there and same_evaluation and progress.best_by == by:
         return
@@ -301,10 +301,11 @@ def _forget_what_is_gone(session: Session, progress: Progress, *, same_evaluatio
     if there and same_evaluation:
         why = f"now {by} says what is best"
     value = f"{progress.best_by} {abs(progress.best_loss):.4f}"
-    say(session.runtime, f"the best evaluation so far ({value}) is forgotten: {why}")
+    if keeps_best(session.config):
+        say(runtime, f"the best evaluation so far ({value}) is forgotten: {why}")
     progress.best_loss, progress.best_step, progress.evaluations_since_best = math.inf, 0, 0
-    if session.runtime.is_main:
-        shutil.rmtree(best, ignore_errors=True)
+    if runtime.is_main:
+        shutil.rmtree(output / "best", ignore_errors=True)
 
 
 def rewind(metrics: Path, step: int) -> None:

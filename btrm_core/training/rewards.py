@@ -5,6 +5,7 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,26 @@ from btrm_core.packing import RowForm, StepBudget, plan_epoch
 from btrm_core.training.micro_batches import build_micro_batch
 from btrm_core.training.processes import Runtime
 
+ASK_EVERY = 16
+"""Rows between two questions whether a process was asked to stop: seconds, also of a large model."""
+
+
 CHUNK = 512
 """Pairs that are planned together: enough to balance the rows, few enough to plan at once."""
 
 
+class AskedToStop(Exception):
+    """A process was asked to stop while rewards were computed; raised on all of them, after the same row."""
+
+
 def pair_rewards(
-    model: Any, pairs: TokenStore, runtime: Runtime, form: RowForm, *, tokens_per_batch: int
+    model: Any,
+    pairs: TokenStore,
+    runtime: Runtime,
+    form: RowForm,
+    *,
+    tokens_per_batch: int,
+    stop: Callable[[], bool] = bool,
 ) -> np.ndarray:
     """Rewards (chosen, rejected) of all pairs, (P, 2) float64, equal on every process.
 
@@ -33,8 +48,12 @@ def pair_rewards(
         runtime: This process; all take part.
         form: How rows are laid out.
         tokens_per_batch: The token budget of a process.
+        stop: Whether this process was asked to stop.
+
+    Raises:
+        AskedToStop: one of them was; nothing of what was computed is kept.
     """
-    rewards_P2, _ = _rewards(model, pairs, runtime, form, tokens_per_batch, CHUNK, None)
+    rewards_P2, _ = _rewards(model, pairs, runtime, form, tokens_per_batch, None, stop)
     return rewards_P2
 
 
@@ -54,7 +73,7 @@ def some_rewards(
     Returns:
         Indices of the pairs in `pairs`, and their rewards, chosen then rejected, float64.
     """
-    rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count, 1)
+    rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count)
     return ids, rewards_P2[ids]
 
 
@@ -65,23 +84,27 @@ def _rewards(
     runtime: Runtime,
     form: RowForm,
     tokens_per_batch: int,
-    chunk: int,
-    steps: int | None,
+    count: int | None,
+    stop: Callable[[], bool] = bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    size = min(chunk, pairs.places.num_units)
+    size = min(count or CHUNK, pairs.places.num_units)
     row_tokens = tokens_per_batch * (runtime.world // runtime.ranks)
     made = plan_epoch(pairs.places, form, StepBudget(size, row_tokens, runtime.ranks))
     found: list[torch.Tensor] = []
     own: list[np.ndarray] = []
     seen: list[np.ndarray] = []
-    was_training = model.training
+    was_training, asked = model.training, 0
     model.eval()
-    what, of = ("evaluating", len(pairs)) if steps is None else ("computing rewards", None)
+    what, of = ("evaluating", len(pairs)) if count is None else ("computing rewards", None)
     with LongWork(what, of, "pair") as work:
-        for index in range(steps or made.num_steps):
+        for index in range(1 if count else made.num_steps):
             step = made.step(index)
             rows = step.rows[runtime.row_rank]
             for number, row in enumerate(rows, start=1):
+                if count is None and asked % ASK_EVERY == 0 and runtime.any(stop()):
+                    model.train(was_training)
+                    raise AskedToStop
+                asked += 1
                 micro = build_micro_batch(pairs, row, form).sent_to(runtime.device)
                 sides_P2 = torch.stack(micro.sides(model(micro.batch)), dim=1).double()
                 if len(micro.pair_ids_P) and runtime.counts:

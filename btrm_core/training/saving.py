@@ -5,6 +5,8 @@ All processes take part; the main one writes.
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,18 @@ import torch
 
 from btrm_core.console import LongWork, say
 from btrm_core.errors import CheckpointError
-from btrm_core.files import until_there_is_room
+from btrm_core.evaluation import badness
+from btrm_core.files import publish, until_there_is_room, whole_directory
 from btrm_core.model import (
     Trained,
     as_merged,
     base_licence,
+    is_finished,
+    mark_finished,
     merged_weights,
     model_card,
     plain_model,
+    read_manifest,
     run_manifest,
     uses_softcap,
     write_model,
@@ -79,7 +85,7 @@ def _save(
             evaluation=evaluation,
             training={
                 "steps": progress.step,
-                "finished": not progress.stopped and progress.step >= session.schedule.total_steps,
+                "finished": progress.is_done(session.schedule.total_steps),
                 "seconds": round(progress.seconds, 1),
                 "skipped_steps": progress.skipped_steps,
                 "layout": session.form.layout,
@@ -140,6 +146,52 @@ def self_test_vectors(session: Session) -> list[dict[str, Any]]:
             vectors.append({"input_ids": ids.tolist(), "reward": reward})
     engine.train()
     return vectors
+
+
+def publish_best(best: Path, directory: Path, *, done: bool) -> dict[str, Any]:
+    """Let the best model of a run be its final one; the main process calls it.
+
+    Args:
+        best: Its directory; it stays for a run that may go on, if there is room for both.
+        directory: Where it goes.
+        done: Whether the run is done.
+
+    Returns:
+        The evaluation of that model.
+    """
+    if done:
+        mark_finished(best)
+        publish(best, directory)
+    else:
+        try:
+            with whole_directory(directory) as staging:
+                shutil.copytree(best, staging, dirs_exist_ok=True)
+        except OSError:
+            publish(best, directory)
+    evaluation: dict[str, Any] = read_manifest(directory)["evaluation"]
+    return evaluation
+
+
+def bring_back_best(output: Path, progress: Progress) -> bool:
+    """Whether the best model that a run remembers is there; that of a finished run is taken from its final place.
+
+    Args:
+        output: The run's output directory.
+        progress: What it remembers.
+    """
+    for place in (output / "best", output / "model"):
+        if not is_finished(place):
+            continue
+        made = read_manifest(place)
+        if made.get("training", {}).get("steps") != progress.best_step or made.get("evaluation") is None:
+            continue
+        if place.name == "best":
+            return True
+        if math.isclose(badness(made["evaluation"], progress.best_by), progress.best_loss, rel_tol=1e-9):
+            with whole_directory(output / "best") as staging:
+                shutil.copytree(place, staging, dirs_exist_ok=True)
+            return True
+    return False
 
 
 OPTIMIZER_BYTES = 12

@@ -86,6 +86,10 @@ def plan_of_epoch(
     return plan_epoch(pairs, form, budget, epoch)
 
 
+EARLY = "early"
+"""How `Progress.stopped` begins where more steps would not have helped."""
+
+
 @dataclass
 class Progress:
     """What changes while training, apart from weights and optimiser: all that a resumed run must know."""
@@ -100,3 +104,11 @@ class Progress:
     evaluations_since_best: int = 0
     skipped_steps: list[int] = field(default_factory=list)
     stopped: str | None = None
+
+    def is_done(self, total_steps: int) -> bool:
+        """Whether nothing is left to do: all steps are done, or more would not have helped.
+
+        Args:
+            total_steps: Of the run.
+        """
+        return self.step >= total_steps or (self.stopped or "").startswith(EARLY)

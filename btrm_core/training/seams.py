@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def seams(session: Session, interrupt: Interrupt) -> Seams:
         say(runtime, f"step {progress.step}: checkpoint saved in {path}")
 
     def evaluate(step: int) -> dict[str, Any] | None:
-        figures = evaluate_now(session, step)
+        figures = evaluate_now(session, step, interrupt.requested)
         if figures is not None:
             _log(session, "eval", step, figures)
         return figures
@@ -100,21 +101,27 @@ def mfu_rate(session: Session) -> float | None:
     return mfu_per_token_rate(config, name, runtime.world, length, session.config.lora.rank)
 
 
-def evaluate_now(session: Session, step: int) -> dict[str, Any] | None:
+def evaluate_now(session: Session, step: int, stop: Callable[[], bool] = bool) -> dict[str, Any] | None:
     """Evaluate the live model after a step, once; None if there are no pairs to evaluate on.
 
     Args:
         session: The run; it keeps the rewards, so that a second call for the same step computes nothing.
         step: Steps done so far.
+        stop: Whether this process was asked to stop.
 
     Returns:
         The figures of the held-out pairs.
+
+    Raises:
+        AskedToStop: a process was asked to stop meanwhile: save first.
     """
     pairs = session.data.eval
     if pairs is None:
         return None
     if session.evaluated is None or session.evaluated[0] != step:
         budget = session.tokens_per_batch
-        rewards_P2 = pair_rewards(session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget)
+        rewards_P2 = pair_rewards(
+            session.engine, pairs, session.runtime, session.form, tokens_per_batch=budget, stop=stop
+        )
         session.evaluated = (step, rewards_P2)
     return figures_of(pairs.judged, session.evaluated[1])

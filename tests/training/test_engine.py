@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import trajectories
 
 from btrm_core.config import read_settings
 from btrm_core.errors import ConfigError
@@ -182,10 +183,129 @@ def test_what_deepspeed_or_btrm_would_not_do_is_one_line(tmp_path, more, told):
     assert "\n" not in str(caught.value)
 
 
-def test_sections_that_are_switched_off_are_nothing(tmp_path):
-    off = {"amp": {"enabled": False}, "compile": {}, "torch_autocast": {"enabled": False}, "elasticity": None}
-    (tmp_path / "ds.json").write_text(json.dumps({**off, "zero_optimization": {"stage": 2, "mics_shard_size": -1}}))
-    assert made(**{"distributed.deepspeed": str(tmp_path / "ds.json")})["zero_optimization"]["stage"] == 2
+OFF = {  # DeepSpeed itself refuses some of these for being there at all
+    "amp": {"enabled": False},
+    "compile": {"disable": True},
+    "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}},
+    "data_efficiency": {"enabled": False, "data_sampling": {"enabled": False}},
+    "elasticity": {"enabled": False, "max_train_batch_size": 2000},
+    "nebula": {"enabled": False},
+    "sparse_gradients": False,
+    "tensor_parallel": {"autotp_size": 0},
+    "torch_autocast": {"enabled": False},
+}
+NOTHING = {  # null and "auto", wherever they stand
+    "timers": None,
+    "optimizer": None,
+    "bf16": None,
+    "gradient_clipping": None,
+    "communication_data_type": "auto",
+    "steps_per_print": "auto",
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+    "_comment": "how people write remarks",
+}
+
+
+def test_what_is_switched_off_or_left_open_is_nothing(tmp_path):
+    offload = {"device": "cpu", "pin_memory": "auto"}
+    zero = {"stage": 2, "mics_shard_size": -1, "zero_hpz_partition_size": 1, "offload_optimizer": offload}
+    config = made(tmp_path, {**OFF, **NOTHING, "zero_optimization": zero})
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    filled = {"timers", "optimizer", "bf16", "gradient_clipping", "activation_checkpointing"}
+    assert not {*OFF, *NOTHING}.intersection(config) - filled
+    assert config["gradient_clipping"] == 1.0
+
+
+def test_a_second_partition_of_the_weights_divides_the_processes(tmp_path):
+    hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    assert made(tmp_path, hpz, world=8)["zero_optimization"]["zero_hpz_partition_size"] == 4
+    with pytest.raises(ConfigError, match=r"zero_hpz_partition_size = 4 with 2 process\(es\): expected a number that"):
+        made(tmp_path, hpz, world=2)
+
+
+def test_what_a_run_needs_is_there_whatever_the_file_says(tmp_path):
+    """Without them the model could not be saved at the end, a resumed run would be rounded, and no norm reported."""
+    needed = ("stage3_gather_16bit_weights_on_model_save", "load_from_fp32_weights", "compute_grad_norm")
+    zero = made(tmp_path, {"zero_optimization": {"stage": 3, **dict.fromkeys(needed, False)}})["zero_optimization"]
+    assert [zero[key] for key in needed] == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"bf16": {"enable": True}}, "DeepSpeed knows no 'bf16.enable'. Did you mean 'enabled'?"),
+        ({"bf16": True}, "'bf16' is True, expected an object"),
+        ({"bf16": {"enabled": "false"}}, "bf16.enabled = 'false', expected true, false or \"auto\""),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "Did you mean 'grad_accum_dtype'?"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype = 'bf16' contradicts btrm's 'fp32'"),
+        ({"flops_profiler": {"enable": True}}, "DeepSpeed knows no 'flops_profiler.enable'. Did you mean 'enabled'?"),
+        ({"tensorboard": {"output_pth": ""}}, "no 'tensorboard.output_pth'. Did you mean 'output_path'?"),
+        ({"timers": {"throughput": True}}, "'timers.throughput' is True, expected an object"),
+        ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "no 'optimizer.params.learning_rate'"),
+        ({"optimizer": {"params": {"adam_w_mode": False}}}, "adam_w_mode = False contradicts btrm's True"),
+        ({"communication_data_type": "float32"}, "Supported data types: ['fp16', 'bf16', 'fp32']. Got: float32"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown = 'yes', expected true or false"),
+        ({"train_batch_size": 256}, "train_batch_size = 256 contradicts btrm's 16; leave it out or set it to \"auto\" "
+                                    "(btrm derives it from train.pairs_per_step)"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal does not go with btrm"),
+        ({"sparse_attention": {"mode": "fixed"}}, "'sparse_attention' does not go with btrm"),
+        ({"deepspeed_config": {"zero_stage": 2}}, "'deepspeed_config' belongs to a configuration of accelerate"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer' is 'cpu', expected an object"),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+         "DeepSpeed knows no 'zero_optimization.offload_optimizer.devise'. Did you mean 'device'?"),
+        ({"zero_optimization": {"offload_param": {"device": "CPU"}}},
+         "does not take zero_optimization.offload_param.device = 'CPU': Input should be 'none', 'cpu' or 'nvme'"),
+        ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, "zero_optimization.reduce_bucket_size = '5e8': Input"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients does not go with btrm"),
+        ({"zero_optimization": {"leaf_module": ["X"]}}, "DeepSpeed does not take this configuration: leaf_module"),
+    ],
+)  # fmt: skip
+def test_mistakes_at_every_level_are_one_line_before_anything_is_loaded(tmp_path, more, told):
+    with pytest.raises(ConfigError) as caught:
+        made(tmp_path, more, **{"train.pairs_per_step": 16})
+    assert told in str(caught.value)
+    assert str(tmp_path / "ds.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "stage"),
+    [
+        ('\ufeff{"zero_optimization": {"stage": 2}}', 2),
+        ('// mine\n{"zero_optimization": {"stage": 3,}, /* later */ "bf16": {"enabled": "auto"},}', 3),
+    ],
+)
+def test_files_that_deepspeed_reads(tmp_path, text, stage):
+    (tmp_path / "ds.json").write_text(text)
+    assert made(**{"distributed.deepspeed": str(tmp_path / "ds.json")})["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"zero_optimization:\n  stage: 2\n",
+        b'{"bf16": {"enabled": true}, "bf16": {}}',
+        '{"seed": 1}'.encode("utf-16"),
+    ],
+)
+def test_what_is_no_configuration_is_one_line(tmp_path, content):
+    (tmp_path / "ds.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"DeepSpeed configuration .*ds\.json(: it is no UTF-8| is not valid JSON)"):
+        made(**{"distributed.deepspeed": str(tmp_path / "ds.json")})
+
+
+def test_what_deepspeed_refuses_at_its_start_is_one_line(tmp_path):
+    """Here: a ratio that needs an optimizer of DeepSpeed's own; elsewhere a disk or a login that is missing."""
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(
+        ConfigError, match=r"DeepSpeed does not start with .*ds\.json: .*Adam.*; change the file, or use"
+    ):
+        trajectories.train(
+            trajectories.prepare(tmp_path, 8), tmp_path / "out", distributed__deepspeed=str(tmp_path / "ds.json")
+        )
 
 
 def test_a_process_alone_is_a_world_of_one_without_a_port():

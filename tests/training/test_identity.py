@@ -7,20 +7,26 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import trajectories
 from support.trajectories import Trajectory, distance, metrics, trajectory
 
 from btrm_core import run as run_module
+from btrm_core.config import apply, read_settings
 from btrm_core.errors import CheckpointError, ConfigError
 from btrm_core.model import read_manifest
+from btrm_core.settings import RunConfig
 from btrm_core.training import loop, resume
-from btrm_core.training.identity import differences
+from btrm_core.training.identity import _compared, differences, refuse_changes
+from btrm_core.weights import weights_digest
 
 EXACT = 1e-6
+SEAMS = import_module("btrm_core.training.seams")
 SAVING = {"output__save_every": 4, "output__eval_every": 2}
 ON = {"output__resume": "auto"}
 
@@ -200,6 +206,147 @@ def test_dropout_on_adapters_depends_on_the_rows(root: Path, tmp_path: Path) -> 
     _stop_after(tmp_path / "run", root, 5, **lora)
     with pytest.raises(CheckpointError, match=r"train\.tokens_per_batch: 300 -> 5000"):
         trajectories.train(root, tmp_path / "run", **lora, **ON, train__tokens_per_batch=5000)
+
+
+def test_dropout_of_the_base_model_depends_on_rows_and_processes_too() -> None:
+    config = read_settings(None, {"family": "llama3", "model.dropout": True, "lora.rank": 2})
+    before = {**json.loads(json.dumps(_compared(config))), "btrm": "0.1.0", "processes": 1}
+    assert "train.tokens_per_batch" in before
+    with pytest.raises(CheckpointError, match=r"processes: 1 -> 2 \(which dropout draws by\); use the settings"):
+        refuse_changes(Path("step-1"), before, {**before, "processes": 2}, config.output)
+    forced = read_settings(None, {"output.force_resume": True}).output
+    refuse_changes(Path("step-1"), before, {**before, "processes": 2}, forced)
+    without = {**before, "model.dropout": False}
+    refuse_changes(Path("step-1"), without, {**without, "processes": 2}, config.output)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"tokenizer.chat_template": "a.jinja"}, {"tokenizer.chat_template": "moved/b.jinja"}),
+        ({"family": None}, {"family": "llama3"}),
+        ({"lora.targets": ("q_proj", "v_proj")}, {"lora.targets": ("v_proj", "q_proj")}),
+        ({"data.map": ("prompt=question",)}, {"data.map": ("prompt=text",)}),
+        ({"data.format": None}, {"data.format": "hh"}),
+    ],
+)
+def test_other_words_for_the_same_are_the_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Template, family and pairs are compared by what they are; the order of layers says nothing."""
+    made, other = ({**_compared(apply(RunConfig(), given)), "btrm": "0.1.0"} for given in (before, now))
+    assert differences(made, other) == {}
+
+
+def test_what_a_base_model_is(root: Path, tmp_path: Path) -> None:
+    """Its configuration counts as its weights do, in whichever file they are; where they came from does not."""
+    base = tmp_path / "base"
+    shutil.copytree(root / "base", base)
+    known = {weights_digest(str(base), None)}
+    described = json.loads((base / "config.json").read_text())
+
+    def digest(**changed: Any) -> str:
+        (base / "config.json").write_text(json.dumps({**described, **changed}))
+        return weights_digest(str(base), None)
+
+    assert {digest(transformers_version="5.1", _name_or_path="elsewhere", use_cache=False)} == known
+    assert {digest(rms_norm_eps=1e-3)} != known
+    (base / "model.safetensors").unlink()
+    found = []
+    for content in (b"one", b"two"):
+        (base / "pytorch_model.bin").write_bytes(content)
+        found.append(digest())
+    assert len({*found, *known}) == 3
+
+
+def test_other_subsets_of_the_evaluation_pairs_are_others(root: Path, tmp_path: Path) -> None:
+    values = {**SAVING, "output__best_by": "chat.accuracy"}
+    rows = [json.loads(line) for line in (root / "held_out.jsonl").read_text().splitlines()]
+    for name, subsets in (("one", ("chat", "chat", "code")), ("two", ("chat", "code", "code"))):
+        lines = [json.dumps({**row, "subset": subset}) for row, subset in zip(rows, subsets, strict=True)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    _stop_after(tmp_path / "run", root, 5, **values, data__eval=(str(tmp_path / "one.jsonl"),))
+    with pytest.raises(CheckpointError, match=r"evaluation pairs: \w+… -> \w+…"):
+        trajectories.train(root, tmp_path / "run", **values, **ON, data__eval=(str(tmp_path / "two.jsonl"),))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_model_that_becomes_nan_is_not_the_best(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards = SEAMS.pair_rewards
+
+    def diverging(engine: Any, *arguments: Any, **keywords: Any) -> Any:
+        found = rewards(engine, *arguments, **keywords)
+        evaluations.append(found)
+        return found if len(evaluations) == 1 else found * np.nan
+
+    evaluations: list[Any] = []
+    monkeypatch.setattr(SEAMS, "pair_rewards", diverging)
+    outcome = trajectories.train(root, tmp_path / "run", output__keep_best=True, output__eval_every=5)
+    assert len(evaluations) == 2
+    assert read_manifest(tmp_path / "run" / "model")["training"]["steps"] == 5
+    assert outcome.evaluation is not None
+    assert np.isfinite(outcome.evaluation["loss"])
+
+
+def test_a_run_that_stopped_early_is_finished(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "output__eval_every": 1,
+        "train__early_stopping": 1,
+        "train__learning_rate": 0.05,
+        "train__max_steps": 40,
+        "train__epochs": 20.0,
+        **ON,
+    }
+    first = trajectories.train(root, tmp_path / "run", **values)
+    assert first.progress.stopped is not None
+    again = trajectories.train(root, tmp_path / "run", **values)
+    assert "this run is finished" in capsys.readouterr().err
+    assert (again.directory, again.evaluation) == (first.directory, first.evaluation)
+
+
+def test_the_best_of_all_starts_becomes_the_final_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that stopped after its hours, and of one that was finished and is made longer."""
+    rewards, order = SEAMS.pair_rewards, iter([3.0, 9.0, 1.0, 2.0, 0.5, 0.1])
+
+    def ranked(*arguments: Any, **keywords: Any) -> Any:
+        found = rewards(*arguments, **keywords)
+        return np.stack([np.full(len(found), next(order)), np.zeros(len(found))], axis=1)
+
+    monkeypatch.setattr(SEAMS, "pair_rewards", ranked)
+    keeping = {"output__keep_best": True, "output__save_every": 2, "output__eval_every": 2, **ON}
+    hours = {**keeping, "train__max_hours": 1e-9}
+    steps = []
+    for given in (hours, hours, hours, {**keeping, "train__max_steps": 4}, {**keeping, "train__max_steps": 6}):
+        trajectories.train(root, tmp_path / "run", **given)
+        steps.append(read_manifest(tmp_path / "run" / "model")["training"]["steps"])
+    assert steps == [1, 2, 2, 2, 2]
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_a_model_of_other_settings_or_data_is_not_begun_anew_unasked(
+    root: Path, whole: Trajectory, tmp_path: Path
+) -> None:
+    run, rows = tmp_path / "run", (root / "train.jsonl").read_text().splitlines()
+    shutil.copytree(whole.directory, run / "model")
+    made = (run / "model" / "btrm.json").read_bytes()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(rows[:20]) + "\n")
+    told = r"--resume: the model in .*model was made otherwise \({}\); use the data and settings of before, choose an"
+    for change, what in (
+        ({"train__learning_rate": 1e-3}, r"train\.learning_rate: 0\.003 -> 0\.001"),
+        ({"data__train": (str(tmp_path / "fewer.jsonl"),)}, "the training data is another"),
+        ({"train__max_steps": 12, "train__seed": 1}, r"train\.seed: 0 -> 1"),
+    ):
+        with pytest.raises(CheckpointError, match=told.format(what)):
+            trajectories.train(root, run, **SAVING, **ON, **change)
+    assert (run / "model" / "btrm.json").read_bytes() == made
+    anew = trajectories.train(root, run, **SAVING, **ON, output__overwrite=True, train__max_steps=2, train__seed=1)
+    assert anew.progress.step == 2
+
+
+def test_after_its_hours_a_run_goes_on(root: Path, tmp_path: Path) -> None:
+    first = trajectories.train(root, tmp_path / "run", **ON, train__max_hours=1e-9)
+    assert (first.progress.step, (first.directory or tmp_path).name) == (1, "model")
+    assert [path.name for path in resume.complete(tmp_path / "run" / "resume")] == ["step-00000001"]
 
 
 def test_a_longer_run_goes_on_and_says_what_becomes_of_the_learning_rate(

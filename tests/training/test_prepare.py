@@ -14,7 +14,7 @@ from btrm_core.families.discovery import load
 from btrm_core.model.toy import build_toy
 from btrm_core.run import train
 from btrm_core.settings import RunConfig
-from btrm_core.training.prepare import choose, load_data
+from btrm_core.training.prepare import choose, load_data, output_directory
 
 CUT = (
     "{{- bos_token }}{%- for m in messages %}{{- '<|start_header_id|>' ~ m['role'] ~ '<|end_header_id|>\n\n' ~ "
@@ -44,6 +44,13 @@ def test_a_template_that_cuts_messages_is_counted_and_strict_stops(tmp_path: Pat
     with pytest.raises(DataError) as caught:
         load_data(strict, chat)
     assert str(caught.value) == f"train data: {said}; expected every message as the data has it (--strict)"
+
+
+def test_a_home_that_the_shell_has_left_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in --output=~/x, and in a TOML file; otherwise the run would make a directory of the name ~."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = config_module.read_settings(None, {"output.dir": "~/x"})
+    assert output_directory(config, load("llama3")) == Path("/home/ada/x")
 
 
 def test_forcing_needs_a_family_that_is_named() -> None:

@@ -17,23 +17,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import tqdm.std
+from safetensors.torch import load_file
 from support import processes, trajectories
 from support.trajectories import Trajectory, distance, metrics, read, trajectory
 
 from btrm_core import files
+from btrm_core import run as run_module
 from btrm_core.config import read_settings
 from btrm_core.errors import CheckpointError, DataError
+from btrm_core.signals import Stopped
 from btrm_core.training import report, resume
 from btrm_core.training.processes.runtime import group, start
 from btrm_core.training.report import Reporter
 
 EXACT = 1e-6
+SEAMS = import_module("btrm_core.training.seams")
 LIVES = int(os.environ.get("BTRM_LIVES", "5"))
 """How often a run is killed; 20 and more must also meet it while it saves."""
 MODES: dict[str, dict[str, Any]] = {
@@ -155,6 +160,52 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert "Traceback" not in said
     found = trajectory(root, output, **values, output__resume="auto")
     assert distance(found, whole) < EXACT
+
+
+@pytest.mark.parametrize("every", [3, 1000])
+def test_asked_to_stop_while_it_evaluates_a_run_saves_first(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Trajectory, every: int
+) -> None:
+    """Also in the evaluation after the last step (1000), when there is no model yet."""
+    output, rewards = tmp_path / "run", SEAMS.pair_rewards
+
+    def signalled(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return rewards(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SEAMS, "pair_rewards", signalled)
+        outcome = trajectories.train(root, output, output__eval_every=every)
+    step = min(every, trajectories.STEPS)
+    assert (outcome.directory, outcome.progress.step, outcome.exit_code) == (None, step, 143)
+    assert [path.name for path in resume.complete(output / "resume")] == [f"step-{step:08d}"]
+    assert metrics(output, "eval") == []
+    assert distance(trajectory(root, output, output__eval_every=every, output__resume="auto"), whole) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "code"), [(signal.SIGTERM, Stopped, 143), (signal.SIGINT, KeyboardInterrupt, None)]
+)
+def test_before_the_first_step_a_signal_stops_at_once(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    error: type[BaseException],
+    code: int | None,
+) -> None:
+    """There is nothing to save yet, and loading a large model takes minutes."""
+    build = run_module.build_model
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return build(*arguments)
+
+    monkeypatch.setattr(run_module, "build_model", signalled)
+    with pytest.raises(error) as caught:
+        trajectories.train(root, tmp_path / "run")
+    assert getattr(caught.value, "code", None) == code
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
 def signalled(root: str, output: str, values: dict[str, Any], number: int) -> None:
@@ -413,23 +464,44 @@ def test_every_kind_of_damage(root: Path, stopped: Path, capsys: pytest.CaptureF
         )
         state.unlink()
         assert resume.damaged(newest, runtime) == f"the checkpoint {newest} is damaged: {name} is missing"
-        (newest / "trainer.json").write_text('{"progress": ')
-        assert str(resume.damaged(newest, runtime)).startswith(
-            f"the checkpoint {newest} is damaged: trainer.json cannot be read ("
-        )
+        for half in ('{"progress": ', "[]", '{"files": {}}'):
+            (newest / "trainer.json").write_text(half)
+            told = f"the checkpoint {newest} is damaged: (trainer.json cannot be read|the content of trainer.json has)"
+            assert re.match(told, str(resume.damaged(newest, runtime))), half
         assert resume.damaged(older, runtime) is None
         (older / "model" / "btrm.json").unlink()
         capsys.readouterr()
         with pytest.raises(CheckpointError, match=r"every checkpoint in .*resume is damaged; without --resume"):
             resume.find("latest-good", stopped / "resume", runtime)
         assert capsys.readouterr().err.count("looking at the one before") == 2
-        with pytest.raises(CheckpointError, match="there is no complete checkpoint"):
-            resume.find(str(stopped), stopped / "resume", runtime)
+        for path in (stopped, stopped / "resume", Path("latest")):
+            with pytest.raises(CheckpointError, match=rf"no complete checkpoint .*; did you mean {newest}\?"):
+                resume.find(str(path), stopped / "resume", runtime)
 
 
 def test_nothing_to_resume_begins_anew(root: Path, tmp_path: Path, whole: Trajectory) -> None:
     found = trajectory(root, tmp_path, output__resume="auto", output__eval_every=2)
     assert distance(found, whole) == 0
+
+
+def test_figures_that_find_no_room_end_no_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whole: Trajectory
+) -> None:
+    """A full disk, and a tracker whose server is gone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", gone)
+    outcome = trajectories.train(root, tmp_path / "run", output__eval_every=2)
+    assert outcome.directory is not None
+    found = load_file(outcome.directory / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in whole.weights.items())
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl: figures are lost from now on ([Errno 28] No space left on device)") == 1
+    assert said.count("--report-to none: figures are lost from now on (the server is gone); training goes on") == 1
 
 
 def test_rewind_drops_what_is_done_again(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import gzip
 import itertools
 import json
 import lzma
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from btrm_core.data import PACKED
+from btrm_core.files import flush_handle
 from btrm_core.scoring.bulk.windows import is_parquet
 from btrm_core.scoring.records import OWN_NAME, what_was_added
 
@@ -53,7 +53,7 @@ def finish(lines: Path, source: Path, target: Path) -> None:
             with lines.open("rb") as plain, _packing(made, PACKED[ending]) as packed:
                 shutil.copyfileobj(plain, packed, 1 << 20)
         with made.open("rb") as whole:
-            os.fsync(whole.fileno())
+            flush_handle(whole.fileno())
         made.replace(target)
     finally:
         made.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from btrm_core.cache import cache_root, file_sha256
 from btrm_core.console import LongWork
 from btrm_core.data import PACKED, Naming, data_path
 from btrm_core.errors import DataError
+from btrm_core.files import flush_handle
 from btrm_core.scoring.bulk.finish import finish
 from btrm_core.scoring.bulk.partial import Tally, header_file, partial_file
 from btrm_core.scoring.bulk.windows import Alone, Windows, WindowScorer, is_parquet
@@ -92,7 +92,7 @@ def _to_file(work: _Work, target: Path) -> tuple[Tally, int]:
     with partial_file(target, header) as (stream, done):
         before = done.lines
         _score_lines(work, stream, done)
-        os.fsync(stream.fileno())
+        flush_handle(stream.fileno())
         if done.failed < done.lines:
             finish(Path(stream.name), work.path, target)
         else:

@@ -5,9 +5,10 @@ from btrm_core.training.processes.interrupt import Interrupt
 from btrm_core.training.processes.launch import count_of, launch
 from btrm_core.training.processes.runtime import Runtime, group, is_main_process, leave, quiet, start
 from btrm_core.training.processes.sharing import check_shares
-from btrm_core.training.processes.zero import compute_dtype, deepspeed_config
+from btrm_core.training.processes.zero import PRESETS, compute_dtype, deepspeed_config
 
 __all__ = [
+    "PRESETS",
     "Interrupt",
     "Runtime",
     "agree",

@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
+from btrm_core.console import say
 from btrm_core.model import RowShare, require
 from btrm_core.settings import RunConfig
 from btrm_core.signals import end_with
 from btrm_core.training.processes.failure import shared
 from btrm_core.training.processes.join import LAUNCHER, TIMEOUT, join
 from btrm_core.training.processes.sharing import make_share
-from btrm_core.training.processes.zero import deepspeed_config
+from btrm_core.training.processes.zero import PRESETS, deepspeed_config
+from btrm_core.training.processes.zero_file import remarks
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def group(config: RunConfig) -> Iterator[None]:
     """
     if launcher := os.environ.get(LAUNCHER):
         end_with(int(launcher))
+    elif os.environ.get("TORCHELASTIC_RUN_ID"):  # torchrun or accelerate: when its agent is killed, as well
+        end_with(os.getppid())
     quiet()
     join(config.distributed.join_seconds)
     with shared(torch.distributed.get_world_size()):
@@ -156,7 +160,7 @@ def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | N
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
     )
-    return Runtime(
+    runtime = Runtime(
         accelerator=accelerator,
         rank=rank,
         world=world,
@@ -165,6 +169,9 @@ def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | N
         zero_stage=int(plugin_dict["zero_optimization"]["stage"]),
         share=share,
     )
+    for remark in [] if config.distributed.deepspeed in PRESETS else remarks(config.distributed.deepspeed):
+        say(runtime, remark)
+    return runtime
 
 
 def is_main_process() -> bool:

@@ -18,6 +18,7 @@ from btrm_core.config import check_zero
 from btrm_core.errors import ConfigError, did_you_mean
 from btrm_core.model import OPTIMIZERS
 from btrm_core.settings import RunConfig
+from btrm_core.training.processes.zero_file import accepted, read_file, understood
 
 PRESETS: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
@@ -33,35 +34,31 @@ LONE_BUCKET = 100_000
 500 million would hold 1 GB (2 GB in fp32) of GPU memory for copies that nobody needs."""
 
 
-KEYS = frozenset(
-    """
-    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile
-    compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather
-    dump_state elasticity flops_profiler fp16 fp32_allreduce gradient_accumulation_steps gradient_clipping
-    gradient_predivide_factor graph_harvesting memory_breakdown optimizer pipeline prescale_gradients
-    progressive_layer_drop scheduler seed seq_parallel_communication_data_type sparse_attention sparse_gradients
-    steps_per_print tensorboard tensor_parallel timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization
-    """.split()
-)
-"""Top-level keys of a DeepSpeed configuration (deepspeed.ai/docs/config-json): it ignores others without a word."""
-NOT_WITH_BTRM = {
-    "amp": "btrm computes in bf16 or fp32",
-    "torch_autocast": "btrm computes in bf16 or fp32",
-    "compile": "btrm's rows have a new length every step, which would compile anew each time",
-    "pipeline": "a reward model is not cut into pipeline stages here",
-    "tensor_parallel": "btrm splits optimizer states and weights by ZeRO alone",
-    "progressive_layer_drop": "every reward is that of the whole model",
-    "curriculum_learning": "btrm plans which pairs make up a step",
-    "data_efficiency": "btrm plans which pairs make up a step",
-    "compression_training": "weights are trained as they are",
-    "elasticity": "btrm derives the batch from --pairs-per-step, for any number of processes",
+SETTING_OF = {
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer.params.lr": "train.learning_rate",
+    "optimizer.params.betas": "train.adam_beta1 and train.adam_beta2",
+    "optimizer.params.eps": "train.adam_eps",
+    "optimizer.params.weight_decay": "train.weight_decay",
+    "train_batch_size": "train.pairs_per_step",
+    "train_micro_batch_size_per_gpu": "train.tokens_per_batch",
+    "gradient_accumulation_steps": "train.pairs_per_step and train.tokens_per_batch",
+    "optimizer.type": "train.optimizer",
+    "bf16.enabled": "model.dtype",
+    "fp16.enabled": "model.dtype, which is bf16 or fp32",
 }
-"""Sections that are refused when they are switched on, and why."""
-MICS = ("mics_shard_size", "mics_hierarchical_params_gather")
-OLD_NAMES = {"stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save"}
-"""Keys of `zero_optimization` by which older files say the same."""
+"""Which of btrm's settings say what a key of DeepSpeed says."""
+
+
+NEEDED_OF_ZERO = {
+    "stage3_gather_16bit_weights_on_model_save": True,
+    "load_from_fp32_weights": True,
+    "compute_grad_norm": True,
+}
+"""What a file may say otherwise to no end: the finished model is gathered, a checkpoint is loaded as it was, and the
+norm of the gradient is reported."""
+DEFAULTS_OF_ADAM = {"adam_w_mode": True, "bias_correction": True}
+"""What AdamW is, which DeepSpeed's own versions can be told not to be."""
 
 
 def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
@@ -72,19 +69,20 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         world: Number of processes.
 
     Raises:
-        ConfigError: the preset is unknown, the file is not JSON, asks for stage 0, or sets a key that btrm derives to
-            another value (both values are named); or 4-bit weights or 8-bit states do not go with it.
+        ConfigError: the preset is unknown, the file is not JSON, DeepSpeed does not take it, it asks for stage 0 or
+            sets a key that btrm derives to another value (both values are named); or 4-bit weights or 8-bit states do
+            not go with it.
     """
     name = config.distributed.deepspeed
     if name in PRESETS:
         user: dict[str, Any] = {"zero_optimization": dict(PRESETS[name])}
-    elif Path(name).suffix or Path(name).exists():
-        user = _understood(_read_json(name), name)
+    elif Path(name).suffix or Path(name).expanduser().exists():
+        user = understood(read_file(name), name)
     else:
         hint = did_you_mean(name, PRESETS)
         raise ConfigError(f"--deepspeed {name!r}: expected one of {', '.join(PRESETS)} or a DeepSpeed JSON file.{hint}")
-    asked = user.get("bf16", {}).get("enabled", "auto") if config.model.dtype == "auto" else "auto"
-    bf16 = compute_dtype(config.model.dtype) == torch.bfloat16 if asked == "auto" else bool(asked)
+    asked = user.get("bf16", {}).get("enabled") if config.model.dtype == "auto" else None
+    bf16 = compute_dtype(config.model.dtype) == torch.bfloat16 if asked is None else asked
     merged = _merge(user, _derived(config, bf16), name)
     _send_sums_whole(merged, world)
     # it waits for the GPU before every micro-batch (deepspeed/utils/timer.py, ThroughputTimer.start); btrm measures too
@@ -96,6 +94,14 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     if config.train.optimizer in OPTIMIZERS:
         del merged["optimizer"]  # it is made here and handed over whole, see `engine.make_engine`
         merged["zero_allow_untested_optimizer"] = True
+    if name not in PRESETS:
+        accepted(merged, name)
+        copies = merged["zero_optimization"].get("zero_hpz_partition_size", 1)
+        if world % max(copies, 1):
+            raise ConfigError(
+                f"{name}: zero_optimization.zero_hpz_partition_size = {copies} with {world} process(es): expected a "
+                "number that divides them, such as the GPUs of one machine"
+            )
     return merged
 
 
@@ -110,50 +116,11 @@ def _send_sums_whole(merged: dict[str, Any], world: int) -> None:
         merged.setdefault("communication_data_type", "fp32")
 
 
-def _understood(user: dict[str, Any], source: str) -> dict[str, Any]:
-    """A user's file with today's names for its keys, after looking for what DeepSpeed or btrm would not do."""
-    for key in user:
-        if key not in KEYS:
-            raise ConfigError(f"{source}: DeepSpeed knows no '{key}'.{did_you_mean(key, KEYS)}")
-    for key, why in NOT_WITH_BTRM.items():
-        section = user.get(key)
-        off = isinstance(section, dict) and section.get("enabled") is False
-        if section and not off:
-            raise ConfigError(f"{source}: '{key}' does not go with btrm ({why}); leave it out")
-    sections = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types")
-    for key in sections:
-        if not isinstance(user.get(key, {}), dict):
-            raise ConfigError(f"{source}: '{key}' is {user[key]!r}, expected an object")
-    if "bfloat16" in user:
-        user["bf16"] = user.pop("bfloat16")
-    if user.get("data_types", {}).get("grad_accum_dtype", "auto") is None:
-        user["data_types"]["grad_accum_dtype"] = "auto"  # DeepSpeed's own word for its default
-    user["zero_optimization"] = _zero(user.get("zero_optimization", {}), source)
-    return user
-
-
-def _zero(given: dict[str, Any], source: str) -> dict[str, Any]:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = {OLD_NAMES.get(key, key): value for key, value in given.items()}
-    fields = DeepSpeedZeroConfig.model_fields
-    for key in MICS:
-        if zero.pop(key, None) not in (None, -1, False):
-            raise ConfigError(f"{source}: zero_optimization.{key} does not go with btrm (MiCS is another engine)")
-    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    for key in zero:
-        if key not in known:
-            raise ConfigError(f"{source}: DeepSpeed knows no 'zero_optimization.{key}'.{did_you_mean(key, known)}")
-    stage = zero.get("stage", 1)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ConfigError(f"{source}: zero_optimization.stage = {stage!r}, expected 1, 2 or 3")
-    return zero
-
-
 def _derived(config: RunConfig, bf16: bool) -> dict[str, Any]:
     """The keys that follow from btrm's settings; a user's file may leave them out or say "auto"."""
     train = config.train
     adam = {
+        **DEFAULTS_OF_ADAM,
         "lr": train.learning_rate,
         "betas": [train.adam_beta1, train.adam_beta2],
         "eps": train.adam_eps,
@@ -166,17 +133,16 @@ def _derived(config: RunConfig, bf16: bool) -> dict[str, Any]:
         "bf16": {"enabled": bf16},
         "fp16": {"enabled": False},
         "optimizer": {"type": "AdamW", "params": adam},
-        "zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
-    if bf16:
-        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    if train.pairs_per_step is not None:
+        derived["train_batch_size"] = train.pairs_per_step
     return derived
 
 
 def _merge(user: dict[str, Any], derived: dict[str, Any], source: str) -> dict[str, Any]:
     """Put the derived keys into the user's configuration, refusing contradictions."""
     merged = json.loads(json.dumps(user))
-    merged.pop("train_batch_size", None)
     merged.pop("scheduler", None)  # the learning rate is a function of the step and set by the trainer
     stage = merged.setdefault("zero_optimization", {}).get("stage", 1)
     if stage == 0:
@@ -185,52 +151,35 @@ def _merge(user: dict[str, Any], derived: dict[str, Any], source: str) -> dict[s
             "makes a wrong first update and reports no gradient norm in fp32; use --deepspeed zero1"
         )
     merged["zero_optimization"].setdefault("stage", 1)
+    merged["zero_optimization"].update(NEEDED_OF_ZERO)
     _fill(merged, derived, source, "")
-    _fill_auto_buckets(merged["zero_optimization"])
-    if merged["bf16"]["enabled"]:
+    merged.pop("train_batch_size", None)  # DeepSpeed counts micro-batches by it, which are btrm's own
+    if not merged["bf16"]["enabled"]:
+        del merged["data_types"]  # everything is fp32
+    else:
         # each gradient goes to its fp32 sum at once; otherwise all bf16 gradients lie there a second time until then
         merged["bf16"].setdefault("immediate_grad_update", True)
-    params = merged["optimizer"].setdefault("params", {})
+    params = {key: merged["optimizer"]["params"][key] for key in ("lr", "betas", "eps", "weight_decay")}
     # torch's own AdamW: DeepSpeed's fused ones are C++ that is compiled at run time
-    params.update(torch_adam=True, fused=True)
+    merged["optimizer"] = {"type": "AdamW", "params": {**params, "torch_adam": True, "fused": True}}
     return dict(merged)
 
 
 def _fill(target: dict[str, Any], derived: dict[str, Any], source: str, path: str) -> None:
     for key, value in derived.items():
         where = f"{path}{key}"
-        given = target.get(key, "auto")
+        given = target.get(key)
         if isinstance(value, dict) and isinstance(given, dict):
             _fill(given, value, source, f"{where}.")
-        elif given == "auto" or given == value:
+        elif given is None or (given == value and isinstance(given, bool) == isinstance(value, bool)):
             target[key] = json.loads(json.dumps(value))
-        elif where.startswith("zero_optimization."):
-            continue
         elif where == "optimizer.type" and str(given).lower() in ("adam", "adamw"):
             target[key] = "AdamW"
         else:
             raise ConfigError(
                 f'{source}: {where} = {given!r} contradicts btrm\'s {value!r}; leave it out or set it to "auto" '
-                "(btrm derives it from its own settings)"
+                f"(btrm derives it from {SETTING_OF.get(where, 'its own settings')})"
             )
-
-
-def _fill_auto_buckets(zero: dict[str, Any]) -> None:
-    """DeepSpeed itself does not know "auto"; leaving a key out gives its own default."""
-    for key in [k for k, v in zero.items() if v == "auto"]:
-        del zero[key]
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"the DeepSpeed configuration {path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"the DeepSpeed configuration {path} holds a {type(value).__name__}, expected an object")
-    return value
 
 
 def compute_dtype(name: str) -> torch.dtype:

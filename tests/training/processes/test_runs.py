@@ -26,7 +26,9 @@ from support.trajectories import distance, flags, metrics, read, trajectory
 from btrm_core import errors as errors_module
 from btrm_core.errors import CheckpointError, DataError
 from btrm_core.files import output_lock
+from btrm_core.settings import RunConfig
 from btrm_core.training import loop, prepare, rewards
+from btrm_core.training.processes import runtime
 from btrm_core.training.profiling import PARTS
 
 EXACT = 1e-5
@@ -167,6 +169,31 @@ def test_a_signal_while_data_is_prepared_ends_all_at_once(root: Path, tmp_path: 
     assert processes.wait(group, timeout=200)[0] == 143, log.read_text()[-3000:]
     assert group[1].exitcode in (143, 2), "told by the other, or by the connection that is gone"
     assert re.findall("^btrm: .*", log.read_text(), re.MULTILINE) == ["btrm: stopped by SIGTERM"]
+
+
+def agent(ready: Path) -> None:
+    """As torchrun: it starts a process that joins a run, and waits for it."""
+    if (child := os.fork()) == 0:
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+        with runtime.group(RunConfig()):
+            ready.write_text(str(os.getpid()))
+            time.sleep(60)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_killed_agent_leaves_no_process_training(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    started = processes.start(agent, ready, log=tmp_path / "log")
+    processes.until(lambda: ready.exists() and bool(ready.read_text()), started)
+    started[0].kill()
+    processes.wait(started)
+    state = Path(f"/proc/{ready.read_text()}/stat")
+    end = time.monotonic() + SECONDS_TO_END
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, "it lives on"
+        time.sleep(0.05)
 
 
 def test_a_killed_group_goes_on(root: Path, tmp_path: Path) -> None:
