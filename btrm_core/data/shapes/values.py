@@ -5,6 +5,7 @@ Decides: which number is one, which text may stand in a column, and what becomes
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import math
@@ -17,6 +18,8 @@ SMALLEST_WEIGHT = 1e-9
 """Bounds of margins and weights: beyond them, sums and products leave float32, in which the loss is computed."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_TEXT = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
+_TEXTS = re.compile(rf"\s*\[\s*(?:(?:{_TEXT.pattern})(?:\s*,)?\s*)+\]\s*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -175,6 +178,8 @@ def plain(value: Any) -> Any:
         return {key if isinstance(key, str) else str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
         return [plain(inner) for inner in value]
+    if isinstance(value, bytes | bytearray):  # text of a binary column; what is not UTF-8 is refused with the row
+        return bytes(value).decode("utf-8", "surrogateescape")
     if type(value).__name__ in ("NAType", "NaTType"):
         return None
     if hasattr(value, "tolist"):  # numpy's arrays and scalars, pandas' and pyarrow's columns
@@ -183,20 +188,26 @@ def plain(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """Return the list that a text spells as JSON (a cell of a CSV file, a column of the arena); else the value itself.
+    """Return the list that a text spells in JSON or as Python prints it (a cell of a CSV file); else the value itself.
 
     Args:
         value: any value.
 
-    >>> listed('["a", "b"]'), listed("[not one"), listed("a")
-    (['a', 'b'], '[not one', 'a')
+    >>> listed('["a", "b"]'), listed("['a' 'b']"), listed("[True, None]"), listed("[not one"), listed("a")
+    (['a', 'b'], ['a', 'b'], [True, None], '[not one', 'a')
     """
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("]"):
         return value
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
-        return value
+        if _TEXTS.fullmatch(value):  # numpy prints texts without commas, which Python would join
+            found = [ast.literal_eval(text) for text in _TEXT.findall(value)]
+        else:
+            try:
+                found = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+                return value
     return found if isinstance(found, list) else value
 
 
