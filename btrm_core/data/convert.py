@@ -22,8 +22,9 @@ response_a, response_b        with a prompt and a `winner` ("a", "b", "tie"); al
 ============================  ===============================================================================
 
 These and more names of answers, prompts, system texts and scores are in `shapes/keys.py`; `history` beside another
-prompt holds earlier turns, and `input` its material. `margin`, `weight`, `subset` and `id` are optional everywhere, and so is `probability` beside two answers: how likely it is that
-the preferred one is better, from 0.5 to 1 (a soft label). Other names are told with `--map` (`shapes/naming.py`).
+prompt holds earlier turns, and `input` its material. `margin`, `weight`, `subset` and `id` are optional everywhere, and
+so is `probability` beside two answers: how likely it is that the preferred one is better, from 0.5 to 1 (a soft label).
+Other names are told with `--map` (`shapes/naming.py`).
 
 Text that spells a conversation (messages in JSON, a finished chat template) is read back into messages; tool calls
 are written into the text of their message. What a row holds and nobody used is counted under `unused`.

@@ -3,7 +3,7 @@
 A source is one of
 
 * a file: `.jsonl`, `.ndjson`, `.json` (arrays, one object a line, or one object that holds the array), `.csv`, `.tsv`,
-  each also packed (`.gz`, `.zst`, `.bz2`, `.xz`), `.parquet` and `.arrow`; a pattern of such files; a pipe or `-`;
+  each also packed (`.gz`, `.zst`, `.bz2`, `.xz`), `.parquet`, `.arrow`, `.feather`; a pattern of them; a pipe or `-`;
 * a folder written by `datasets.save_to_disk`, or a folder of such files, as a downloaded repository of the Hub is; of
   several splits "train" is taken, and what was left out is said; `folder:split` names another; where the folder's
   README names the files of its configurations, `folder:config:split` names one of these too;
@@ -44,8 +44,9 @@ _KINDS: dict[str, Kind] = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
 }
-ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet or .arrow"
+ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet, .arrow or .feather"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_ADDRESS = re.compile(r"(?:hf://datasets/|https?://huggingface\.co/datasets/)(.+)")

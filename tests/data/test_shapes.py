@@ -328,6 +328,7 @@ REPR = "array([{'content': 'q', 'role': 'user'}\n {'content': 'VALUE', 'role': '
         {side: [{"user": "q"}, {"assistant": text}] for side, text in AB.items()},
         {"prompt": "q", "chosen": [{"role": "assistant", "content": None, "refusal": "a"}], "rejected": "b"},
         {"prompt": b"q", "chosen": b"a", "rejected": b"b"},
+        {"Prompt": "q", "CHOSEN": "a", " rejected ": "b"},
         # Only the turn that was judged counts.
         {"conversation_a": TURNS_A, "conversation_b": TURNS_B, "winner": "model_a", "turn": 1},
         # Lists written as text, of answers and of turns.
