@@ -28,6 +28,7 @@ from btrm_core.data.inputs import hub
 from btrm_core.data.inputs.card import read_card
 from btrm_core.data.inputs.spec import Slice, Spec, expand, is_pattern, parse_spec
 from btrm_core.data.inputs.streams import PACKED, STANDARD_INPUT, kind_of_file, local_path, spooled
+from btrm_core.data.shapes.values import clean_text
 from btrm_core.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class Source:
     weight: float = 1.0
     label: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("where", "name", "label"):  # a file's name may be no UTF-8
+            object.__setattr__(self, name, (value := getattr(self, name)) and clean_text(value))
+
     @property
     def subset(self) -> str:
         """The subset of rows that name none: the user's name, else the source's without its endings."""
@@ -125,7 +130,7 @@ def resolve(specs: Sequence[str], root: Path) -> Resolved:
     for spec in specs:
         found, note = _resolve_one(spec, root)
         sources += found
-        notes += note
+        notes += map(clean_text, note)
     return Resolved(tuple(sources), tuple(notes))
 
 

@@ -73,7 +73,8 @@ def finished(shape: Shape, view: RowView) -> list[Conversation]:
 def _answer_to(base: list[Message], side: Side, view: RowView) -> Conversation:
     """Another answer to the prompt of a whole conversation: text, messages that go on from there, or all of them."""
     if isinstance(side.value, str):
-        made = [{"role": "assistant", "content": side.value}]
+        found = conversation(side.value, side.where, view)
+        made = found[1] if found else [{"role": "assistant", "content": side.value}]
     else:
         made = messages(side.value, side.where, view)
     if made[0]["role"] not in ("assistant", "tool"):
@@ -244,6 +245,8 @@ def _with_system(view: RowView, before: list[Message]) -> list[Message]:
     system = next((value for key in keys.SYSTEM if (value := view.get(key))), None)
     if not system:
         return before
+    if isinstance(system, str) and (found := conversation(system, "system", view)) and len(found[1]) == 1:
+        system = found[1][0]
     if isinstance(system, dict):
         system = system.get("content", system)
     elif isinstance(system, list) and len(system) == 1 and isinstance(system[0], dict) and "role" in system[0]:

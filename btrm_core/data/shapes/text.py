@@ -15,15 +15,13 @@ A control token in the middle of a text is a person's letters and stays what it 
 
 from __future__ import annotations
 
-import ast
 import itertools
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from btrm_core.data.shapes import keys
-from btrm_core.data.shapes.values import RowError
+from btrm_core.data.shapes.values import RowError, literal
 
 TRANSCRIPT = "transcript"
 SERIALISED = "serialised messages"
@@ -43,8 +41,6 @@ _HUMAN = re.compile(r"\s*Human:")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _LOOKS_SERIALISED = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 _MAY_BE_SERIALISED = re.compile(r"\s*(?:\"\s*)?\[?\s*\{.*['\"](?:role|from)\\?['\"]\s*:", re.DOTALL)
-_ARRAY = re.compile(r"\s*array\((.*?)(?:,\s*dtype=object)?\)\s*", re.DOTALL)
-_BETWEEN_MESSAGES = re.compile(r"\}\s+\{")  # numpy prints a list of them without commas
 _BEGIN = re.compile(
     r"(?:<\|begin_of_text\|>|<bos>|<s>|<\|startoftext\|>|<\|endoftext\|>|<BOS_TOKEN>|\[gMASK\]|<sop>|\s)*"
 )
@@ -198,7 +194,7 @@ def ends_in_terminal(text: str) -> bool:
 
 
 def _serialised(text: str) -> Found | None:
-    value = _literal(text)
+    value = literal(text)
     if value is None:
         if not text.lstrip().startswith("["):
             return None  # an answer in JSON or code, say
@@ -213,7 +209,10 @@ def _serialised(text: str) -> Found | None:
 
 def _unpacked(text: str) -> Found | None:
     """Messages in JSON whose first key is another one, that are in an object with more, or that were written twice."""
-    value = _literal(text)
+    value = literal(text)
+    if value is None and "array(" in text and "'" in text[:4]:
+        reason = "the text looks like messages as numpy prints them inside of others; write the column as JSON"
+        raise RowError("messages written as text", reason)
     if isinstance(value, str):
         return _unpacked(value) if _MAY_BE_SERIALISED.match(value) else None
     if isinstance(value, dict) and (
@@ -225,28 +224,11 @@ def _unpacked(text: str) -> Found | None:
     return Found(SERIALISED, raw=value) if items and all(_is_message(item) for item in items) else None
 
 
-def _literal(text: str) -> Any:
-    """The value that a text spells in JSON, in Python, or as numpy prints it; None for none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    text = match.group(1) if (match := _ARRAY.fullmatch(text)) else text
-    for joined in (text.strip(), _BETWEEN_MESSAGES.sub("}, {", text.strip())):
-        try:
-            value = ast.literal_eval(joined)
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            continue
-        if joined == text.strip() or len(value) == joined.count("}, {") + 1:  # no message spells what was put in
-            return value
-    return None
-
-
 def _is_message(item: Any) -> bool:
     if not isinstance(item, dict):
         return False
     role = item.get("role", item.get("from"))
-    has_content = any(key in item for key in ("content", "value", "tool_calls"))
+    has_content = any(key in item for key in ("content", "value", "text", "parts", "tool_calls"))
     return has_content and isinstance(role, str) and role.strip().lower() in ROLE_NAMES
 
 

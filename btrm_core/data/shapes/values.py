@@ -20,6 +20,9 @@ SMALLEST_WEIGHT = 1e-9
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _TEXT = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
 _TEXTS = re.compile(rf"\s*\[\s*(?:(?:{_TEXT.pattern})(?:\s*,)?\s*)+\]\s*")
+_NUMBERS = re.compile(r"\[(?:[\s,]*(?:[-+.\deE]+|nan|None|True|False)(?=[\s,\]]))+[\s,]*\]")
+_ARRAY = re.compile(r"\s*array\((.*?)(?:,\s*dtype=object)?\)\s*", re.DOTALL)
+_BETWEEN_OBJECTS = re.compile(r"\}\s+\{")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -33,8 +36,8 @@ class RowError(ValueError):
     """
 
     def __init__(self, kind: str, reason: str, *, bad: bool = True):
-        super().__init__(reason)
-        self.kind = kind
+        super().__init__(clean_text(reason))  # it may quote keys of the row
+        self.kind = clean_text(kind)
         self.bad = bad
 
 
@@ -198,17 +201,37 @@ def listed(value: Any) -> Any:
     """
     if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("]"):
         return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        if _TEXTS.fullmatch(value):  # numpy prints texts without commas, which Python would join
-            found = [ast.literal_eval(text) for text in _TEXT.findall(value)]
-        else:
-            try:
-                found = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-                return value
+    found = literal(value)
     return found if isinstance(found, list) else value
+
+
+def literal(text: str) -> Any:
+    """Return the value that a text spells in JSON, in Python, or as numpy prints it; None for none.
+
+    Args:
+        text: a text of a row, such as the cell of a CSV file.
+
+    >>> literal("[{'a': 1} {'a': 2}]"), literal("[ 1. nan]"), literal("array(['a', 'b'], dtype=object)"), literal("x y")
+    ([{'a': 1}, {'a': 2}], [1.0, None], ['a', 'b'], None)
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    text = (match.group(1) if (match := _ARRAY.fullmatch(text)) else text).strip()
+    if _TEXTS.fullmatch(text):  # numpy prints texts without commas, which Python would join
+        return [ast.literal_eval(found) for found in _TEXT.findall(text)]
+    if _NUMBERS.fullmatch(text):
+        words = text[1:-1].replace(",", " ").split()
+        return [{"True": True, "False": False}.get(word, as_number(word)) for word in words]
+    for joined in (text, _BETWEEN_OBJECTS.sub("}, {", text)):
+        try:
+            value = ast.literal_eval(joined)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+        if joined == text or len(value) == joined.count("}, {") + 1:  # no text of it spells what was put in
+            return value
+    return None
 
 
 def json_value(value: Any) -> Any:

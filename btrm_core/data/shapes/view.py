@@ -11,7 +11,7 @@ from typing import Any
 
 from btrm_core.data.shapes.named import hidden
 from btrm_core.data.shapes.naming import Naming
-from btrm_core.data.shapes.values import RowError, plain
+from btrm_core.data.shapes.values import RowError, clean_text, plain
 
 _PLAIN_NAMES = {
     *("prompt", "instruction", "question", "messages", "conversations", "system", "history", "input"),
@@ -109,7 +109,7 @@ class RowView(Mapping[str, Any]):
     def unused(self) -> list[str]:
         """The keys that hold something and were not used, with those inside messages."""
         keys = [key for key, value in self._row.items() if key not in self._used and not _is_empty(value)]
-        return [*keys, *sorted(self.parts_unused)]
+        return [clean_text(str(key)) for key in (*keys, *sorted(self.parts_unused))]
 
     def missing(self, key: str) -> RowError:
         """Return the error for a key that the row should have; it names those that the row has.
