@@ -87,14 +87,13 @@ def group_single_responses(
 
 
 def _is_single(row: Row) -> bool:
-    has_prompt = any(row.get(key) is not None for key in keys.PROMPT)
+    if not isinstance(row.get(_single_key(row) or ""), str | list) or score_key(row) is None:
+        return False
     others = (*itertools.chain(*keys.PAIR), "rejected_response", *keys.LISTS)
     return (
-        has_prompt
-        and isinstance(row.get(_single_key(row) or ""), str | list)
+        any(row.get(key) is not None for key in keys.PROMPT)
         and not any(row.get(key) is not None for key in others)
         and not any(row.get(second) is not None for key in row if (second := keys.VERSUS.get(key)))
-        and score_key(row) is not None
     )
 
 
@@ -130,7 +129,9 @@ def find_shape(view: RowView) -> Shape | None:
         raise RowError("another format", f"not of the format '{form}': missing key '{key}' (the row has {has})")
     for find in (_pair, _rejected_apart, _list, _versus, _single):
         if (found := find(view)) is not None:
-            return replace(found, sides=tuple(_unwrapped(side, view) for side in found.sides))
+            if any(isinstance(side.value, dict) for side in found.sides):
+                return replace(found, sides=tuple(_unwrapped(side, view) for side in found.sides))
+            return found
     return None
 
 

@@ -135,6 +135,8 @@ def labelled_turns(text: str, *, asks: bool) -> list[Turn]:
     Returns:
         Role and content, stripped, of each turn; empty if the labels do not make a conversation of it.
     """
+    if asks and not text.rstrip().endswith(":"):
+        return []  # long before the labels are looked for
     for labels in _LABELS:
         found = list(labels.finditer(text))
         roles = [str(match.lastgroup) for match in found]

@@ -37,7 +37,7 @@ class RowView(Mapping[str, Any]):
     def __init__(self, row: Mapping[str, Any], naming: Naming | None = None) -> None:
         self.naming = naming or Naming()
         self._row, self.mapped = self.naming(row)
-        if any(key not in self._row for key in _PLAIN_NAMES & {str(key).strip().lower() for key in self._row}):
+        if not all(map(str.islower, map(str, self._row))) or any(" " in str(key) for key in self._row):
             self._row = _renamed(self._row)
         self._hidden = hidden(self.naming.format)
         self._used: set[str] = set()
