@@ -331,12 +331,16 @@ REPR = "array([{'content': 'q', 'role': 'user'}\n {'content': 'VALUE', 'role': '
         {"Prompt": "q", "CHOSEN": "a", " rejected ": "b"},
         # Only the turn that was judged counts.
         {"conversation_a": TURNS_A, "conversation_b": TURNS_B, "winner": "model_a", "turn": 1},
+        {"messages": [*Q, bot("a")], "chosen": "a", "rejected": "b"},
         # Lists written as text, of answers and of turns.
         {"prompt": "q", "chosen": "['a']", "rejected": '["b"]'},
         {"prompt": "q", "responses": "['b' 'a']", "scores": "[1, 2]"},
         # Text that is structure.
         {"prompt": "USER: q ASSISTANT:", "chosen": "a</s>", "rejected": "b</s>"},
         {"prompt": "User: q\nAssistant:", **AB},
+        {"prompt": "Human: q\nAssistant:", **AB},
+        {side: f"\r\n\r\nHuman: q\r\n\r\nAssistant: {text}" for side, text in AB.items()},
+        {side: f"Human: q\nAssistant: {text}" for side, text in AB.items()},
         {"prompt": "### Instruction:\nq\n\n### Response:\n", **AB},
         {"prompt": "prompter: q assistant: ", **AB},
         {
@@ -374,6 +378,33 @@ def test_a_system_text_has_many_names(key: str) -> None:
         *Q,
     ]
     assert one({"prompt": "s\n\nUSER: q ASSISTANT:", **AB})[0] == [system("s"), *Q]
+
+
+def test_a_tree_gives_the_ranked_answers_to_each_of_its_messages() -> None:
+    def node(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"message_id": f"id {text}", "role": role, "text": text, "replies": list(replies), **more}
+
+    later = node("prompter", "r", node("assistant", "d", rank=1), node("assistant", "c", rank=0))
+    first = node("assistant", "a", later, rank=0)
+    tree = {"message_tree_id": "t", "prompt": node("prompter", "q", node("assistant", "b", rank=1), first)}
+    pairs, view = read(tree, scored="all")
+    assert [(p.id, p.prompt, p.chosen, p.rejected) for p in pairs] == [
+        ("id q", Q, "a", "b"),
+        ("id r", [*Q, bot("a"), user("r")], "c", "d"),
+    ]
+    assert view.unused == ["message_tree_id"]
+    assert [answer for _, answer in conversations_of(RowView(tree))[1]] == ["a", "b", "c", "d"]
+    with pytest.raises(RowError, match="no message of the tree has two answers with ranks"):
+        read({"prompt": node("prompter", "q", node("assistant", "a", rank=0))})
+
+
+def test_a_response_without_a_text_is_left_out_whatever_its_score() -> None:
+    row = {"prompt": "q", "responses": [None, "b", {"text": "a"}], "scores": [9, 1, 2]}
+    (pair,), view = read(row)
+    assert (pair.chosen, pair.rejected) == ("a", "b")
+    assert "responses without a text, left out" in view.remarks
+    with pytest.raises(RowError, match="only one of the 3"):
+        read({**row, "responses": [None, None, "a"]})
 
 
 def test_the_input_belongs_to_its_prompt_also_under_a_mapped_name() -> None:

@@ -7,7 +7,7 @@ it from here, so that one row is one conversation everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from btrm_core.data.formats import Shape, Side
@@ -61,6 +61,10 @@ def finished(shape: Shape, view: RowView) -> list[Conversation]:
     """
     whole = any(side.whole for side in shape.sides)
     prompt = prompt_of(view, ("prompt",) if whole else keys.PROMPT)
+    if len(prompt.messages) > 1 and prompt.messages[-1]["role"] == "assistant":  # a conversation with its answer, maybe
+        answers = {side.value.strip() for side in shape.sides if isinstance(side.value, str)}
+        if prompt.messages[-1]["content"].strip() in answers:
+            prompt = replace(prompt, messages=prompt.messages[:-1])
     base: list[Message] = []
     made: list[Conversation] = []
     for side in shape.sides:

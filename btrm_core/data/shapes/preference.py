@@ -131,11 +131,14 @@ def _scored(shape: Shape, view: RowView, mode: WhichPairs, ties: Ties) -> list[C
     if len(items) == 1:
         raise RowError("only one response", f"'{key}' holds one response, nothing to compare", bad=False)
     given, are_ranks = _scores(view, key, items)
+    if any(side.value is None for side in found):
+        view.remark("responses without a text, left out")
+        given = [None if side.value is None else score for side, score in zip(found, given, strict=True)]
     scores = {index: score for index, score in enumerate(given) if score is not None}
     if len(scores) < len(items):
         view.remark("responses without a score, left out")
-    if len(scores) == 1:
-        reason = f"only one of the {len(items)} responses has a score, nothing to compare"
+    if len(scores) < 2:
+        reason = f"{'only one' if scores else 'none'} of the {len(items)} responses has a score, nothing to compare"
         raise RowError("only one response", reason, bad=False)
     order = sorted(scores, key=lambda index: -scores[index])  # stable: first of equals first
     best, worst = order[0], min(scores, key=lambda index: scores[index])

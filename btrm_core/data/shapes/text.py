@@ -38,7 +38,7 @@ ROLE_NAMES = {
 """What other tools call the four roles; compared in lower case."""
 
 _HUMAN = re.compile(r"\s*Human:")
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
 _LOOKS_SERIALISED = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 _MAY_BE_SERIALISED = re.compile(r"\s*(?:\"\s*)?\[?\s*\{.*['\"](?:role|from)\\?['\"]\s*:", re.DOTALL)
 _BEGIN = re.compile(
@@ -113,7 +113,10 @@ def conversation_in(text: str) -> Found | None:
         RowError: the text looks like serialised messages and cannot be read as such.
     """
     if _HUMAN.match(text):
-        return Found(TRANSCRIPT, tuple(transcript_turns(text)))
+        turns = transcript_turns(text)
+        if len(turns) == 1:  # of single line breaks, perhaps
+            turns = labelled_turns(text, asks=True) or labelled_turns(text, asks=False) or turns
+        return Found(TRANSCRIPT, tuple(turns))
     if _LOOKS_SERIALISED.match(text):
         return _serialised(text)
     if _MAY_BE_SERIALISED.match(text):
