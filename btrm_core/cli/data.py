@@ -15,6 +15,8 @@ from btrm_core.errors import ConfigError
 if TYPE_CHECKING:
     from btrm_core.chat import ChatFormat
 
+_EVERY_PROMPT: dict[str, Any] = {"ties": "half", "own_prompts": True}
+"""How data is read whose prompts are wanted and not its preferences."""
 _RULES = ("best-vs-worst", "best-vs-each", "all", "random")
 
 
@@ -58,7 +60,7 @@ def inspect(sources: tuple[str, ...], **flags: Any) -> None:
     if flags["report_dir"]:
         require_matplotlib()
     pairs = load_pairs(sources, naming=parse_naming(flags["names"]))
-    against = load_pairs(flags["against"]) if flags["against"] else None
+    against = load_pairs(flags["against"], **_EVERY_PROMPT) if flags["against"] else None
     chat = _chat(flags["model"], flags["family"])
     with _progress() as told:
         found = curate.survey(pairs, chat=chat, against=against, near=flags["near"], progress=told)
@@ -115,13 +117,18 @@ def convert(sources: tuple[str, ...], **flags: Any) -> None:
         ties=flags["ties"],
         naming=parse_naming(flags["names"], flags["form"]),
     )
-    other = load_pairs(flags["decontaminate"]) if flags["decontaminate"] else None
+    other = load_pairs(flags["decontaminate"], **_EVERY_PROMPT) if flags["decontaminate"] else None
     filters = curate.Filters(flags["min_margin"], flags["max_tokens"], flags["dedupe"], other, flags["sample"])
     with LongWork("filtering", len(pairs) if flags["max_tokens"] is not None else None, "pair") as work:
         pairs = curate.filtered(pairs, filters, chat, work.add)
     files = {str(target): pairs}
     if held_target is not None:
         train, held = split_held_out(pairs, flags["split_by_prompt"])
+        if not len(held):
+            raise ConfigError(
+                f"--split-by-prompt {flags['split_by_prompt']:g} holds out no pair of {len(train):,}: "
+                "expected a share above 0 and pairs of two prompts or more"
+            )
         files = {str(target): train, str(held_target): held}
     for name, part in files.items():
         with LongWork(f"writing {Path(name).name}", len(part), "pair") as work:

@@ -19,12 +19,13 @@ response_a, response_b        with a prompt and a `winner` ("a", "b", "tie"); al
                               better_response_id, response1/2 with overall_preference or preference_strength,
                               answer_0/_1 with score_0/_1, conversation_a/_b with winner, winner_model_a/_b/_tie,
                               human_ref_A/_B with labels
+prompt with replies           a tree of messages (OpenAssistant): the ranked answers to each of its messages
 ============================  ===============================================================================
 
-The prompt may be called prompt, instruction (with input), question, query, context, conversations, messages, input or
-history; `history` beside another prompt holds earlier turns. `system` (or `system_prompt`) is put before it. `margin`,
-`weight`, `subset` and `id` are optional everywhere, and so is `probability` beside two answers: how likely it is that
-the preferred one is better, from 0.5 to 1 (a soft label). Other names are told with `--map` (`shapes/naming.py`).
+These and more names of answers, prompts, system texts and scores are in `shapes/keys.py`; `history` beside another
+prompt holds earlier turns, and `input` its material. `margin`, `weight`, `subset` and `id` are optional everywhere, and
+so is `probability` beside two answers: how likely it is that the preferred one is better, from 0.5 to 1 (a soft label).
+Other names are told with `--map` (`shapes/naming.py`).
 
 Text that spells a conversation (messages in JSON, a finished chat template) is read back into messages; tool calls
 are written into the text of their message. What a row holds and nobody used is counted under `unused`.
@@ -49,6 +50,7 @@ from btrm_core.data.shapes.conversation import Conversation, finished
 from btrm_core.data.shapes.messages import Message
 from btrm_core.data.shapes.naming import ROLES, Naming
 from btrm_core.data.shapes.preference import Compared, compared
+from btrm_core.data.shapes.tree import branches
 from btrm_core.data.shapes.values import RowError, bounded_margin, bounded_weight, label, shown
 from btrm_core.data.shapes.view import RowView
 
@@ -160,6 +162,8 @@ def pairs_of(
     Raises:
         RowError: the row gives no pair; the reason names the key and the value.
     """
+    if (rows := branches(view)) is not None:
+        return _of_branches(rows, view, reading, {"name": name, "line": line, "subset": subset}, group)
     shape = find_shape(view)
     if shape is None:
         raise view.missing("chosen")
@@ -197,6 +201,25 @@ def pairs_of(
     return pairs
 
 
+def _of_branches(
+    rows: list[dict[str, Any]], view: RowView, reading: Reading, place: dict[str, Any], group: int
+) -> list[Pair]:
+    """The pairs of every message of a tree whose answers are ranked."""
+    view.use("prompt", "message_id", "role", "text", "replies")
+    found: list[Pair] = []
+    problem = RowError("only one response", "no message of the tree has two answers with ranks", bad=False)
+    for number, row in enumerate(rows):
+        inner = RowView(row)
+        try:
+            found += pairs_of(inner, replace(reading, naming=Naming()), **place, group=group + (number << 40))
+        except RowError as error:
+            problem = error
+        view.remarks |= inner.remarks
+    if not found:
+        raise problem
+    return found
+
+
 def conversations_of(view: RowView) -> tuple[Shape, list[Conversation]]:
     """Return what a row holds to be scored: its shape, and the prompt and answer of every side in the row's order.
 
@@ -211,12 +234,23 @@ def conversations_of(view: RowView) -> tuple[Shape, list[Conversation]]:
     >>> conversations_of(RowView({"prompt": "2+2?", "response": "4"}))[1]
     [([{'role': 'user', 'content': '2+2?'}], '4')]
     """
+    if (rows := branches(view)) is not None:
+        return _scored_branches(rows, view)
     shape = find_shape(view)
     if shape is None:
         has = ", ".join(list(view)[:8]) or "nothing"
         wanted = "expected 'messages', 'chosen' and 'rejected', or 'prompt' and 'responses'"
         raise RowError("missing key", f"{wanted}; the row has {has}")
     return shape, finished(shape, view)
+
+
+def _scored_branches(rows: list[dict[str, Any]], view: RowView) -> tuple[Shape, list[Conversation]]:
+    view.use("prompt", "message_id", "role", "text", "replies")
+    found = [conversations_of(RowView(row)) for row in rows]
+    if not found:
+        raise RowError("only one response", "no message of the tree has two answers with ranks", bad=False)
+    sides = tuple(side for shape, _ in found for side in shape.sides)
+    return Shape("scored", sides, "responses"), [one for _, conversations in found for one in conversations]
 
 
 def _check(chosen: Conversation, rejected: Conversation, one: Compared, *, own_prompts: bool) -> None:

@@ -6,40 +6,21 @@ preferred; `convert.py` has the table of all formats and makes pairs of what is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from btrm_core.data.issues import RowIssue
+from btrm_core.data.shapes import keys
 from btrm_core.data.shapes.named import FORMATS
-from btrm_core.data.shapes.values import RowError, listed, shown
+from btrm_core.data.shapes.values import RowError, as_number, listed, shown
 from btrm_core.data.shapes.view import RowView
 
 WhichPairs = Literal["best-vs-worst", "best-vs-each", "all", "random"]
 Ties = Literal["skip", "half"]
 Row = Mapping[str, Any]
 Kind = Literal["pair", "ranks", "choice", "scored", "versus", "single"]
-PROMPT_KEYS = (
-    *("prompt", "instruction", "question", "query", "context", "conversations", "conversation", "messages", "input"),
-    *("history", "info"),
-)
-"""Where the prompt may stand, the first that is there; `history` if it is text, `info` if it holds a post."""
-_LIST_KEYS = ("responses", "completions", "answers", "generations")
-_SINGLE_KEYS = ("response", "completion", "answer", "output")
-_WHOLE_KEYS = ("messages", "conversations", "conversation")
-_TEXT_KEYS = ("response", "text", "content", "answer", "completion")
-SCORE_KEYS = ("overall_score", "score", "rating", "fine-grained_score", "helpfulness")
-_AB_KEYS = (
-    ("response_a", "response_b"),
-    ("response_0", "response_1"),
-    ("response_1", "response_2"),
-    ("response1", "response2"),
-    ("answer_0", "answer_1"),
-    ("answer_a", "answer_b"),
-    ("completion_a", "completion_b"),
-    ("human_ref_A", "human_ref_B"),
-    ("conversation_a", "conversation_b"),
-)
 
 
 @dataclass(frozen=True)
@@ -106,24 +87,28 @@ def group_single_responses(
 
 
 def _is_single(row: Row) -> bool:
-    has_prompt = any(row.get(key) is not None for key in PROMPT_KEYS)
-    others = ("chosen", "rejected", "rejected_response", *_LIST_KEYS)
+    if not isinstance(row.get(_single_key(row) or ""), str | list) or score_key(row) is None:
+        return False
+    others = (*itertools.chain(*keys.PAIR), "rejected_response", *keys.LISTS)
     return (
-        has_prompt
-        and row.get("response") is not None
+        any(row.get(key) is not None for key in keys.PROMPT)
         and not any(row.get(key) is not None for key in others)
-        and score_key(row) is not None
+        and not any(row.get(second) is not None for key in row if (second := keys.VERSUS.get(key)))
     )
 
 
+def _single_key(row: Row) -> str | None:
+    return next((key for key in keys.SINGLE if row.get(key) is not None), None)
+
+
 def _prompt_of(row: Any) -> object:
-    return [row.get(key) for key in (*PROMPT_KEYS, "system", "system_prompt")]
+    return [_single_key(row), *(row.get(key) for key in (*keys.PROMPT, *keys.SYSTEM))]
 
 
 def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    key = score_key(rows[0])
-    joined = {name: value for name, value in rows[0].items() if name not in ("response", key)}
-    return {**joined, "responses": [r["response"] for r in rows], "scores": [r.get(key or "") for r in rows]}
+    key, answer = score_key(rows[0]), str(_single_key(rows[0]))
+    joined = {name: value for name, value in rows[0].items() if name not in (answer, key)}
+    return {**joined, "responses": [r[answer] for r in rows], "scores": [r.get(key or "") for r in rows]}
 
 
 def find_shape(view: RowView) -> Shape | None:
@@ -144,34 +129,40 @@ def find_shape(view: RowView) -> Shape | None:
         raise RowError("another format", f"not of the format '{form}': missing key '{key}' (the row has {has})")
     for find in (_pair, _rejected_apart, _list, _versus, _single):
         if (found := find(view)) is not None:
+            if any(isinstance(side.value, dict) for side in found.sides):
+                return replace(found, sides=tuple(_unwrapped(side, view) for side in found.sides))
             return found
     return None
 
 
 def _pair(view: RowView) -> Shape | None:
-    if not view.has("chosen") and not view.has("rejected"):
+    names = next((names for names in keys.PAIR if view.has(names[0]) and view.has(names[1])), None)
+    if names is None:
+        for key, other in (keys.PAIR[0], keys.PAIR[0][::-1]):
+            if view.has(key):
+                raise view.missing(other)
         return None
-    for key in ("chosen", "rejected"):
-        if not view.has(key):
-            raise view.missing(key)
-    chosen, rejected = view["chosen"], view["rejected"]
-    for key in _WHOLE_KEYS:
+    chosen, rejected = (view[name] for name in names)
+    for key in keys.WHOLE:
         if isinstance(view.peek(key), list) and view.peek(key) in (chosen, rejected):
             view.use(key)  # the same conversation once more
+    as_lists = listed(chosen), listed(rejected)
+    if isinstance(chosen, str) and isinstance(rejected, str) and all(map(_is_choice, as_lists)):
+        view.remark("text that is a list of answers, read as answers")
+        chosen, rejected = as_lists
     if not (_is_choice(chosen) or _is_choice(rejected)):
-        return Shape("pair", (Side("chosen", chosen), Side("rejected", rejected)), "chosen")
+        return Shape("pair", (Side(names[0], chosen), Side(names[1], rejected)), names[0])
     better, worse = (
         [Side(f"{key}[{i}]", item) for i, item in enumerate(value)] if _is_choice(value) else [Side(key, value)]
-        for key, value in (("chosen", chosen), ("rejected", rejected))
+        for key, value in zip(names, (chosen, rejected), strict=True)
     )
     if len(better) == len(worse) == 1:
-        return Shape("pair", (*better, *worse), "chosen")
-    return Shape("ranks", (*better, *worse), "chosen", len(better))
+        return Shape("pair", (*better, *worse), names[0])
+    return Shape("ranks", (*better, *worse), names[0], len(better))
 
 
 def _is_choice(value: Any) -> bool:
     """True for a list of answers: texts (that are no messages in JSON) or conversations."""
-    value = listed(value) if isinstance(value, str) and value.lstrip().startswith('["') else value
     if not isinstance(value, list) or not value:
         return False
     if all(isinstance(item, str) for item in value):
@@ -184,7 +175,7 @@ def _rejected_apart(view: RowView) -> Shape | None:
     key = next((key for key in ("rejected_response", "rejected_messages") if view.has(key)), None)
     if key is None:
         return None
-    whole = next((name for name in _WHOLE_KEYS if view.has(name)), None)
+    whole = next((name for name in keys.WHOLE if view.has(name)), None)
     if whole is None:
         response = view.get("response")
         if response is None:
@@ -200,31 +191,43 @@ def _list(view: RowView) -> Shape | None:
         if len(outputs) != 2:
             raise RowError("wrong type", f"'output' holds {len(outputs)} answers, expected two: chosen and rejected")
         return Shape("pair", tuple(Side(f"output[{i}]", item) for i, item in enumerate(outputs)), "output")
-    key = next((key for key in (*_LIST_KEYS, "summaries") if view.has(key)), None)
+    key = next((key for key in (*keys.LISTS, "summaries") if view.has(key)), None)
     if key is None:
         return None
     items = listed(view[key])
     if not isinstance(items, list) or not items:
         raise RowError("wrong type", f"'{key}' is {shown(items)}, expected a list of responses")
-    sides = tuple(Side(f"{key}[{i}]", _text(item, f"{key}[{i}]")) for i, item in enumerate(items))
-    for item in items:
-        if isinstance(item, dict) and "role" not in item:
-            view.leave_parts(key, item, {*_TEXT_KEYS, "rank", score_key(item)} - {None})  # type: ignore[arg-type]
+    sides = tuple(Side(f"{key}[{i}]", item) for i, item in enumerate(items))
     return Shape("choice" if key == "summaries" else "scored", sides, key, items=tuple(items))
 
 
 def _versus(view: RowView) -> Shape | None:
-    for first, second in _AB_KEYS:
-        if view.has(first) and view.has(second):
-            return Shape("versus", (Side(first, view[first]), Side(second, view[second])), first)
-    return None
+    firsts = [key for key in view if view.has(key) and view.has(keys.VERSUS.get(key, ""))]
+    if not firsts:
+        return None
+    first = min(firsts, key=list(keys.VERSUS).index)
+    both = (first, keys.VERSUS[first])
+    return Shape("versus", tuple(Side(name, _judged_part(view[name], name, view)) for name in both), first)
+
+
+def _judged_part(value: Any, where: str, view: RowView) -> Any:
+    """A conversation up to the answer that was judged, where the row counts its turns (MT-bench)."""
+    turn = as_number(view.peek("turn"))
+    if not where.startswith("conv") or turn is None or turn < 1 or not isinstance(value, list):
+        return value
+    view.use("turn")
+    answers = [place for place, item in enumerate(value) if isinstance(item, dict) and item.get("role") == "assistant"]
+    if len(answers) <= turn:
+        return value
+    view.remark("turns after the one that was judged, left out")
+    return value[: answers[int(turn) - 1] + 1]
 
 
 def _single(view: RowView) -> Shape | None:
-    key = next((key for key in _SINGLE_KEYS if view.has(key)), None)
+    key = next((key for key in keys.SINGLE if view.has(key)), None)
     if key is not None:
         return Shape("single", (Side(key, view[key]),), key)
-    whole = next((key for key in _WHOLE_KEYS if view.has(key)), None)
+    whole = next((key for key in keys.WHOLE if view.has(key)), None)
     return None if whole is None else Shape("single", (Side(whole, view[whole], whole=True),), whole)
 
 
@@ -234,13 +237,16 @@ def score_key(row: Row) -> str | None:
     Args:
         row: the row or the entry.
     """
-    return next((key for key in SCORE_KEYS if row.get(key) is not None), None)
+    return next((key for key in keys.SCORES if row.get(key) is not None), None)
 
 
-def _text(item: Any, where: str) -> Any:
-    if isinstance(item, dict) and "role" not in item and "from" not in item:
-        for key in _TEXT_KEYS:
-            if item.get(key) is not None:
-                return item[key]
-        raise RowError("missing key", f"'{where}' has no text: expected one of {', '.join(_TEXT_KEYS)}")
-    return item
+def _unwrapped(side: Side, view: RowView) -> Side:
+    """An answer that is an object with its score or its model: what it holds of text; any other as it stands."""
+    item = side.value
+    if not isinstance(item, dict) or {"role", "from", *keys.WHOLE} & set(item):
+        return side
+    key = next((key for key in keys.TEXT if item.get(key) is not None), None)
+    if key is None:
+        raise RowError("missing key", f"'{side.where}' has no text: expected one of {', '.join(keys.TEXT)}")
+    view.leave_parts(side.where.partition("[")[0], item, {*keys.TEXT, "rank", score_key(item) or key})
+    return replace(side, value=item[key])

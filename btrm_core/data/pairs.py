@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Part of every fingerprint: raised when equal files give other pairs than before."""
 
 

@@ -32,8 +32,16 @@ Row = dict[str, Any]
 Numbered = tuple[int, "Row | RowIssue"]
 
 _CHUNK_CHARACTERS = 1 << 20
+_NO_LINES = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*\{|\[[ \t]*\r?\n|\{[ \t]*\r?\n)")
+"""How an array or an object over several lines begins, in a file whose name promises an object a line."""
 _BLANK = re.compile(r"[\s,]*")
-_TEXT_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_DELIMITERS = ",\t;|"
 _KEPT_EMPTY = ("chosen", "rejected", "prompt")
 
 
@@ -80,6 +88,8 @@ def _text_rows(source: Source) -> Iterator[Numbered]:
             yield 1, issue
             return
         reader = {"jsonl": _json_lines, "json": _json, "csv": _csv}[source.kind]
+        if source.kind == "jsonl" and _NO_LINES.match(stream.peek(4096)[:4096]):
+            reader = _json
         for line, row in reader(source, stream, raw):
             last = line
             yield line, row
@@ -89,12 +99,15 @@ def _text_rows(source: Source) -> Iterator[Numbered]:
 
 
 def _wrong_encoding(source: Source, stream: io.BufferedReader) -> RowIssue | None:
-    """An issue for the whole file if a byte-order mark says that it is not UTF-8."""
-    start = stream.peek(2)[:2]
-    if start in _TEXT_ENCODINGS:
-        reason = f"the file is {_TEXT_ENCODINGS[start]}, expected UTF-8. Convert it with: iconv -t UTF-8"
-        return RowIssue(source.where, 1, reason, "not UTF-8")
-    return None
+    """An issue for the whole file if a byte-order mark, or zeros between its letters, say that it is not UTF-8."""
+    start = stream.peek(4)[:4]
+    name = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
+    if name is None and 0 in start and len(start) == 4 and start.strip(b"\0"):
+        name = "UTF-32" if start.count(0) == 3 else "UTF-16LE" if start[1] == 0 else "UTF-16BE"
+    if name is None:
+        return None
+    reason = f"the file is {name}, expected UTF-8. Convert it with: iconv -f {name} -t UTF-8"
+    return RowIssue(source.where, 1, reason, "not UTF-8")
 
 
 def parse_json_line(raw: bytes, line: int = 0) -> Any:
@@ -111,7 +124,10 @@ def parse_json_line(raw: bytes, line: int = 0) -> Any:
         RowError: it is not UTF-8, not JSON, or an object has a key twice.
     """
     try:
-        return json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"), object_pairs_hook=_object)
+        text = (
+            raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip().removesuffix(",")
+        )  # of an array without brackets
+        return json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         place = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
         raise RowError("not UTF-8", f"not UTF-8: {place}") from error
@@ -186,9 +202,24 @@ def _objects(source: Source, content: bytes, raw: Unpacked) -> Iterator[Numbered
 
 def _inner_rows(value: Row) -> list[Any] | None:
     """The rows in an object that is no row itself ({"version": 1, "data": [...]}): its only list of objects."""
+    if columns := _columns(value):
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
     inner = lists[0] if len(lists) == 1 else []
     return inner if inner and not ({"role", "from"} & set(inner[0]) or {"prompt", "question"} & set(value)) else None
+
+
+def _columns(value: Row) -> list[list[Any]] | None:
+    """The columns of a table written by columns ({"prompt": ["q", "r"], ...}, or pandas' {"0": ..., "1": ...})."""
+    cells = list(value.values())
+    if len(cells) < 2:
+        return None
+    if all(isinstance(cell, dict) and list(cell) == list(cells[0]) for cell in cells):
+        return [list(cell.values()) for cell in cells] if cells[0] and all(map(str.isdecimal, cells[0])) else None
+    if not all(isinstance(cell, list) and len(cell) == len(cells[0]) > 1 for cell in cells):
+        return None
+    is_one_row = all(isinstance(item, dict) for cell in cells for item in cell)  # of messages
+    return None if is_one_row else cells
 
 
 def _array(source: Source, stream: io.BufferedReader, raw: Unpacked) -> Iterator[Numbered]:
@@ -245,7 +276,11 @@ def _csv(source: Source, stream: io.BufferedReader, raw: Unpacked) -> Iterator[N
     csv.field_size_limit(sys.maxsize)
     tabs = ".tsv" in [ending.lower() for ending in source.path.suffixes]
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
+    first = text.readline()
+    named = re.fullmatch(r"sep=(.)[\r\n]*", first)  # what Excel is told
+    wanted = named.group(1) if named else "\t" + _DELIMITERS if tabs else _DELIMITERS
+    delimiter = next((mark for mark in wanted if mark in first), wanted[0])
+    reader = csv.reader(itertools.chain(["\n" if named else first], text), delimiter=delimiter, strict=True)
     header: list[str] = []
     held: Numbered | None = None  # the last row, which may be half a row where the data breaks off
     while True:
@@ -268,7 +303,7 @@ def _csv(source: Source, stream: io.BufferedReader, raw: Unpacked) -> Iterator[N
         if header and cells:
             held = line, _csv_row(source, line, header, cells)
         elif cells:
-            header = cells
+            header = [name.strip() or f"column {place}" for place, name in enumerate(cells, start=1)]
             twice = [name for name, number in Counter(header).items() if number > 1 and name]
             if twice:
                 reason = f"the header names the column {twice[0]!r} twice; nothing is read"

@@ -3,7 +3,7 @@
 A source is one of
 
 * a file: `.jsonl`, `.ndjson`, `.json` (arrays, one object a line, or one object that holds the array), `.csv`, `.tsv`,
-  each also packed (`.gz`, `.zst`, `.bz2`, `.xz`), `.parquet` and `.arrow`; a pattern of such files; a pipe or `-`;
+  each also packed (`.gz`, `.zst`, `.bz2`, `.xz`), `.parquet`, `.arrow`, `.feather`; a pattern of them; a pipe or `-`;
 * a folder written by `datasets.save_to_disk`, or a folder of such files, as a downloaded repository of the Hub is; of
   several splits "train" is taken, and what was left out is said; `folder:split` names another; where the folder's
   README names the files of its configurations, `folder:config:split` names one of these too;
@@ -28,6 +28,7 @@ from btrm_core.data.inputs import hub
 from btrm_core.data.inputs.card import read_card
 from btrm_core.data.inputs.spec import Slice, Spec, expand, is_pattern, parse_spec
 from btrm_core.data.inputs.streams import PACKED, STANDARD_INPUT, kind_of_file, local_path, spooled
+from btrm_core.data.shapes.values import clean_text
 from btrm_core.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ _KINDS: dict[str, Kind] = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
 }
-ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet or .arrow"
+ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet, .arrow or .feather"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_ADDRESS = re.compile(r"(?:hf://datasets/|https?://huggingface\.co/datasets/)(.+)")
@@ -81,6 +83,10 @@ class Source:
     rows: Slice | None = None
     weight: float = 1.0
     label: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("where", "name", "label"):  # a file's name may be no UTF-8
+            object.__setattr__(self, name, (value := getattr(self, name)) and clean_text(value))
 
     @property
     def subset(self) -> str:
@@ -124,7 +130,7 @@ def resolve(specs: Sequence[str], root: Path) -> Resolved:
     for spec in specs:
         found, note = _resolve_one(spec, root)
         sources += found
-        notes += note
+        notes += map(clean_text, note)
     return Resolved(tuple(sources), tuple(notes))
 
 

@@ -236,7 +236,7 @@ def fails(row, kind, reason, bad=True, **options):
         (
             {"prompt": "p", "completions": [{"score": 1}, {"score": 2}]},
             "missing key",
-            "'completions[0]' has no text: expected one of response, text, content, answer, completion",
+            "'completions[0]' has no text: expected one of response, text, content, answer, completion, output",
         ),
         (
             {"prompt": "p", "responses": ["a", "a"], "scores": [1, 2]},
@@ -379,6 +379,13 @@ FORMS = {
         "winner": "model_a",
     },
     "versus": {"prompt": "p", "response_a": "b", "response_b": "a", "winner": "b"},
+    "argilla": {"instruction": "p", "chosen_response": "a", "rejected_response": "b", "chosen_avg_rating": 5.0},
+    "openai": {
+        "input": {"messages": [{"role": "user", "content": "p"}], "tools": []},
+        "preferred_output": [{"role": "assistant", "content": "a"}],
+        "non_preferred_output": [{"role": "assistant", "content": "b"}],
+    },
+    "alpacafarm": {"instruction": "p", "input": "", "output_1": "b", "output_2": "a", "preference": 2},
     "pku": {"prompt": "p", "response_0": "b", "response_1": "a", "better_response_id": 1},
     "shp": {"history": "p", "human_ref_A": "b", "human_ref_B": "a", "labels": 0},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import random
 
 import numpy as np
@@ -273,6 +274,33 @@ def test_every_pair_left_out_has_a_counted_reason(tmp_path, model):
     assert "left out on purpose" in again.stdout or "not in the sample" in again.stdout
 
 
+def test_ties_and_conversations_of_their_own_count_as_contamination(tmp_path):
+    turns = [[("user", "two"), ("assistant", x), ("user", "more"), ("assistant", x)] for x in "ab"]
+    of_its_own = [[{"role": role, "content": text} for role, text in one] for one in turns]
+    rows = [
+        {"prompt": "one", "response_a": "a", "response_b": "b", "winner": "tie"},
+        {"conversation_a": of_its_own[0], "conversation_b": of_its_own[1], "winner": "model_a"},
+    ]
+    other = write(tmp_path / "test.jsonl", rows)
+    talk = {"prompt": of_its_own[0][:-1], "chosen": "x", "rejected": "y"}
+    source = write(tmp_path / "in.jsonl", [*rows_of(("one", "x", "y"), ("three", "x", "y")), talk])
+    result = btrm("convert", source, "-o", tmp_path / "out.jsonl", "--decontaminate", other, "--json")
+    assert json.loads(result.stdout)["left_out"] == {"prompt also in the other data": 2}
+    against = btrm("inspect", source, "--against", other, "--json", "--no-near")
+    assert json.loads(against.stdout)["against"]["same prompt"] == 2
+
+
+def test_names_that_are_no_text_are_told_as_text(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_bytes(b'{"prompt": "q", "chosen": "a", "rejected": "b", "\\ud801": 1}\n{"\\ud802": 1}\n')
+    for arguments in (("inspect", path, "--json"), ("inspect", path), ("convert", path, "-o", tmp_path / "o.jsonl")):
+        result = btrm(*arguments)
+        assert result.exit_code == 0, result.output
+        assert "\ufffd" in result.stdout
+    with pytest.raises(DataError, match="the row has \ufffd"):
+        load_pairs([str(path)], strict=True)
+
+
 def test_a_split_by_prompt_shares_no_prompt(tmp_path):
     source = write(tmp_path / "in.jsonl", rows_of(*[(f"p{n // 2}", f"a{n}", f"b{n}") for n in range(60)]))
     result = btrm("convert", source, "-o", tmp_path / "out.jsonl.gz", "--split-by-prompt", 0.2)
@@ -291,6 +319,11 @@ def test_a_split_by_prompt_shares_no_prompt(tmp_path):
         (("-o", "NEW", "--max-tokens", "9"), "--max-tokens needs a tokenizer"),
         (("-o", "NEW", "--family", "llama3"), "name the model with --model"),
         (("-o", "NEW", "--min-margin", "9"), "no pair is left: all 1 are left out for 'margin below 9, or none given'"),
+        (("-o", "NEW", "--min-margin", "nan"), "--min-margin is nan; expected a finite number"),
+        (
+            ("-o", "NEW", "--split-by-prompt", "0.5"),
+            "holds out no pair of 1: expected a share above 0 and pairs of two",
+        ),
         (("-o", "NEW", "--sample", "0"), "--sample is 0; expected at least 1 pair"),
         (("-o", "NEW", "--split-by-prompt", "1.5"), "the held-out fraction is 1.5"),
     ],

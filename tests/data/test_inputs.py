@@ -20,6 +20,7 @@ import pytest
 
 from btrm_core.data import load_pairs, pairs_from_rows
 from btrm_core.data.inputs.spec import Slice, parse_spec
+from btrm_core.data.inputs.streams import _ending
 from btrm_core.data.issues import RowIssue
 from btrm_core.data.readers import read_rows
 from btrm_core.data.sources import resolve
@@ -160,6 +161,7 @@ def test_a_weight_and_a_name(tmp_path: Path) -> None:
     assert [(pair.id, pair.subset, pair.weight) for pair in data] == [
         *(("chat:1", "chat", 0.5), ("chat:2", "chat", 0.5), ("a.jsonl:3", "a", 1.0)),
     ]
+    assert [p.weight for p in load_pairs([f"{tmp_path}/a.jsonl[:1]:0.3", f"{tmp_path}/a.jsonl:.5[:1]"])] == [0.3, 0.5]
     with pytest.raises(DataError, match=r"the mixing weight of .* is 0, expected above 0"):
         load_pairs([f"{tmp_path}/a.jsonl*0"])
 
@@ -333,6 +335,23 @@ def test_columns_of_the_type_json_are_decoded(tmp_path: Path) -> None:
     for place in ("saved", "a.parquet"):
         pair = load_pairs([str(tmp_path / place)])[0]
         assert (pair.prompt, pair.chosen, pair.rejected) == ([{"role": "user", "content": "q"}], "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "ending"),
+    [
+        (b'\xef\xbb\xbf{"prompt": 1}\n', ".json"),
+        (b'  [{"chosen": 1}]', ".json"),
+        (b"\xef\xbb\xbfid,prompt,chosen\n", ".csv"),
+        (b"nonsense\n", ".json"),
+        (b"PAR1x", ".parquet"),
+        (b"ARROW1\0\0", ".arrow"),
+        (gzip.compress(b"prompt,chosen"), ".json"),
+    ],
+)
+def test_what_is_in_a_pipe_is_told_by_its_beginning(tmp_path: Path, content: bytes, ending: str) -> None:
+    (tmp_path / "piped").write_bytes(content)
+    assert _ending(tmp_path / "piped") == ending
 
 
 def test_values_of_numpy_and_pandas() -> None:

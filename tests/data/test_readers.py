@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.feather
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,12 +68,54 @@ def test_bad_lines_are_reported_and_the_rest_is_read(tmp_path):
     assert issues[3].startswith(":6: not JSON: maximum recursion depth")
 
 
-def test_utf16_is_named(tmp_path):
-    expected = [":1: the file is UTF-16, expected UTF-8. Convert it with: iconv -t UTF-8"]
-    text = LINES.decode()
-    assert read(tmp_path / "a.jsonl", text.encode("utf-16")) == ({}, expected)
-    assert read(tmp_path / "a.json", text.encode("utf-16")) == ({}, expected)
-    assert read(tmp_path / "a.csv", text.encode("utf-16")) == ({}, expected)
+@pytest.mark.parametrize("name", ["UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"])
+def test_wide_letters_are_named(tmp_path, name):
+    expected = [f":1: the file is {name}, expected UTF-8. Convert it with: iconv -f {name} -t UTF-8"]
+    for file in ("a.jsonl", "a.json", "a.csv"):
+        assert read(tmp_path / file, LINES.decode().encode(name)) == ({}, expected)
+
+
+ARRAY = b"[" + b",".join(LINES.splitlines()) + b"]"
+COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("array.jsonl", ARRAY),
+        ("pretty.jsonl", json.dumps(ROWS, indent=1).encode()),
+        ("commas.jsonl", LINES.replace(b"}\n", b"},\n")),
+        ("columns.json", json.dumps(COLUMNS).encode()),
+        ("pandas.json", json.dumps({k: {str(n): v for n, v in enumerate(c)} for k, c in COLUMNS.items()}).encode()),
+        ("semicolons.csv", b"prompt;chosen;rejected\n" + b"".join(b"%d?;yes;no %d\n" % (n, n) for n in range(5))),
+        ("tabs.csv", b"prompt\tchosen\trejected\n" + b"".join(b"%d?\tyes\tno %d\n" % (n, n) for n in range(5))),
+        ("excel.csv", b"sep=|\nprompt| chosen|rejected\n" + b"".join(b"%d?|yes|no %d\n" % (n, n) for n in range(5))),
+        ("commas.tsv", b"prompt, chosen, rejected\n" + b"".join(b"%d?,yes,no %d\n" % (n, n) for n in range(5))),
+    ],
+)
+def test_files_of_another_form_than_their_name_says(tmp_path, name, content):
+    got = [row for _, row in read_rows(source(tmp_path / name, content))]
+    assert got == ROWS
+
+
+def test_one_row_of_messages_is_no_table_of_columns(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"prompt": turns, "chosen": turns, "rejected": turns}
+    assert read(tmp_path / "a.json", json.dumps(row).encode()) == ({1: row}, [])
+    row = {side: {"role": "assistant", "content": "a"} for side in ("chosen", "rejected")}
+    assert read(tmp_path / "b.json", json.dumps(row).encode()) == ({1: row}, [])
+
+
+def test_a_column_without_a_name_has_a_number(tmp_path):
+    assert read(tmp_path / "a.csv", b",prompt\n0,q\n") == ({2: {"column 1": "0", "prompt": "q"}}, [])
+
+
+def test_maps_and_bytes_of_a_table_are_objects_and_texts(tmp_path):
+    turn = [("role", "user"), ("content", "q")]
+    table = pa.table({"a": pa.array([[turn]], pa.list_(pa.map_(pa.string(), pa.string()))), "b": pa.array([b"x"])})
+    pyarrow.feather.write_feather(table, tmp_path / "a.feather")
+    (found,) = read_rows(resolve([str(tmp_path / "a.feather")], tmp_path / "cache").sources[0])
+    assert found == (1, {"a": [dict(turn)], "b": b"x"})
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])

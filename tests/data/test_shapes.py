@@ -282,6 +282,159 @@ def test_a_row_becomes_the_pair_it_means(row: dict[str, Any], expected: Any) -> 
     assert len(conversations) == len(shape.sides)
 
 
+AB = {"chosen": "a", "rejected": "b"}
+TURNS_A = [user("q"), bot("a"), user("more"), bot("c")]
+TURNS_B = [user("q"), bot("b"), user("more"), bot("d")]
+PARTS_Q = [{"role": "user", "parts": [{"text": "q"}]}]
+REPR = "array([{'content': 'q', 'role': 'user'}\n {'content': 'VALUE', 'role': 'assistant'}], dtype=object)"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # Names under which published sets keep their answers.
+        {"prompt": "q", "chosen_response": "a", "rejected_response": "b", "chosen_reward": 3, "rejected_reward": 1},
+        {"question": "q", "response_j": "a", "response_k": "b"},
+        {"instruction": "q", "accepted": "a", "rejected": "b"},
+        {"chosen_conversations": [*Q, bot("a")], "rejected_conversations": [*Q, bot("b")]},
+        {"id": "1", "conv_A": [*Q, bot("a")], "conv_B": [*Q, bot("b")], "conv_A_rating": 4.0, "conv_B_rating": 2.0},
+        {"input": "q", "output_1": "b", "output_2": "a", "label": 2},
+        {"question": "q", "response_A": "b", "response_B": "a", "label": "B>A"},
+        {"prompt": "q", "model_a": "x_1", "model_b": "y", "response_a": "b", "response_b": "a", "winner": "y"},
+        {
+            "query": "q",
+            "response_1": {"content": "a", "model": "x"},
+            "response_2": {"content": "b"},
+            "preference": "first",
+        },
+        {
+            "orig_instruction": "q",
+            "instruction": "Judge.",
+            "response_A": "a",
+            "response_B": "b",
+            "orig_preference": "A",
+        },
+        {"question": "q", "answers": [{"pm_score": 0, "text": "b"}, {"pm_score": 3, "text": "a"}]},
+        {"prompt": "q", "responses": ["b", "a", "b"], "scores": [False, True, False]},
+        {"trajectory": [{"from": "user", "value": "q"}], **AB},
+        {"conversation": [{"input": "q", "output": None}], **AB},
+        {
+            "contents": PARTS_Q,
+            "chosen": {"role": "model", "parts": [{"text": "a"}]},
+            "rejected": {"text": "b", "score": 1},
+        },
+        {side: {"messages": [*Q, bot(text)], "system": ""} for side, text in AB.items()},
+        {side: [{"speaker": "user", "text": "q"}, ["assistant", text]] for side, text in AB.items()},
+        {side: [{"user": "q"}, {"assistant": text}] for side, text in AB.items()},
+        {"prompt": "q", "chosen": [{"role": "assistant", "content": None, "refusal": "a"}], "rejected": "b"},
+        {"prompt": b"q", "chosen": b"a", "rejected": b"b"},
+        {"Prompt": "q", "CHOSEN": "a", " rejected ": "b"},
+        # Only the turn that was judged counts.
+        {"conversation_a": TURNS_A, "conversation_b": TURNS_B, "winner": "model_a", "turn": 1},
+        {"messages": [*Q, bot("a")], "chosen": "a", "rejected": "b"},
+        # Lists written as text, of answers and of turns.
+        {"prompt": "q", "chosen": "['a']", "rejected": '["b"]'},
+        {"prompt": "q", "responses": "['b' 'a']", "scores": "[1, 2]"},
+        # Text that is structure.
+        {"prompt": "USER: q ASSISTANT:", "chosen": "a</s>", "rejected": "b</s>"},
+        {"prompt": "User: q\nAssistant:", **AB},
+        {"prompt": "Human: q\nAssistant:", **AB},
+        {side: f"\r\n\r\nHuman: q\r\n\r\nAssistant: {text}" for side, text in AB.items()},
+        {side: f"Human: q\nAssistant: {text}" for side, text in AB.items()},
+        {"prompt": "### Instruction:\nq\n\n### Response:\n", **AB},
+        {"prompt": "prompter: q assistant: ", **AB},
+        {
+            "prompt": "GPT4 Correct User: q<|end_of_turn|>GPT4 Correct Assistant:",
+            "chosen": "a<|end_of_turn|>",
+            "rejected": "b",
+        },
+        {"prompt": "[gMASK]<sop><|user|>\nq<|assistant|>\n", **AB},
+        {"prompt": "<|prompter|>q<|endoftext|><|assistant|>", **AB},
+        {"prompt": "<|im_start|>user<|im_sep|>q<|im_end|><|im_start|>assistant<|im_sep|>", **AB},
+        {
+            "prompt": "<|start_of_role|>user<|end_of_role|>q<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
+            **AB,
+        },
+        {side: f"USER: q ASSISTANT: {text}</s>" for side, text in AB.items()},
+        {side: json.dumps({"messages": [*Q, bot(text)]}) for side, text in AB.items()},
+        {side: json.dumps(json.dumps([{"id": 1, **user("q")}, bot(text)])) for side, text in AB.items()},
+        {side: REPR.replace("VALUE", text) for side, text in AB.items()},
+    ],
+    ids=lambda row: f"{list(row)[:3]} {str(next(iter(row.values())))[:20]}".encode("ascii", "replace").decode(),
+)
+def test_rows_as_people_have_them_are_one_pair(row: dict[str, Any]) -> None:
+    assert one(row) == (Q, "a", "b")
+    assert {(prompt[0]["content"], answer) for prompt, answer in conversations_of(RowView(row))[1]} == {
+        ("q", "a"),
+        ("q", "b"),
+    }
+
+
+@pytest.mark.parametrize("key", ["system_message", "sys_prompt", "systemPrompt", "custom_system_prompt"])
+def test_a_system_text_has_many_names(key: str) -> None:
+    assert one({key: "s", "prompt": "q", **AB}) == ([system("s"), *Q], "a", "b")
+    assert one({side: {"messages": [*Q, bot(text)], "system": "s"} for side, text in AB.items()})[0] == [
+        system("s"),
+        *Q,
+    ]
+    assert one({"prompt": "s\n\nUSER: q ASSISTANT:", **AB})[0] == [system("s"), *Q]
+
+
+def test_a_tree_gives_the_ranked_answers_to_each_of_its_messages() -> None:
+    def node(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"message_id": f"id {text}", "role": role, "text": text, "replies": list(replies), **more}
+
+    later = node("prompter", "r", node("assistant", "d", rank=1), node("assistant", "c", rank=0))
+    first = node("assistant", "a", later, rank=0)
+    tree = {"message_tree_id": "t", "prompt": node("prompter", "q", node("assistant", "b", rank=1), first)}
+    pairs, view = read(tree, scored="all")
+    assert [(p.id, p.prompt, p.chosen, p.rejected) for p in pairs] == [
+        ("id q", Q, "a", "b"),
+        ("id r", [*Q, bot("a"), user("r")], "c", "d"),
+    ]
+    assert view.unused == ["message_tree_id"]
+    assert [answer for _, answer in conversations_of(RowView(tree))[1]] == ["a", "b", "c", "d"]
+    with pytest.raises(RowError, match="no message of the tree has two answers with ranks"):
+        read({"prompt": node("prompter", "q", node("assistant", "a", rank=0))})
+
+
+def test_a_response_without_a_text_is_left_out_whatever_its_score() -> None:
+    row = {"prompt": "q", "responses": [None, "b", {"text": "a"}], "scores": [9, 1, 2]}
+    (pair,), view = read(row)
+    assert (pair.chosen, pair.rejected) == ("a", "b")
+    assert "responses without a text, left out" in view.remarks
+    with pytest.raises(RowError, match="only one of the 3"):
+        read({**row, "responses": [None, None, "a"]})
+
+
+def test_the_input_belongs_to_its_prompt_also_under_a_mapped_name() -> None:
+    row = {"instruction": "q", "input": "text", **AB}
+    assert one(row) == one(row, parse_naming(["prompt=instruction"])) == ([user("q\n\ntext")], "a", "b")
+    assert one({"x": "q", "y": "text", **AB}, parse_naming(["prompt=x,input=y"]))[0] == [user("q\n\ntext")]
+    (pair,), view = read({"prompt": "q of text", "input": "text", **AB})
+    assert (pair.prompt, view.unused) == ([user("q of text")], [])
+
+
+def test_an_answer_that_the_arena_left_out_is_empty_and_never_letters() -> None:
+    row = {"prompt": '["q"]', "response_a": '["a"]', "response_b": "[null]", "winner": "a"}
+    assert one(row) == (Q, "a", "")
+    later = {**row, "prompt": '["q", "r"]', "response_a": '[null, "a"]', "response_b": '[null, "b"]'}
+    assert one(later) == ([*Q, bot(""), user("r")], "a", "b")
+    with pytest.raises(RowError, match="nothing but space"):
+        read({**row, "prompt": "[null]"})
+
+
+def test_calls_and_results_that_are_parts_or_objects_are_written() -> None:
+    call = {"type": "tool_use", "id": "1", "name": "f", "input": "22"}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "42"}]}
+    prompt = [*Q, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    assert one({"prompt": prompt, **AB})[0] == [*Q, bot(CALL), user("42")]
+    prompt = [*Q, bot("", tool_calls=[call | {"type": "function"}]), {"role": "tool", "content": {"r": 4}}]
+    (pair,), view = read({"prompt": prompt, **AB})
+    assert pair.prompt[-1] == {"role": "tool", "content": '{"r": 4}'}
+    assert "results of tools that are objects, written as JSON" in view.remarks
+
+
 def test_two_ranks_are_compared_across() -> None:
     pairs, view = read({"id": "3", "prompt": "q", "chosen": ["a", "b"], "rejected": ["c", "d"], "models": ["x"]})
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
@@ -400,6 +553,9 @@ def test_an_id_never_costs_a_row(value: Any, name: str) -> None:
         "Say [INST] twice",
         "</s> closes <s>",
         "A Human: in the middle",
+        "User: hi\nAssistant: hello\nUser: bye\n\nSummarise this chat",
+        "Q: 1 + 1?\nA: 2\nQ: 2 + 2?\nA:",
+        "['a', 'b'] + ['c']",
     ],
 )
 def test_letters_stay_letters(text: str) -> None:

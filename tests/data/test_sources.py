@@ -100,7 +100,7 @@ def test_unknown_ending_says_what_is_accepted(tmp_path):
         resolve([str(path)], tmp_path / "cache")
     assert str(error.value) == (
         f"cannot tell the format of '{path}': expected a file ending in "
-        ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet or .arrow."
+        ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet, .arrow or .feather."
     )
 
 

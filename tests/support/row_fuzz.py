@@ -160,7 +160,8 @@ def check(
             assert np.isfinite(numbers).all()
             assert numbers[0] > 0
             assert 0.5 <= pair.probability <= 1
-        json.dumps(report.to_dict(), allow_nan=False).encode()
+        json.dumps(report.to_dict(), allow_nan=False, ensure_ascii=False).encode()
+        report.format().encode()
     for place, line in enumerate(lines, start=1):
         if line.strip():
             _score(line, place)

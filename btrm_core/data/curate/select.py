@@ -5,6 +5,7 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,8 @@ def _masks(
         yield lambda left: ~repeated_pairs(left), "repeats an earlier pair"
     if filters.min_margin is not None:
         least = filters.min_margin
+        if not math.isfinite(least):
+            raise DataError(f"--min-margin is {least:g}; expected a finite number")
         yield lambda left: _margin(left) >= least, f"margin below {least:g}, or none given"
     if filters.decontaminate is not None:
         other = filters.decontaminate

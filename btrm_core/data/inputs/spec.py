@@ -7,7 +7,7 @@
 `org/name@v1.0:train`          a branch, tag or commit
 `org/name:data_dir=harmless`   a folder inside, also `data_files=PATTERN`, `config=NAME`, `split=NAME`, `revision=NAME`
 `parts/*.jsonl.zst`            every file that fits, in the order of their names
-`pairs.jsonl*0.5`              a mixing weight: each of its pairs counts half in the loss
+`pairs.jsonl*0.5`              a mixing weight: each of its pairs counts half in the loss; also `pairs.jsonl:0.5`
 `chat=pairs.jsonl`             a name of one's own, for ids and figures
 `-`                            standard input
 =============================  ======================================================================================
@@ -26,7 +26,7 @@ from btrm_core.data.shapes.values import LARGEST, SMALLEST_WEIGHT
 from btrm_core.errors import DataError, did_you_mean
 
 _SLICE = re.compile(r"\[(-?\d+(?:\.\d+)?%|-?\d+)?:(-?\d+(?:\.\d+)?%|-?\d+)?\]\Z")
-_WEIGHT = re.compile(r"\*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\Z")
+_WEIGHT = re.compile(r"\*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\Z|:(\d*\.\d+)\Z")
 _NAME = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
 _REVISION = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)@([\w./-]+)")
 OPTIONS = ("config", "data_dir", "data_files", "name", "revision", "split")
@@ -126,12 +126,16 @@ def parse_spec(text: str, exists: Callable[[str], bool]) -> Spec:
     'test'
     """
     place, name, rows, weight = text, None, None, 1.0
-    if not exists(place) and (match := _WEIGHT.search(place)):
-        weight, place = float(match.group(1)), place[: match.start()]
-        if not SMALLEST_WEIGHT <= weight <= LARGEST:
-            raise DataError(f"the mixing weight of '{text}' is {weight:g}, expected above 0, at most {LARGEST:g}.")
-    if not exists(place) and (match := _SLICE.search(place)):
-        rows, place = Slice(match.group(1) or "", match.group(2) or ""), place[: match.start()]
+    while not exists(place):  # weight and slice, in either order
+        if match := _WEIGHT.search(place):
+            weight = float(match.group(1) or match.group(2))
+            if not SMALLEST_WEIGHT <= weight <= LARGEST:
+                raise DataError(f"the mixing weight of '{text}' is {weight:g}, expected above 0, at most {LARGEST:g}.")
+        elif rows is None and (match := _SLICE.search(place)):
+            rows = Slice(match.group(1) or "", match.group(2) or "")
+        else:
+            break
+        place = place[: match.start()]
     if not exists(place) and (match := _NAME.fullmatch(place)) and match.group(1) not in OPTIONS:
         name, place = match.group(1), match.group(2)
     parts: list[str] = []

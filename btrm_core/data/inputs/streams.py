@@ -29,6 +29,7 @@ from btrm_core.locks import Shared, hold
 
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_HEADERS = (b"chosen", b"rejected", b"prompt", b"response", b"instruction", b"question")
 _BUFFER = 1 << 16
 _SMALL_READ = 1 << 13
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
@@ -250,7 +251,11 @@ _in_use: list[Shared] = []
 
 
 def _ending(path: Path) -> str:
-    """What is in a pipe: Parquet by its first bytes, an array or lines of JSON otherwise."""
+    """What is in a pipe: Parquet and Arrow by their first bytes, CSV by its header, else an array or lines of JSON."""
     with path.open("rb") as stream:
-        start = stream.read(4)
-    return ".parquet" if start == b"PAR1" else ".json"
+        start = stream.read(1 << 12)
+    header = start.partition(b"\n")[0].lower()
+    if start.startswith((b"PAR1", b"ARROW1")):
+        return ".parquet" if start.startswith(b"PAR1") else ".arrow"
+    is_table = not header.lstrip(b"\xef\xbb\xbf ").startswith((b"{", b"["))
+    return ".csv" if is_table and any(name in header for name in _HEADERS) else ".json"

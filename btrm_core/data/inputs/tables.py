@@ -222,6 +222,9 @@ def _decoder(kind: pyarrow.DataType) -> Decode | None:
         inner = {field.name: decode for field in kind if (decode := _decoder(field.type))}
         if inner:
             return lambda value: value and {k: inner[k](v) if k in inner else v for k, v in value.items()}
+    elif pa.types.is_map(kind):
+        item = _decoder(kind.item_type) or (lambda value: value)
+        return lambda value: value and {key: item(inner) for key, inner in value}
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         item = _decoder(kind.value_type)
         if item:

@@ -7,10 +7,11 @@ it from here, so that one row is one conversation everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from btrm_core.data.formats import PROMPT_KEYS, Shape, Side
+from btrm_core.data.formats import Shape, Side
+from btrm_core.data.shapes import keys
 from btrm_core.data.shapes import text as texts
 from btrm_core.data.shapes.messages import Message, conversation, history_messages, messages, text_of
 from btrm_core.data.shapes.values import RowError, listed, shown
@@ -20,6 +21,8 @@ EMPTY_ANSWER = "empty answer"
 ENDS_IN_CONTROL = "answer that ends in a control token, kept as letters"
 _POST_KEYS = ("post", "article")
 _TEXT_KEYS = ("full_text", "text", "prompt", "question")
+_WITH_INPUT = ("instruction", "prompt", "question", "query")
+"""Prompts that may have their material beside them, under `input`."""
 
 Conversation = tuple[list[Message], str]
 
@@ -57,7 +60,11 @@ def finished(shape: Shape, view: RowView) -> list[Conversation]:
         RowError: one of them is no finished conversation; the reason names its place.
     """
     whole = any(side.whole for side in shape.sides)
-    prompt = prompt_of(view, ("prompt",) if whole else PROMPT_KEYS)
+    prompt = prompt_of(view, ("prompt",) if whole else keys.PROMPT)
+    if len(prompt.messages) > 1 and prompt.messages[-1]["role"] == "assistant":  # a conversation with its answer, maybe
+        answers = {side.value.strip() for side in shape.sides if isinstance(side.value, str)}
+        if prompt.messages[-1]["content"].strip() in answers:
+            prompt = replace(prompt, messages=prompt.messages[:-1])
     base: list[Message] = []
     made: list[Conversation] = []
     for side in shape.sides:
@@ -70,7 +77,8 @@ def finished(shape: Shape, view: RowView) -> list[Conversation]:
 def _answer_to(base: list[Message], side: Side, view: RowView) -> Conversation:
     """Another answer to the prompt of a whole conversation: text, messages that go on from there, or all of them."""
     if isinstance(side.value, str):
-        made = [{"role": "assistant", "content": side.value}]
+        found = conversation(side.value, side.where, view)
+        made = found[1] if found else [{"role": "assistant", "content": side.value}]
     else:
         made = messages(side.value, side.where, view)
     if made[0]["role"] not in ("assistant", "tool"):
@@ -81,7 +89,7 @@ def _answer_to(base: list[Message], side: Side, view: RowView) -> Conversation:
     return [*base, *made[:-1]], made[-1]["content"]
 
 
-def prompt_of(view: RowView, among: Sequence[str] = PROMPT_KEYS) -> Prompt:
+def prompt_of(view: RowView, among: Sequence[str] = keys.PROMPT) -> Prompt:
     """Return the prompt that a row gives apart from its answers.
 
     Args:
@@ -105,17 +113,19 @@ def prompt_of(view: RowView, among: Sequence[str] = PROMPT_KEYS) -> Prompt:
     if key in ("info", "question", "prompt") and isinstance(value, dict) and not {"role", "from"} & set(value):
         value = _inner_text(value, key, view)
     turns = listed(value)
-    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns) and not _in_json(turns):
-        return Prompt(_earlier(view, key) + history_messages(turns, key, view), key, turns=tuple(turns))
+    if _are_texts(turns) and not _in_json(turns):
+        texts_of = tuple(turn or "" for turn in turns)  # null where the arena has an empty text
+        return Prompt(_earlier(view, key) + history_messages(list(texts_of), key, view), key, turns=texts_of)
     if isinstance(value, list | dict):
         return Prompt(_earlier(view, key) + messages(value, key, view), key)
     if not isinstance(value, str):
         raise RowError("wrong type", f"'{key}' is {shown(value)}, expected text or a list of messages")
-    if (found := conversation(value, key, view)) is not None:
+    if (found := conversation(value, key, view, asks=True)) is not None:
         return Prompt(_earlier(view, key) + found[1], key, found[0])
-    more = view.get("input") if key == "instruction" else None
-    if isinstance(more, str) and more.strip():
-        value = f"{value}\n\n{more}"
+    more = view.peek("input") if key in _WITH_INPUT else None
+    if isinstance(more, str):
+        view.use("input")
+        value = value if more.strip() in value else f"{value}\n\n{more}"
     return Prompt([*_earlier(view, key), {"role": "user", "content": value}], key)
 
 
@@ -134,8 +144,8 @@ def one_side(view: RowView, prompt: Prompt, side: Side) -> Conversation:
         RowError: it is no finished conversation, or contradicts the row's prompt.
     """
     replies = listed(side.value) if prompt.turns else None
-    if isinstance(replies, list) and all(isinstance(reply, str) for reply in replies):
-        made: str | list[Message] | None = _interleaved(prompt.turns, replies, side.where)
+    if isinstance(replies, list) and _are_texts(replies):
+        made: str | list[Message] | None = _interleaved(prompt.turns, [r or "" for r in replies], side.where)
         prompt = Prompt([], prompt.key)
     else:
         made = _text_answer(view, prompt, side) if isinstance(side.value, str) else None
@@ -156,7 +166,8 @@ def _text_answer(view: RowView, prompt: Prompt, side: Side) -> str | list[Messag
     """The answer that a text is, or the messages that it spells."""
     value: str = side.value
     is_transcript = value.lstrip().startswith("Human:")
-    found = conversation(value, side.where, view) if not (prompt.messages and is_transcript) else None
+    asks = None if prompt.messages else False
+    found = conversation(value, side.where, view, asks) if not (prompt.messages and is_transcript) else None
     if found is None and prompt.messages and is_transcript:
         turns = texts.transcript_turns(value)
         users = [m["content"] for m in prompt.messages if m["role"] == "user"]
@@ -235,16 +246,18 @@ def _earlier(view: RowView, key: str, before: list[Message] | None = None) -> li
 
 
 def _with_system(view: RowView, before: list[Message]) -> list[Message]:
-    system = view.get("system") or view.get("system_prompt")
+    system = next((value for key in keys.SYSTEM if (value := view.get(key))), None)
     if not system:
         return before
+    if isinstance(system, str) and (found := conversation(system, "system", view)) and len(found[1]) == 1:
+        system = found[1][0]
     if isinstance(system, dict):
         system = system.get("content", system)
     elif isinstance(system, list) and len(system) == 1 and isinstance(system[0], dict) and "role" in system[0]:
         system = system[0].get("content")
     if not isinstance(system, str | list):
         raise RowError("wrong type", f"'system' is {shown(system)}, expected text")
-    text = text_of(system, "system")
+    text = text_of(system, "system", view)
     if not text.strip():
         return before
     if before and before[0]["role"] == "system":
@@ -264,8 +277,12 @@ def _inner_text(value: dict[str, Any], key: str, view: RowView) -> Any:
     return value[name]
 
 
-def _in_json(turns: Sequence[str]) -> bool:
-    return all(turn.lstrip().startswith("{") for turn in turns)
+def _are_texts(turns: Any) -> bool:
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, str | None) for turn in turns)
+
+
+def _in_json(turns: Sequence[str | None]) -> bool:
+    return all(turn is not None and turn.lstrip().startswith("{") for turn in turns)
 
 
 def _is_blank(view: RowView, key: str) -> bool:

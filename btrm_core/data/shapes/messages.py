@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from btrm_core.data.shapes import keys
 from btrm_core.data.shapes import text as texts
 from btrm_core.data.shapes.naming import ROLES
 from btrm_core.data.shapes.text import ROLE_NAMES
@@ -23,10 +24,14 @@ READ_BACK = {
     texts.SERIALISED: "text that is a list of messages, read as messages",
     texts.TEMPLATE: "finished chat template, read back into messages",
     texts.TURNS: "text with <extra_id_1> turns, read back into messages",
+    texts.LABELS: "text with the labels of a conversation (USER:, ### Instruction:, ...), read back into messages",
 }
-_KNOWN = {"role", "content", "from", "value", "tool_calls", "function_call", "type"}
-_CONTENT_KEYS = ("content", "value")
+RESULTS_WRITTEN = "results of tools that are objects, written as JSON"
+_KNOWN = {"tool_calls", "function_call", "type"}
+_ROLE_KEYS = ("role", "from", "speaker", "sender")
+_CONTENT_KEYS = ("content", "value", "text", "parts", "refusal")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
+_TURNS_OF_TWO = ({"input", "output"}, {"question", "answer"}, {"instruction", "response"})
 
 
 def messages(value: Any, where: str, view: RowView) -> list[Message]:
@@ -49,16 +54,42 @@ def messages(value: Any, where: str, view: RowView) -> list[Message]:
         if found is None:
             raise RowError("wrong type", f"'{where}' is {shown(value)}, expected a list of messages")
         return found[1]
+    if isinstance(value, dict) and (
+        whole := next((key for key in keys.WHOLE if isinstance(value.get(key), list)), None)
+    ):
+        view.leave_parts(where, value, {whole, "system"})
+        inner = messages(value[whole], f"{where}.{whole}", view)
+        system = value.get("system")
+        if isinstance(system, str) and system.strip() and inner[0]["role"] != "system":
+            return [{"role": "system", "content": system}, *inner]
+        return inner
     if isinstance(value, dict):
         value = _rows_of_columns(value) or [value]
     if not isinstance(value, list):
         raise RowError("wrong type", f"'{where}' is {shown(value)}, expected a list of messages")
     if not value:
         raise RowError("empty conversation", f"'{where}' is an empty list, expected messages")
-    return [_message(item, f"{where}[{index}]", view) for index, item in enumerate(value)]
+    return [_message(item, f"{where}[{index}]", view) for index, item in enumerate(_single_turns(value))]
 
 
-def conversation(text: str, where: str, view: RowView) -> tuple[str, list[Message]] | None:
+def _single_turns(items: list[Any]) -> list[Any]:
+    """Messages of the forms that name no role: {"user": text}, [role, text], {"input": question, "output": answer}."""
+    made: list[Any] = []
+    for item in items:
+        if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and item[0].lower() in ROLE_NAMES:
+            made.append({"role": item[0], "content": item[1]})
+        elif isinstance(item, dict) and len(item) == 1 and (role := next(iter(item))).lower() in ROLE_NAMES:
+            made.append({"role": role, "content": item[role]})
+        elif isinstance(item, dict) and (both := next((names for names in _TURNS_OF_TWO if names <= set(item)), None)):
+            question, answer = sorted(both, key=list(item).index)
+            made.append({"role": "user", "content": item[question]})
+            made += [{"role": "assistant", "content": item[answer]}] if item[answer] is not None else []
+        else:
+            made.append(item)
+    return made
+
+
+def conversation(text: str, where: str, view: RowView, asks: bool | None = None) -> tuple[str, list[Message]] | None:
     """Return the form and the messages of a text that spells a conversation; None for a plain text.
 
     A header of the assistant without a text at the end, which asks for an answer, is left out.
@@ -67,6 +98,8 @@ def conversation(text: str, where: str, view: RowView) -> tuple[str, list[Messag
         text: a text of the row.
         where: its place in the row, for the reason of a refusal.
         view: the row, which is told that the text was read back.
+        asks: whether labelled turns (USER:, ASSISTANT:) that end by asking the assistant are a conversation, or those
+            that do not; None: neither.
 
     Returns:
         One of the forms of `shapes/text.py`, and the messages; or None.
@@ -75,10 +108,12 @@ def conversation(text: str, where: str, view: RowView) -> tuple[str, list[Messag
         RowError: the text looks like messages and cannot be read.
     """
     found = texts.conversation_in(text)
+    if found is None and asks is not None and (turns := texts.labelled_turns(text, asks=asks)):
+        found = texts.Found(texts.LABELS, tuple(turns))
     if found is None:
         return None
     if found.raw is not None:
-        made = [_message(item, f"{where}[{index}]", view) for index, item in enumerate(found.raw)]
+        made = messages(found.raw, where, view)
     else:
         made = [{"role": _role(role, where, view), "content": content} for role, content in found.turns]
     if len(made) > 1 and made[-1] == {"role": "assistant", "content": ""}:
@@ -117,12 +152,15 @@ def history_messages(value: Any, where: str, view: RowView) -> list[Message]:
     return messages(value, where, view)
 
 
-def text_of(content: Any, where: str) -> str:
+def text_of(content: Any, where: str, view: RowView) -> str:
     """Return the text of a content: text, or parts whose texts are joined as chat templates do.
+
+    Calls of tools that are parts, and their results, are written into the text.
 
     Args:
         content: the content of a message.
         where: its place in the row, for the reason of a refusal.
+        view: the row, which is told what was written.
 
     Returns:
         The text, as it stands.
@@ -130,25 +168,38 @@ def text_of(content: Any, where: str) -> str:
     Raises:
         RowError: it holds anything but text, for example an image.
     """
+    if isinstance(content, bytes):
+        content = plain(content)
     if isinstance(content, str):
         return content
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
         raise RowError("wrong type", f"'{where}' is {shown(content)}, expected text")
-    joined = []
-    for index, part in enumerate(content):
-        place = f"{where}[{index}]"
-        if isinstance(part, str):
-            joined.append(part)
-        elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
-            joined.append(part["text"])
-        elif isinstance(part, dict) and part.get("type"):
-            kind = str(part["type"])
-            raise RowError(f"a part that is no text: {kind[:20]}", f"'{place}' is of type {kind!r}, expected text")
-        else:
-            raise RowError("wrong type", f"'{place}' is {shown(part)}, expected text")
-    return "".join(joined)
+    return "".join(_part(part, f"{where}[{index}]", view) for index, part in enumerate(content))
+
+
+def _part(part: Any, where: str, view: RowView) -> str:
+    """The text of one part of a content."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowError("wrong type", f"'{where}' is {shown(part)}, expected text")
+    kind = part.get("type")
+    if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return str(part["refusal"])
+    if kind == "tool_use":
+        view.remark(CALLS_WRITTEN)
+        return _written({"name": part.get("name"), "arguments": part.get("input")})
+    if kind == "tool_result":
+        return text_of(part.get("content") or "", f"{where}.content", view)
+    if kind:
+        raise RowError(
+            f"a part that is no text: {str(kind)[:20]}", f"'{where}' is of type {str(kind)!r}, expected text"
+        )
+    raise RowError("wrong type", f"'{where}' is {shown(part)}, expected text")
 
 
 def _rows_of_columns(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -179,7 +230,10 @@ def _message(item: Any, where: str, view: RowView) -> Message:
         raise RowError("missing key", f"missing key '{content_key}' in '{where}'")
     role = _role(item[role_key], where, view)
     content = item.get(content_key)
-    text = "" if content is None and calls else text_of(content, f"{where}.{content_key}")
+    if role == "tool" and isinstance(content, dict) and "type" not in content and "text" not in content:
+        view.remark(RESULTS_WRITTEN)
+        content = json.dumps(content, ensure_ascii=False, default=str)
+    text = "" if content is None and calls else text_of(content, f"{where}.{content_key}", view)
     if calls:
         text = "\n".join(filter(None, [text, _written(calls)]))
         view.remark(CALLS_WRITTEN)
@@ -188,13 +242,14 @@ def _message(item: Any, where: str, view: RowView) -> Message:
 
 
 def _keys(item: Mapping[str, Any], view: RowView) -> tuple[str, str]:
-    """The keys of role and text: the user's names, OpenAI's, or ShareGPT's, also mixed."""
+    """The keys of role and text: the user's names, OpenAI's, or another tool's, also mixed."""
     naming = view.naming
-    role = naming.role_key if naming.role_key in item else "from" if "from" in item and "role" not in item else "role"
+    role = naming.role_key if naming.role_key in item else next((key for key in _ROLE_KEYS if key in item), "role")
     if naming.content_key is not None and naming.content_key in item:
         return str(role), naming.content_key
-    first = _CONTENT_KEYS if role != "from" else _CONTENT_KEYS[::-1]
-    return str(role), next((key for key in first if key in item), first[0])
+    wanted = _CONTENT_KEYS if role != "from" else ("value", *_CONTENT_KEYS)
+    held = [key for key in wanted if item.get(key) is not None] or [key for key in wanted if key in item]
+    return str(role), held[0] if held else wanted[0]
 
 
 def _role(role: Any, where: str, view: RowView) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from btrm_core.data.shapes.keys import ANSWERS
 from btrm_core.errors import ConfigError, did_you_mean
 
 
@@ -58,14 +59,11 @@ FORMATS = {
     "summarize": Format("OpenAI's summarize comparisons", ("summaries", "choice")),
     "arena": Format("Arena and MT-bench", ("conversation_a", "conversation_b", "winner|winner_model_a"), _WINNER),
     "versus": Format("A and B with a winner", ("response_a", "response_b"), _WINNER),
+    "argilla": Format("Argilla's binarized sets and NeMo-Aligner", ("chosen_response", "rejected_response")),
+    "openai": Format("OpenAI's preference fine-tuning", ("preferred_output", "non_preferred_output")),
+    "alpacafarm": Format("AlpacaFarm and LLMBar", ("output_1", "output_2"), (*_WINNER, "label")),
     "pku": Format("PKU-SafeRLHF", ("response_0", "response_1", "better_response_id")),
     "shp": Format("SHP", ("human_ref_A", "human_ref_B", "labels")),
-}
-_ANSWERS = {
-    *("chosen", "rejected", "rejected_response", "rejected_messages", "responses", "completions", "answers"),
-    *("generations", "output", "summaries", "response", "completion", "answer", "response_a", "response_b"),
-    *("response_0", "response_1", "response_2", "response1", "response2", "answer_0", "answer_1", "answer_a"),
-    *("answer_b", "completion_a", "completion_b", "human_ref_A", "human_ref_B", "conversation_a", "conversation_b"),
 }
 
 
@@ -90,4 +88,4 @@ def hidden(name: str | None) -> frozenset[str]:
     Args:
         name: a name of `FORMATS`, or None.
     """
-    return frozenset() if name is None else frozenset(_ANSWERS - FORMATS[name].known)
+    return frozenset() if name is None else frozenset(ANSWERS - FORMATS[name].known)

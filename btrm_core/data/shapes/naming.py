@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from btrm_core.data.shapes.keys import ANSWERS
 from btrm_core.data.shapes.named import check_format
 from btrm_core.data.shapes.values import as_number
 from btrm_core.errors import ConfigError, did_you_mean
@@ -38,11 +39,6 @@ _ANSWERS = (
     {"response", "score"},
 )
 _ENTRY = re.compile(r",(?=\s*[\w.]+\s*=)")
-_HIDDEN = (
-    *("chosen", "rejected", "rejected_response", "rejected_messages", "responses", "completions", "answers", "output"),
-    *("summaries", "response"),
-)
-"""Keys that say what the answers are, and would win over mapped ones."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Naming:
         hidden = set().union(*(keys for keys in _ANSWERS if keys & set(mapped))) | set(mapped)
         drop = {column.partition(".")[0] for column in found}
         if any(keys & set(mapped) for keys in _ANSWERS):
-            drop |= {key for key in _HIDDEN if key not in hidden}
+            drop |= {key for key in ANSWERS if key not in hidden}
         return {**mapped, **{k: v for k, v in row.items() if k not in drop and k not in mapped}}, found
 
     @property

@@ -11,18 +11,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from btrm_core.data.formats import SCORE_KEYS, Shape, Side, Ties, WhichPairs
+from btrm_core.data.formats import Shape, Side, Ties, WhichPairs
+from btrm_core.data.shapes import keys
 from btrm_core.data.shapes.values import RowError, as_number, finite, listed, shown
 from btrm_core.data.shapes.view import RowView
 
 TIED = 0.5
 
 _WINNER_KEYS = ("winner", "better_response_id", "preference", "choice", "preferred")
+_OTHER_WINNER_KEYS = (
+    *("label", "better", "better_response", "preferred_response", "overall_winner", "human_preference"),
+    *("orig_preference", "verdict"),
+)
+"""Asked only where the answers have no scores: a `label` may also be something else."""
 _SIGNED_KEYS = ("overall_preference", "preference_strength")
 _PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_reward", "rejected_reward"),
     ("chosen-rating", "rejected-rating"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 )
@@ -82,7 +90,7 @@ def compared(shape: Shape, view: RowView, which: WhichPairs, ties: Ties = "skip"
     if winner == 0 and ties == "skip":
         raise RowError("tie", f"'{first}' and '{second}' are tied, no preference", bad=False)
     better, worse = sides if winner <= 0 else sides[::-1]
-    gap = _gap(view, [tuple(f"score_{side.where[-1]}" for side in sides)])
+    gap = _gap(view, _side_scores(first, second))
     return [Compared(better, worse, TIED if winner == 0 else sure, gap if gap is None or winner <= 0 else -gap)]
 
 
@@ -123,11 +131,14 @@ def _scored(shape: Shape, view: RowView, mode: WhichPairs, ties: Ties) -> list[C
     if len(items) == 1:
         raise RowError("only one response", f"'{key}' holds one response, nothing to compare", bad=False)
     given, are_ranks = _scores(view, key, items)
+    if any(side.value is None for side in found):
+        view.remark("responses without a text, left out")
+        given = [None if side.value is None else score for side, score in zip(found, given, strict=True)]
     scores = {index: score for index, score in enumerate(given) if score is not None}
     if len(scores) < len(items):
         view.remark("responses without a score, left out")
-    if len(scores) == 1:
-        reason = f"only one of the {len(items)} responses has a score, nothing to compare"
+    if len(scores) < 2:
+        reason = f"{'only one' if scores else 'none'} of the {len(items)} responses has a score, nothing to compare"
         raise RowError("only one response", reason, bad=False)
     order = sorted(scores, key=lambda index: -scores[index])  # stable: first of equals first
     best, worst = order[0], min(scores, key=lambda index: scores[index])
@@ -159,7 +170,7 @@ def _drawn(pairs: Sequence[tuple[int, int]], sides: Sequence[Side]) -> tuple[int
 
 def _scores(view: RowView, key: str, items: Sequence[Any]) -> tuple[list[float | None], bool]:
     """One score per response, higher is better, None for a response that has none; and whether they are ranks."""
-    for name, sign in (("scores", 1.0), ("ratings", 1.0), ("ranks", -1.0)):
+    for name, sign in (("scores", 1.0), ("ratings", 1.0), ("rewards", 1.0), ("ranks", -1.0)):
         values = listed(view.get(name))
         if values is None:
             continue
@@ -167,7 +178,7 @@ def _scores(view: RowView, key: str, items: Sequence[Any]) -> tuple[list[float |
             number = len(values) if isinstance(values, list) else shown(values)
             raise RowError("wrong type", f"'{name}' is of length {number}, expected {len(items)}, one a response")
         return _numbers(values, sign, name), sign < 0
-    for inner, sign in (*((name, 1.0) for name in SCORE_KEYS), ("rank", -1.0)):
+    for inner, sign in (*((name, 1.0) for name in keys.SCORES), ("rank", -1.0)):
         values = [item.get(inner) if isinstance(item, dict) else None for item in items]
         if any(as_number(value) is not None for value in values):
             return _numbers(values, sign, f"{key}[].{inner}"), sign < 0
@@ -175,7 +186,7 @@ def _scores(view: RowView, key: str, items: Sequence[Any]) -> tuple[list[float |
 
 
 def _numbers(values: Sequence[Any], sign: float, where: str) -> list[float | None]:
-    found = [None if (number := as_number(value)) is None else sign * number for value in values]
+    found = [None if (number := as_number(_flag(value))) is None else sign * number for value in values]
     if all(number is None for number in found):
         raise RowError("missing key", f"no response has a score: '{where}' is {shown(list(values))}")
     return found
@@ -192,17 +203,43 @@ def _winner(view: RowView, first: str, second: str) -> int:
         left, right, tie = (as_number(_flag(view.get(f"winner_{name}"))) for name in (*_models(ends), "tie"))
         return 0 if tie else int(bool(right)) - int(bool(left))
     if first == "human_ref_A" and view.has("labels"):
-        return -1 if as_number(view["labels"]) == 1 else 1  # 1: the first is preferred
-    both = zip((first, second), ends, strict=True)
-    names = [{key.lower(), end, f"model_{end}", f"response_{end}"} for key, end in both]
-    for key in _WINNER_KEYS:
-        if view.has(key):
-            return _named(view[key], key, names, (first, second))
-    scores = [view.get(f"score_{key[-1]}") for key in (first, second)]
-    if None not in scores:
-        left, right = (finite(value, f"score_{key[-1]}") for key, value in zip((first, second), scores, strict=True))
-        return (left < right) - (left > right)
-    raise view.missing("winner")
+        if (label := as_number(view["labels"])) not in (0, 1):
+            raise RowError("unknown winner", f"'labels' is {shown(view['labels'])}, expected 1 (A is preferred) or 0")
+        return -1 if label else 1
+    scores = next((names for names in _side_scores(first, second) if all(map(view.has, names))), None)
+    named = next(filter(view.has, _WINNER_KEYS if scores else (*_WINNER_KEYS, *_OTHER_WINNER_KEYS)), None)
+    if named is not None:
+        return _named(view[named], named, _names_of(view, (first, second)), (first, second))
+    if scores is None:
+        raise view.missing("winner")
+    left, right = (finite(view[name], name) for name in scores)
+    return (left < right) - (left > right)
+
+
+def _side_scores(first: str, second: str) -> list[tuple[str, str]]:
+    """Where the scores of two answers may stand, by the ends of their names or by the whole."""
+    forms: tuple[Callable[[str], str], ...] = (
+        *(lambda key: f"score_{key[-1]}", lambda key: f"rating_{key[-1]}", lambda key: f"reward_{key[-1]}"),
+        *(lambda key: f"{key}_score", lambda key: f"{key}_rating", lambda key: f"{key}_reward"),
+    )
+    return [(form(first), form(second)) for form in forms]
+
+
+def _names_of(view: RowView, keys_of: tuple[str, str]) -> list[set[str]]:
+    """What the winner may be called where the first answer wins, and where the second does."""
+    names = []
+    for key, words in zip(keys_of, (("first", "left"), ("second", "right")), strict=True):
+        end = key[-1].lower()
+        names.append({key.lower(), end, *words, *(f"{what}_{end}" for what in ("model", "response", "assistant"))})
+    models = [view.peek(f"model_{key[-1]}") or view.peek(f"{key}_model") for key in keys_of]
+    if all(isinstance(model, str) for model in models) and models[0] != models[1]:
+        for known, model in zip(names, models, strict=True):
+            known.add(_label(model))
+    return names
+
+
+def _label(value: Any) -> str:
+    return re.sub(r"[\[\]\s]+", " ", str(value)).strip().lower().replace(" ", "_")
 
 
 def _models(ends: Sequence[str]) -> tuple[str, str]:
@@ -220,8 +257,8 @@ def _named(value: Any, key: str, names: Sequence[set[str]], keys: tuple[str, str
     number = as_number(value)
     if number is not None and number.is_integer():
         value = int(number)  # 1.0 where a column holds a missing value elsewhere
-    text = re.sub(r"[\[\]\s]+", " ", str(value)).strip().lower()
-    label = text.replace(" ", "_")
+    label = _label(value)
+    text = label.replace("_", " ")
     if label in names[0] or label in names[1]:
         return -1 if label in names[0] else 1
     if match := re.fullmatch(r"([a-z0-9])\s*(>+|=|<+)\s*([a-z0-9])", text):
@@ -229,6 +266,6 @@ def _named(value: Any, key: str, names: Sequence[set[str]], keys: tuple[str, str
         if {match[1], match[3]} == set(ends):
             first_wins = (match[2][0] == ">") == (match[1] == ends[0])
             return 0 if match[2] == "=" else -1 if first_wins else 1
-    if re.match(r"(tie|draw|equal|both)\b", text.replace("_", " ")):
+    if re.match(r"(tie|tied|draw|equal|both|neither|none|same|no preference)\b", text):
         return 0
     raise RowError("unknown winner", f"'{key}' is {shown(value)}, expected '{keys[0][-1]}', '{keys[1][-1]}' or 'tie'")

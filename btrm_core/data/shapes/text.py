@@ -6,25 +6,28 @@ or of a list in JSON, learns the letters. Recognised, each only where the text b
 * transcripts, "\n\nHuman: ... \n\nAssistant: ..." (HH-RLHF);
 * a list of messages as JSON, or as Python or numpy print it (a table saved as CSV);
 * finished templates with the control tokens of the known chat formats;
-* turns between `<extra_id_1>` (HelpSteer2, Nemotron), whose first turn has no header.
+* turns between `<extra_id_1>` (HelpSteer2, Nemotron), whose first turn has no header;
+* turns under labels (USER: and ASSISTANT:, ### Instruction: and ### Response:), in a prompt only where it ends by
+  asking the assistant, and in an answer only where the row has no prompt besides.
 
 A control token in the middle of a text is a person's letters and stays what it is.
 """
 
 from __future__ import annotations
 
-import ast
-import json
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from btrm_core.data.shapes.values import RowError
+from btrm_core.data.shapes import keys
+from btrm_core.data.shapes.values import RowError, literal
 
 TRANSCRIPT = "transcript"
 SERIALISED = "serialised messages"
 TEMPLATE = "finished template"
 TURNS = "<extra_id_1> turns"
+LABELS = "labelled turns"
 
 ROLE_NAMES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -35,29 +38,48 @@ ROLE_NAMES = {
 """What other tools call the four roles; compared in lower case."""
 
 _HUMAN = re.compile(r"\s*Human:")
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_LOOKS_SERIALISED = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
-_BETWEEN_MESSAGES = re.compile(r"\}\s+\{")  # numpy prints a list of them without commas
-_BEGIN = re.compile(r"(?:<\|begin_of_text\|>|<bos>|<s>|<\|startoftext\|>|<\|endoftext\|>|<BOS_TOKEN>|\s)*")
+_TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
+_LOOKS_SERIALISED = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+_MAY_BE_SERIALISED = re.compile(r"\s*(?:\"\s*)?\[?\s*\{.*['\"](?:role|from)\\?['\"]\s*:", re.DOTALL)
+_BEGIN = re.compile(
+    r"(?:<\|begin_of_text\|>|<bos>|<s>|<\|startoftext\|>|<\|endoftext\|>|<BOS_TOKEN>|\[gMASK\]|<sop>|\s)*"
+)
 _TERMINALS = (
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<end_of_turn>", "<eos>", "</s>", "<|end|>"),
-    *("<|endoftext|>", "<|eot|>", "<|return|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>"),
+    *("<|endoftext|>", "<|eot|>", "<|return|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>"),
+    "[|endofturn|]",
 )
 _HEADERS = tuple(
     re.compile(pattern)
     for pattern in (
         r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n*",
         r"<\|header_start\|>(\w+)<\|header_end\|>\n*",
-        r"<\|im_start\|>(\w+)[ \t]*\n?",
+        r"<\|im_start\|>(\w+)(?:<\|im_sep\|>|[ \t]*\n?)",
+        r"<\|start_of_role\|>(\w+)<\|end_of_role\|>",
+        r"GPT4 Correct (User|Assistant):[ \t]?",
+        r"\[\|(system|user|assistant)\|\]",
         r"<start_of_turn>(\w+)\n?",
         r"<\|start\|>(\w+)(?:<\|channel\|>final)?<\|message\|>",
         r"<\|START_OF_TURN_TOKEN\|><\|(SYSTEM|USER|CHATBOT)_TOKEN\|>",
-        r"<\|(system|user|assistant|tool)\|>\n?",
+        r"<\|(system|user|assistant|tool|prompter|observation)\|>\n?",
         r"<｜(User|Assistant)｜>",
     )
 )
 _INST = re.compile(r"\s*(?:<s>\s*)?\[INST\](.*?)\[/INST\]", re.DOTALL)
 _SYS = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*", re.DOTALL)
+_SYSTEM_PROMPT = re.compile(r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", re.DOTALL)
+_LABELS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(?:\A|(?<=\s)|(?<=</s>))(?P<user>USER):|(?:\A|(?<=\s)|(?<=</s>))(?P<assistant>ASSISTANT):",
+        r"(?:\A|\n)#{2,3} (?P<user>Human|User|Instruction):|(?:\A|\n)#{2,3} (?P<assistant>Assistant|Response|Answer):",
+        r"(?:\A\s*|\n)(?P<user>User|Human):|(?:\n)(?P<assistant>Assistant|AI|Bot):",
+        r"(?:\A|(?<=\s))(?P<user>prompter):|(?:\A|(?<=\s))(?P<assistant>assistant):",
+    )
+)
+_AFTER_A_HEAD = _LABELS[:2]
+"""Those that may have a system text before them: Vicuna's and Alpaca's."""
+_ALPACA_INPUT = re.compile(r"\n#{2,3} Input:\s*")
 _EXTRA = re.compile(r"<extra_id_[01]>(System|User|Assistant)[ \t]*(?:\n|\Z)")
 
 Turn = tuple[str, str]  # role as the data calls it, content
@@ -91,14 +113,50 @@ def conversation_in(text: str) -> Found | None:
         RowError: the text looks like serialised messages and cannot be read as such.
     """
     if _HUMAN.match(text):
-        return Found(TRANSCRIPT, tuple(transcript_turns(text)))
+        turns = transcript_turns(text)
+        if len(turns) == 1:  # of single line breaks, perhaps
+            turns = labelled_turns(text, asks=True) or labelled_turns(text, asks=False) or turns
+        return Found(TRANSCRIPT, tuple(turns))
     if _LOOKS_SERIALISED.match(text):
         return _serialised(text)
+    if _MAY_BE_SERIALISED.match(text):
+        return _unpacked(text)
     if "<extra_id_1>" in text and (turns := _extra_id_turns(text)):
         return Found(TURNS, tuple(turns))
     if turns := _template_turns(text):
         return Found(TEMPLATE, tuple(turns))
     return None
+
+
+def labelled_turns(text: str, *, asks: bool) -> list[Turn]:
+    """Split a text into its turns under labels such as USER: and ASSISTANT:; what comes before them is the system's.
+
+    Args:
+        text: a text of a row.
+        asks: whether it must end with a label of the assistant, as a prompt does, or must not.
+
+    Returns:
+        Role and content, stripped, of each turn; empty if the labels do not make a conversation of it.
+    """
+    if asks and not text.rstrip().endswith(":"):
+        return []  # long before the labels are looked for
+    for labels in _LABELS:
+        found = list(labels.finditer(text))
+        roles = [str(match.lastgroup) for match in found]
+        if roles[:1] != ["user"] or "assistant" not in roles or any(a == b for a, b in itertools.pairwise(roles)):
+            continue
+        ends = [*(match.start() for match in found[1:]), len(text)]
+        bodies = [text[match.end() : end].strip() for match, end in zip(found, ends, strict=True)]
+        if asks != (roles[-1] == "assistant" and not bodies[-1]):
+            continue
+        turns = [
+            (role, _ALPACA_INPUT.sub("\n", body) if role == "user" else without_terminal(body))
+            for role, body in zip(roles, bodies, strict=True)
+        ]
+        head = text[: found[0].start()].strip()
+        if not head or labels in _AFTER_A_HEAD:
+            return [("system", head), *turns] if head else turns
+    return []
 
 
 def transcript_turns(text: str) -> list[Turn]:
@@ -141,7 +199,7 @@ def ends_in_terminal(text: str) -> bool:
 
 
 def _serialised(text: str) -> Found | None:
-    value = _literal(text)
+    value = literal(text)
     if value is None:
         if not text.lstrip().startswith("["):
             return None  # an answer in JSON or code, say
@@ -154,33 +212,36 @@ def _serialised(text: str) -> Found | None:
     return Found(SERIALISED, raw=items) if items and all(_is_message(item) for item in items) else None
 
 
-def _literal(text: str) -> Any:
-    """The value that a text spells in JSON, in Python, or as numpy prints it; None for none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    for joined in (text.strip(), _BETWEEN_MESSAGES.sub("}, {", text.strip())):
-        try:
-            value = ast.literal_eval(joined)
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            continue
-        if joined == text.strip() or len(value) == joined.count("}, {") + 1:  # no message spells what was put in
-            return value
-    return None
+def _unpacked(text: str) -> Found | None:
+    """Messages in JSON whose first key is another one, that are in an object with more, or that were written twice."""
+    value = literal(text)
+    if value is None and "array(" in text and "'" in text[:4]:
+        reason = "the text looks like messages as numpy prints them inside of others; write the column as JSON"
+        raise RowError("messages written as text", reason)
+    if isinstance(value, str):
+        return _unpacked(value) if _MAY_BE_SERIALISED.match(value) else None
+    if isinstance(value, dict) and (
+        whole := next((key for key in keys.WHOLE if isinstance(value.get(key), list)), None)
+    ):
+        items = value[whole]
+    else:
+        items = value if isinstance(value, list) else [value]
+    return Found(SERIALISED, raw=value) if items and all(_is_message(item) for item in items) else None
 
 
 def _is_message(item: Any) -> bool:
     if not isinstance(item, dict):
         return False
     role = item.get("role", item.get("from"))
-    has_content = any(key in item for key in ("content", "value", "tool_calls"))
+    has_content = any(key in item for key in ("content", "value", "text", "parts", "tool_calls"))
     return has_content and isinstance(role, str) and role.strip().lower() in ROLE_NAMES
 
 
 def _template_turns(text: str) -> list[Turn]:
     begin = _BEGIN.match(text)
     start = begin.end() if begin else 0
+    if (before := _SYSTEM_PROMPT.match(text, start)) and (turns := _template_turns(text[before.end() :])):
+        return [("system", before.group(1).strip()), *turns]
     if text.startswith(("[INST]", "<s>[INST]", "<s> [INST]"), len(text) - len(text.lstrip())) or text.startswith(
         "[INST]", start
     ):

@@ -5,6 +5,7 @@ Decides: which number is one, which text may stand in a column, and what becomes
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import math
@@ -17,6 +18,11 @@ SMALLEST_WEIGHT = 1e-9
 """Bounds of margins and weights: beyond them, sums and products leave float32, in which the loss is computed."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_TEXT = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
+_TEXTS = re.compile(rf"\s*\[\s*(?:(?:{_TEXT.pattern})(?:\s*,)?\s*)+\]\s*")
+_NUMBERS = re.compile(r"\[(?:[\s,]*(?:[-+.\deE]+|nan|None|True|False)(?=[\s,\]]))+[\s,]*\]")
+_ARRAY = re.compile(r"\s*array\((.*?)(?:,\s*dtype=object)?\)\s*", re.DOTALL)
+_BETWEEN_OBJECTS = re.compile(r"\}\s+\{")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -30,8 +36,8 @@ class RowError(ValueError):
     """
 
     def __init__(self, kind: str, reason: str, *, bad: bool = True):
-        super().__init__(reason)
-        self.kind = kind
+        super().__init__(clean_text(reason))  # it may quote keys of the row
+        self.kind = clean_text(kind)
         self.bad = bad
 
 
@@ -175,6 +181,8 @@ def plain(value: Any) -> Any:
         return {key if isinstance(key, str) else str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
         return [plain(inner) for inner in value]
+    if isinstance(value, bytes | bytearray):  # text of a binary column; what is not UTF-8 is refused with the row
+        return bytes(value).decode("utf-8", "surrogateescape")
     if type(value).__name__ in ("NAType", "NaTType"):
         return None
     if hasattr(value, "tolist"):  # numpy's arrays and scalars, pandas' and pyarrow's columns
@@ -183,21 +191,47 @@ def plain(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """Return the list that a text spells as JSON (a cell of a CSV file, a column of the arena); else the value itself.
+    """Return the list that a text spells in JSON or as Python prints it (a cell of a CSV file); else the value itself.
 
     Args:
         value: any value.
 
-    >>> listed('["a", "b"]'), listed("[not one"), listed("a")
-    (['a', 'b'], '[not one', 'a')
+    >>> listed('["a", "b"]'), listed("['a' 'b']"), listed("[True, None]"), listed("[not one"), listed("a")
+    (['a', 'b'], ['a', 'b'], [True, None], '[not one', 'a')
     """
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("]"):
         return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    found = literal(value)
     return found if isinstance(found, list) else value
+
+
+def literal(text: str) -> Any:
+    """Return the value that a text spells in JSON, in Python, or as numpy prints it; None for none.
+
+    Args:
+        text: a text of a row, such as the cell of a CSV file.
+
+    >>> literal("[{'a': 1} {'a': 2}]"), literal("[ 1. nan]"), literal("array(['a', 'b'], dtype=object)"), literal("x y")
+    ([{'a': 1}, {'a': 2}], [1.0, None], ['a', 'b'], None)
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    text = (match.group(1) if (match := _ARRAY.fullmatch(text)) else text).strip()
+    if _TEXTS.fullmatch(text):  # numpy prints texts without commas, which Python would join
+        return [ast.literal_eval(found) for found in _TEXT.findall(text)]
+    if _NUMBERS.fullmatch(text):
+        words = text[1:-1].replace(",", " ").split()
+        return [{"True": True, "False": False}.get(word, as_number(word)) for word in words]
+    for joined in (text, _BETWEEN_OBJECTS.sub("}, {", text)):
+        try:
+            value = ast.literal_eval(joined)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+        if joined == text or len(value) == joined.count("}, {") + 1:  # no text of it spells what was put in
+            return value
+    return None
 
 
 def json_value(value: Any) -> Any:

@@ -11,8 +11,13 @@ from typing import Any
 
 from btrm_core.data.shapes.named import hidden
 from btrm_core.data.shapes.naming import Naming
-from btrm_core.data.shapes.values import RowError, plain
+from btrm_core.data.shapes.values import RowError, clean_text, plain
 
+_PLAIN_NAMES = {
+    *("prompt", "instruction", "question", "messages", "conversations", "system", "history", "input"),
+    *("chosen", "rejected", "response", "responses", "scores", "winner", "margin", "weight", "subset", "id"),
+}
+"""Names that are known in capitals too, and with space around them."""
 _PLAIN = (str, int, float, list, dict, type(None))
 
 
@@ -32,6 +37,8 @@ class RowView(Mapping[str, Any]):
     def __init__(self, row: Mapping[str, Any], naming: Naming | None = None) -> None:
         self.naming = naming or Naming()
         self._row, self.mapped = self.naming(row)
+        if not all(map(str.islower, map(str, self._row))) or any(" " in str(key) for key in self._row):
+            self._row = _renamed(self._row)
         self._hidden = hidden(self.naming.format)
         self._used: set[str] = set()
         self.remarks: set[str] = set()
@@ -102,7 +109,7 @@ class RowView(Mapping[str, Any]):
     def unused(self) -> list[str]:
         """The keys that hold something and were not used, with those inside messages."""
         keys = [key for key, value in self._row.items() if key not in self._used and not _is_empty(value)]
-        return [*keys, *sorted(self.parts_unused)]
+        return [clean_text(str(key)) for key in (*keys, *sorted(self.parts_unused))]
 
     def missing(self, key: str) -> RowError:
         """Return the error for a key that the row should have; it names those that the row has.
@@ -112,6 +119,12 @@ class RowView(Mapping[str, Any]):
         """
         has = ", ".join(list(self)[:8]) or "nothing"
         return RowError("missing key", f"missing key '{key}' (the row has {has})")
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its plain names in small letters, but for those it has so already."""
+    plain_names = {key: str(key).strip().lower() for key in row}
+    return {name if name in _PLAIN_NAMES and name not in row else key: row[key] for key, name in plain_names.items()}
 
 
 def _is_empty(value: Any) -> bool:

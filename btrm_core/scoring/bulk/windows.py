@@ -120,7 +120,7 @@ class Windows:
         number = seen = 0
         with opened(self.path) as (lines, packed):
             if lines.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"{self.path} is UTF-16, expected UTF-8. Convert it with: iconv -t UTF-8")
+                raise DataError(f"{self.path} is UTF-16, expected UTF-8. Convert it with: iconv -f UTF-16 -t UTF-8")
             problem: str | None = None
             try:
                 for raw in lines:
