@@ -23,6 +23,8 @@ _OTHER_HEAD = re.compile(
     r"(^|\.)(v_head|value_head|reward_head|rm_head|regression_head|classifier|classification_head|score_head|rw_head)\."
 )
 _HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.safetensors", "v_head.bin")
+_SMALL = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Endings of the files besides weights that a tokenizer or a configuration is read from."""
 _AGAIN = "download or copy it anew"
 
 
@@ -54,12 +56,12 @@ def check_files(directory: Path) -> None:
     """Look at every weight file of a directory, and at the index if there is one.
 
     Args:
-        directory: The checkpoint; one without `model.safetensors` and index passes, unless a JSON file is a pointer.
+        directory: The checkpoint; one without `model.safetensors` and index passes, unless a file that is read is a pointer.
 
     Raises:
         CheckpointError: one is missing, no weights at all, or cut off; it says which.
     """
-    for file in sorted(directory.glob("*.json")):
+    for file in sorted(file for file in directory.iterdir() if file.suffix in _SMALL and file.is_file()):
         with file.open("rb") as stream:
             _refuse_pointer(file, stream.read(len(_POINTER)))
     index = directory / INDEX

@@ -291,7 +291,8 @@ def build_model(
     notes = [check_max_length(hf, config.data.max_length)]
     if not config.model.dropout and (dropped := without_dropout(hf)):
         notes.append(
-            f"dropout of the base model's config is set to 0 ({', '.join(dropped)}); --set model.dropout=true keeps it"
+            f"dropout and noise of the base model's config are left out ({', '.join(dropped)}); "
+            "--set model.dropout=true keeps them"
         )
     set_reward_config(hf, chat.pad_id)
     if chat.num_new_tokens:

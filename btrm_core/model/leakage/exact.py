@@ -21,6 +21,7 @@ import torch
 
 from btrm_core.errors import ConfigError
 from btrm_core.model.leakage.positions import batch_dependent_lengths, position_limit
+from btrm_core.model.leakage.structure import is_random
 from btrm_core.packing import PADDED, Batch, Tree, grow, pack_row, pad_rows, row_form
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def examine(
         if training and not spread_out:
             model.train()
             with torch.random.fork_rng(devices=_devices(model)):
-                _, reason = _compare(model, row, form, None, gradients=True)
+                known = None if is_random(model) else truth
+                difference, reason = _compare(model, row, form, known, gradients=True)
+            if reason is None and not difference <= tolerance:
+                reason = f"rewards differ from those in use (by {difference:.1e}, accepted {tolerance:.0e})"
             if reason is not None:
                 return Leak(False, f"{reason}, in training mode", math.inf, tolerance)
     finally:
