@@ -111,6 +111,13 @@ def test_what_computes_otherwise_in_training_is_refused(layer: torch.nn.Module, 
         trusted(model, [], Use(cache_dir=str(tmp_path)))
 
 
+def test_several_tokens_may_end_a_text(tmp_path: Path) -> None:
+    """As in the configurations of Llama 3.1 and Gemma 3."""
+    model = tiny_reward_model("llama")
+    model.base_model.config.eos_token_id = [2, 3]
+    assert trusted(model, [], Use(cache_dir=str(tmp_path))).note is None
+
+
 def test_a_tower_for_pictures_is_no_part_of_the_text() -> None:
     """Its positions and its convolution have nothing to do with conversations."""
     base = tiny_reward_model("gemma3").base_model

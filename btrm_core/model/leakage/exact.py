@@ -159,7 +159,8 @@ def _made_up(model: RewardModel, longest: int | None) -> tuple[list[Tree], list[
     """A row of random groups, short ones beside long ones, and other long groups to exchange for them or to add."""
     config = model.base_model.config.get_text_config()
     rng = np.random.default_rng(0)
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "image", "decoder_start")}
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "image", "decoder_start")]
+    special = {token for ids in named for token in (ids if isinstance(ids, list | tuple) else [ids])}
     usable = [i for i in range(min(int(config.vocab_size), 4096)) if i not in special][-2048:]
     limit, learned = position_limit(model.base_model)
     allowed = [length for length in (limit if learned else None, longest) if length is not None]
