@@ -88,5 +88,9 @@ def first_line(error: BaseException) -> str:
     'no such file'
     >>> first_line(KeyboardInterrupt())
     'KeyboardInterrupt'
+    >>> first_line(ValueError("Validation error for field 'hidden_size':\n    TypeError: expected int"))
+    "Validation error for field 'hidden_size': TypeError: expected int"
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"KeyError: {said}" if isinstance(error, KeyError) else said

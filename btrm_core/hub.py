@@ -53,7 +53,21 @@ def hub_problem(error: BaseException, name: str, kind: str = "model") -> str | N
                 f"the {kind} {name} is not in the cache, and the Hugging Face Hub cannot be reached; check the "
                 "connection (and HF_ENDPOINT), or give a local directory"
             )
+    if any("trust_remote_code" in str(found) for found in _chain(error)):
+        return (
+            f"the {kind} {name} comes with code of its own; expected one that transformers knows: read that code, then "
+            "`btrm train` runs it with --trust-remote-code"
+        )
     return None
+
+
+def has_own_code(config: Any) -> bool:
+    """Whether a configuration is of a class that came with its checkpoint, and runs with its user's consent.
+
+    Args:
+        config: a transformers configuration.
+    """
+    return type(config).__module__.partition(".")[0] == "transformers_modules"
 
 
 def is_gated(error: BaseException) -> bool:

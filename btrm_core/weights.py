@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,16 @@ _LONGEST_HEADER = 100_000_000
 _OTHER_HEAD = re.compile(
     r"(^|\.)(v_head|value_head|reward_head|rm_head|regression_head|classifier|classification_head|score_head|rw_head)\."
 )
-_HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.safetensors", "v_head.bin")
+_LIKE_A_HEAD = re.compile(r"(^|\.)((reward|value|regression|critic|rm|rw|score)(_\w+)?)\.")
+_READ = re.compile(r"(\w+\.)?score\.weight")
+"""transformers reads the head also where the prefix of the backbone stands before it."""
+_IN_A_LAYER = re.compile(r"\.\d+\.(?!weight$|bias$)")
+_WHOLE = ("F64", "F32", "F16", "BF16")
+_HEAD_FILE = re.compile(
+    r"((v|value|reward|rm|rw|score|regression|critic|classifi\w+)(_?head|_layer)?|head)\.(safetensors|bin|pt|pth)"
+)
+_SMALL = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Endings of the files besides weights that a tokenizer or a configuration is read from."""
 _AGAIN = "download or copy it anew"
 
 
@@ -45,8 +54,18 @@ def check_config(config: Any, name: str) -> None:
     given = settings if isinstance(settings, dict) else settings.to_dict()
     method = given.get("quant_method") or next((k for k in ("load_in_4bit", "load_in_8bit") if given.get(k)), "unknown")
     method = str(getattr(method, "value", method))
-    raise CheckpointError(
-        f"the weights of {name} are quantised ({method}); expected whole weights (bf16, fp16 or fp32): name the model "
+    raise quantised(name, method)
+
+
+def quantised(name: str, how: str) -> CheckpointError:
+    """The error that says that weights are packed.
+
+    Args:
+        name: The checkpoint, as the user knows it.
+        how: The method, or what shows it.
+    """
+    return CheckpointError(
+        f"the weights of {name} are quantised ({how}); expected whole weights (bf16, fp16 or fp32): name the model "
         "that it was made from; --quantize 4bit packs one while it is loaded"
     )
 
@@ -55,12 +74,13 @@ def check_files(directory: Path) -> None:
     """Look at every weight file of a directory, and at the index if there is one.
 
     Args:
-        directory: The checkpoint; one without `model.safetensors` and index passes, unless a JSON file is a pointer.
+        directory: The checkpoint; one without `model.safetensors` and index passes, unless a file that is
+            read is a pointer.
 
     Raises:
         CheckpointError: one is missing, no weights at all, or cut off; it says which.
     """
-    for file in sorted(directory.glob("*.json")):
+    for file in sorted(file for file in directory.iterdir() if file.suffix in _SMALL and file.is_file()):
         with file.open("rb") as stream:
             _refuse_pointer(file, stream.read(len(_POINTER)))
     index = directory / INDEX
@@ -86,7 +106,7 @@ def tensors_of(file: Path) -> dict[str, tuple[int, ...]]:
     Reference: https://github.com/huggingface/safetensors#format
 
     Raises:
-        CheckpointError: the file is a pointer, is cut off, or is no safetensors file.
+        CheckpointError: the file is a pointer, is cut off, is no safetensors file, or holds packed weights.
     """
     try:
         size = file.stat().st_size
@@ -104,11 +124,63 @@ def tensors_of(file: Path) -> dict[str, tuple[int, ...]]:
         entries = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
         end = max((value["data_offsets"][1] for value in entries.values()), default=0)
         shapes = {key: tuple(value["shape"]) for key, value in entries.items()}
+        packed = {key: value["dtype"] for key, value in entries.items() if value["dtype"] not in _WHOLE}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{file} is damaged: it is no safetensors file; {_AGAIN}") from error
     if size < 8 + length + end:
         raise CheckpointError(f"{file} is cut off: it has {size:,} of {8 + length + end:,} bytes; {_AGAIN}")
+    for key, dtype in packed.items():
+        if key.endswith(".weight"):  # buffers may be whole numbers
+            raise quantised(str(file.parent), f"{key} is {dtype}")
     return shapes
+
+
+def check_loaded(hf: Any, info: Mapping[str, Any], name: str) -> tuple[bool, str | None]:
+    """Look at a loaded model: nothing is missing but the head, no trained head is lost, and all of it is finite.
+
+    Args:
+        hf: The model, with its linear head; weights that ZeRO-3 has spread over processes are not looked at.
+        info: The loading info of transformers.
+        name: The checkpoint, for the errors.
+
+    Returns:
+        Whether the head is new, and what of the checkpoint is not used, in one line, or None.
+
+    Raises:
+        CheckpointError: says what is missing, where the trained head is, or which weight is not finite.
+    """
+    mismatched = {entry[0]: tuple(entry[1]) for entry in info.get("mismatched_keys", ())}
+    missing = {*info["missing_keys"], *mismatched}
+    if missing - {HEAD}:
+        some = ", ".join(sorted(missing - {HEAD})[:3])
+        raise CheckpointError(f"the weights of {name} are incomplete: {some} missing; expected a whole base model")
+    left_out = sorted(key for key in info["unexpected_keys"] if not key.startswith("lm_head."))
+    if HEAD in missing and (place := head_among(dict.fromkeys(left_out, ()))) is not None:
+        raise unread_head(name, place)
+    outputs, width = mismatched.get(HEAD, (0, 0))
+    if outputs == 1:
+        raise CheckpointError(
+            f"the head of {name} ({HEAD}) takes {width:,} values, and its backbone gives {hf.score.in_features:,}; "
+            "expected a head of the same model, or none to start with a new one"
+        )
+    _refuse_not_finite(hf, name)
+    notes = [f"the base model's head of {outputs} outputs is replaced by a new one"] if outputs else []
+    if left_out:
+        notes.append(
+            f"{type(hf).__name__} has no place for {len(left_out):,} weights of the base model, which are left out: "
+            f"{', '.join(left_out[:2])}{', ...' if len(left_out) > 2 else ''}"
+        )
+    return HEAD in missing, "; ".join(notes) or None
+
+
+def _refuse_not_finite(hf: Any, name: str) -> None:
+    import torch
+
+    for key, weight in hf.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            lowest, highest = torch.aminmax(weight.detach())  # NaN if any value is
+            if not torch.isfinite(lowest) or not torch.isfinite(highest):
+                raise CheckpointError(f"the weights of {name} are damaged: {key} is not finite everywhere; {_AGAIN}")
 
 
 def _refuse_pointer(file: Path, start: bytes) -> None:
@@ -121,7 +193,10 @@ def _refuse_pointer(file: Path, start: bytes) -> None:
 def _shards(index: Path) -> dict[str, set[str]]:
     """File -> the tensors that the index says it holds."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        places = content["weight_map"]
+        if not isinstance(content["metadata"], dict):  # transformers asks for it
+            raise TypeError
         found: dict[str, set[str]] = {}
         for tensor, name in places.items():
             if Path(name).name != name:
@@ -129,7 +204,7 @@ def _shards(index: Path) -> dict[str, set[str]]:
             found.setdefault(name, set()).add(tensor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is broken: expected JSON with a weight_map of tensors to files; {_AGAIN}"
+            f"{index} is broken: expected JSON with metadata and a weight_map of tensors to files; {_AGAIN}"
         ) from error
     if not found:
         raise CheckpointError(f"{index} is broken: its weight_map is empty; {_AGAIN}")
@@ -144,27 +219,32 @@ def other_head(directory: Path) -> str | None:
     Args:
         directory: The checkpoint; only the index or a header is read.
     """
-    names: set[str] = set()
+    files = [WEIGHTS] if (directory / WEIGHTS).is_file() else []
     if (directory / INDEX).is_file():
-        names = {tensor for tensors in _shards(directory / INDEX).values() for tensor in tensors}
-    elif (directory / WEIGHTS).is_file():
-        names = set(tensors_of(directory / WEIGHTS))
-    if HEAD in names:
+        files = list(_shards(directory / INDEX))
+    shapes = {key: shape for file in files for key, shape in tensors_of(directory / file).items()}
+    if HEAD in shapes:
         return None
-    for file in _HEAD_FILES:
-        if (directory / file).is_file():
-            return f"in {file}"
-    return head_among(names)
+    for path in sorted(directory.iterdir()):
+        if _HEAD_FILE.fullmatch(path.name):
+            return f"in {path.name}"
+    return head_among(shapes)
 
 
-def head_among(names: Iterable[str]) -> str | None:
-    """The first of some tensors' names that is a trained head's, in words; None if none is.
+def head_among(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first of some tensors that is a trained head, in words; None if none is.
+
+    Known by its name, or as a matrix of one output that is in no layer.
 
     Args:
-        names: Of all tensors of a checkpoint, or of those that found no place in the model.
+        shapes: By name, of all tensors of a checkpoint, or of those that found no place in the model; () if unknown.
     """
-    found = sorted((n for n in names if _OTHER_HEAD.search(n)), key=lambda name: (not name.endswith("weight"), name))
-    return f"as {found[0]}" if found else None
+    found = [name for name in shapes if _OTHER_HEAD.search(name)]
+    for name, shape in shapes.items():
+        one_output = len(shape) == 2 and shape[0] == 1 < shape[1] and name.endswith(".weight")
+        if (one_output or _LIKE_A_HEAD.search(name)) and not _IN_A_LAYER.search(name) and not _READ.fullmatch(name):
+            found.append(name)
+    return f"as {min(found, key=lambda name: (not name.endswith('weight'), name))}" if found else None
 
 
 def refuse_other_head(directory: Path) -> None:

@@ -20,7 +20,7 @@ from btrm_core.data.sample import sample_path
 from btrm_core.errors import CheckpointError
 from btrm_core.model.base import base_config, load_base
 from btrm_core.settings import ModelConfig
-from btrm_core.weights import check_config, check_files, other_head, tensors_of
+from btrm_core.weights import check_config, check_files, head_among, other_head, tensors_of
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 FILE = "model.safetensors"
@@ -66,7 +66,7 @@ def test_shapes_are_read_from_the_header(base: Path) -> None:
     assert tensors_of(base / FILE) == {name: tuple(w.shape) for name, w in load_file(base / FILE).items()}
 
 
-@pytest.mark.parametrize("name", [FILE, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", [FILE, "config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"])
 def test_a_pointer_is_no_file(name: str, base: Path) -> None:
     (base / name).write_text(POINTER)
     assert refusal(base) == (
@@ -97,10 +97,11 @@ def test_an_index_and_its_files_must_agree(sharded: Path) -> None:
     second.write_bytes(content[:-10])
     assert refusal(sharded).startswith(f"{second} is cut off: it has {len(content) - 10:,} of {len(content):,} bytes")
     second.write_bytes(content)
-    for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', good[: len(good) // 2]):
+    no_metadata = json.dumps({"weight_map": json.loads(good)["weight_map"]})
+    for broken in (no_metadata, "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', good[: len(good) // 2]):
         index.write_text(broken)
         assert refusal(sharded).startswith(f"{index} is broken: ")
-    index.write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../../elsewhere.safetensors"}}))
     assert "names a file outside its directory ('../../elsewhere.safetensors')" in refusal(sharded)
 
 
@@ -129,7 +130,10 @@ def test_also_inside_a_text_config() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["v_head.summary.weight", "value_head.weight", "model.v_head.0.weight", "classifier.weight", "rm_head.weight"],
+    [
+        *("v_head.summary.weight", "value_head.weight", "model.v_head.0.weight", "classifier.weight", "rm_head.weight"),
+        *("regression_layer.weight", "rm_score.weight", "reward.weight", "score.0.weight"),
+    ],
 )
 def test_a_trained_head_under_another_name_is_never_replaced_in_silence(
     name: str, base: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,7 +181,74 @@ def test_every_command_says_so_in_one_line(command: str, base: Path, tmp_path: P
         assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1), done.output
 
 
-@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+@pytest.mark.parametrize("name", ["head_of_my_own.weight", "lm_head_reward.weight", "critic_model.out.weight"])
+def test_a_matrix_of_one_output_outside_the_layers_is_a_head(name: str, base: Path) -> None:
+    weights = load_file(base / FILE)
+    save_file({**weights, name: torch.ones(1, 32)}, base / FILE, {"format": "pt"})
+    assert refusal(base).startswith(f"{base} holds a trained head as {name}, where nothing reads it; ")
+
+
+def test_what_is_left_out_of_a_checkpoint_is_named(base: Path) -> None:
+    weights = load_file(base / FILE)
+    mlp = [key for key in weights if "layers.0.mlp" in key]
+    extra = {key.replace("layers.0.", "layers.7."): weights[key].clone() for key in mlp}
+    save_file({**weights, **extra}, base / FILE, {"format": "pt"})
+    note = str(load_base(ModelConfig(name=str(base)), torch.float32).note)
+    assert note.startswith("LlamaForSequenceClassification has no place for 3 weights of the base model, which are")
+
+
+def test_what_is_no_head_passes() -> None:
+    gates = {"model.layers.0.mlp.shared_expert_gate.weight": (1, 32), "model.layers.0.attn.value_proj.weight": (32, 32)}
+    others = {"model.layers.61.shared_head.head.weight": (128, 32), "lm_head.weight": (128, 32), "lm_head.bias": (128,)}
+    others["model.score.weight"] = (1, 32)  # which transformers reads as the head
+    assert head_among({**gates, **others, "model.norm.weight": (32,)}) is None
+
+
+def test_a_head_of_several_outputs_is_replaced_with_a_word_and_one_of_another_model_never(base: Path) -> None:
+    weights = load_file(base / FILE)
+    save_file({**weights, "score.weight": torch.ones(3, 32)}, base / FILE, {"format": "pt"})
+    loaded = load_base(ModelConfig(name=str(base)), torch.float32)
+    assert loaded.head_is_new
+    assert loaded.note == "the base model's head of 3 outputs is replaced by a new one"
+    save_file({**weights, "score.weight": torch.ones(1, 16)}, base / FILE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"\(score.weight\) takes 16 values, and its backbone gives 32; expected"):
+        load_base(ModelConfig(name=str(base)), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32])
+def test_weights_that_are_no_floating_numbers_are_packed_whatever_the_config_says(
+    dtype: torch.dtype, base: Path
+) -> None:
+    weights = load_file(base / FILE)
+    name = next(key for key in weights if "mlp" in key)
+    save_file({**weights, name: weights[name].to(dtype)}, base / FILE, {"format": "pt"})
+    assert refusal(base).startswith(f"the weights of {base} are quantised ({name} is ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_they_are_trained(value: float, base: Path) -> None:
+    weights = load_file(base / FILE)
+    name = next(key for key in weights if "embed" in key)
+    weights[name][-1, -1] = value  # of a token that may come late in the data, or in the evaluation only
+    save_file(weights, base / FILE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"are damaged: {re.escape(name)} is not finite everywhere; download"):
+        load_base(ModelConfig(name=str(base)), torch.float32)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", '"llama"', "{", "\ufeff{}", '{"model_type": 3}'])
+def test_a_configuration_that_is_none_is_told_in_one_line(content: str, base: Path) -> None:
+    (base / "config.json").write_text(content)
+    assert refusal(base).startswith(f"cannot read the configuration of the base model {base}: ")
+
+
+def test_code_of_a_checkpoint_is_run_on_demand_only(base: Path) -> None:
+    own = {"AutoConfig": "configuration_my.MyConfig", "AutoModelForSequenceClassification": "modeling_my.My"}
+    change_json(base / "config.json", model_type="my_own", auto_map=own)
+    (base / "configuration_my.py").write_text("raise SystemExit(7)")
+    assert "comes with code of its own; expected one that transformers knows: read that code, then" in refusal(base)
+
+
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin", "reward_head.pt", "score.safetensors"])
 def test_nor_one_in_a_file_of_its_own(name: str, base: Path) -> None:
     (base / name).write_bytes(b"x")
     assert f"holds a trained head in {name}, where nothing reads it" in refusal(base)

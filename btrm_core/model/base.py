@@ -24,7 +24,7 @@ from btrm_core.chat import ChatFormat
 from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
-from btrm_core.hub import hub_problem
+from btrm_core.hub import has_own_code, hub_problem
 from btrm_core.model import adapters
 from btrm_core.model.leakage import check_max_length, require_head_class, without_dropout
 from btrm_core.model.quantized import loading_options, settle
@@ -36,10 +36,11 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A transformers sequence-classification model with one output, and whether its head is new."""
+    """A transformers sequence-classification model with one output, whether its head is new, and what was left out."""
 
     hf: Any
     head_is_new: bool
+    note: str | None = None
 
 
 def base_config(model: ModelConfig) -> Any:
@@ -60,7 +61,7 @@ def base_config(model: ModelConfig) -> Any:
         weights.refuse_other_head(Path(name))
     try:
         config = AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises what its parsers raise
         why = hub_problem(error, name)
         raise CheckpointError(
             why or f"cannot read the configuration of the base model {name}: {first_line(error)}"
@@ -98,8 +99,8 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
 
     Raises:
         ConfigError: no base model is named, or packed weights need a bitsandbytes that is not there.
-        CheckpointError: the directory has no (safetensors) weights, weights of the backbone are missing, or the
-            architecture has no sequence-classification model with a linear head called `score`.
+        CheckpointError: the directory has no (safetensors) weights, weights of the backbone are missing or not finite,
+            or the architecture has no sequence-classification model with a linear head called `score`.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -121,19 +122,15 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
                 ignore_mismatched_sizes=True,
                 **packed,
             )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many types
         why = hub_problem(error, name)
         raise CheckpointError(why or f"cannot load the base model {name}: {first_line(error)}") from error
     settle(hf)
-    missing = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise CheckpointError(f"{name}: {type(hf).__name__} has no linear head called `score`; btrm cannot train it")
-    if missing - {"score.weight"}:
-        some = ", ".join(sorted(missing - {"score.weight"})[:3])
-        raise CheckpointError(f"the weights of {name} are incomplete: {some} missing; expected a whole base model")
-    if "score.weight" in missing and (place := weights.head_among(info["unexpected_keys"])) is not None:
-        raise weights.unread_head(name, place)
-    return BaseModel(hf=hf, head_is_new="score.weight" in missing)
+    return BaseModel(hf, *weights.check_loaded(hf, info, name))
 
 
 def set_reward_config(hf: Any, pad_id: int) -> None:
@@ -288,10 +285,16 @@ def build_model(
     """
     base = load_base(config.model, dtype)
     hf = base.hf
-    notes = [check_max_length(hf, config.data.max_length)]
+    notes = [check_max_length(hf, config.data.max_length), base.note]
     if not config.model.dropout and (dropped := without_dropout(hf)):
         notes.append(
-            f"dropout of the base model's config is set to 0 ({', '.join(dropped)}); --set model.dropout=true keeps it"
+            f"dropout and noise of the base model's config are left out ({', '.join(dropped)}); "
+            "--set model.dropout=true keeps them"
+        )
+    if has_own_code(hf.config):
+        notes.append(
+            "the base model comes with code of its own, which btrm does not run in a finished model: score, eval and "
+            "serve will not open it, transformers will with trust_remote_code=True"
         )
     set_reward_config(hf, chat.pad_id)
     if chat.num_new_tokens:
@@ -332,7 +335,9 @@ def expected_kernel(model: ModelConfig, family: Family, dtype: torch.dtype, devi
     require_head_class(described, str(model.name))
     try:
         with torch.device("meta"):
-            hf = AutoModelForSequenceClassification.from_config(described, dtype=dtype)
-    except (ValueError, TypeError, KeyError) as error:
+            hf = AutoModelForSequenceClassification.from_config(
+                described, dtype=dtype, trust_remote_code=model.trust_remote_code
+            )
+    except Exception as error:  # a model's own
         raise CheckpointError(f"cannot load the base model {model.name}: {first_line(error)}") from error
     return choose_for(hf, model.attention, device_type, family.recipe().attention)

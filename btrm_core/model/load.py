@@ -98,7 +98,8 @@ def saved_config(directory: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError: depends on what is wrong with the file
-        raise CheckpointError(f"{directory}: the configuration cannot be read: {first_line(error)}") from error
+        why = "its own code would have to run" if "trust_remote_code" in str(error) else first_line(error)
+        raise CheckpointError(f"{directory}: the configuration cannot be read: {why}") from error
     if not is_adapters(directory):  # theirs says how their base model is packed
         check_config(config, str(directory))
     return config
@@ -121,8 +122,7 @@ def check_head(directory: Path) -> None:
             f"{directory} holds no reward head ({HEAD} is missing from its weights); expected a model trained by "
             f"`btrm train`, such as one made with --model {directory}"
         )
-    labels = saved_config(directory).num_labels
-    if labels != 1:
+    if (labels := saved_config(directory).num_labels) != 1:
         raise CheckpointError(f"{directory} is a classifier of {labels} labels; expected a reward model, with one")
 
 

@@ -164,8 +164,10 @@ def read_shape(config: Any, lora_rank: int | None = None, four_bits: bool = Fals
     config.num_labels = 1
     try:
         with torch.device("meta"):
-            hf = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    except (ValueError, LookupError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+            hf = AutoModelForSequenceClassification.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
+    except Exception as error:  # a model's own
         raise BtrmError(
             f"cannot plan for model type {kind!r}: transformers builds no sequence-classification model from its "
             f"configuration ({first_line(error)[:120]}); expected a decoder with the usual names"

@@ -61,6 +61,71 @@ def test_every_architecture_is_exact_or_refused_with_a_reason(name: str, tmp_pat
     np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, *map(abs, expected)))
 
 
+def test_no_causal_architecture_is_left_out() -> None:
+    """The others have a head of another form, and are refused for it."""
+    tried = {architecture.model_type for architecture in ARCHITECTURES.values()}
+    encoders = "bert camembert data2vec-text electra ernie megatron-bert rembert roberta roberta-prelayernorm roc_bert"
+    encoders += " roformer xlm xlm-roberta xlm-roberta-xl xmod big_bird reformer"
+    both = "bart bigbird_pegasus mbart mvp plbart"
+    others = "ctrl modernbert-decoder xlnet"
+    the_same_text_model = {"qwen3_5"}
+    not_made_from_sizes_alone = {"cohere_compass_text"}
+    left = set(architectures()) - tried - the_same_text_model - not_made_from_sizes_alone
+    assert left == set(f"{encoders} {both} {others}".split())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phimoe"])
+def test_routers_draw_no_noise_in_training(name: str) -> None:
+    """Otherwise no reward of a step is that of a separate pass; the settings stay, as some are read in use too."""
+    kept = tiny_reward_model(name, dropout=True)
+    config = kept.base_model.config
+    settings = {key: value for key, value in vars(config).items() if "jitter" in key}
+    changed = without_dropout(kept.base_model)
+    assert {f"{key}={value:g}" for key, value in settings.items() if value} == set(changed)
+    assert {key: getattr(config, key) for key in settings} == settings
+    assert without_dropout(kept.base_model) == []
+    trees = [grow([ids]) for ids in sequences(30, 9)]
+    in_use = rewards(kept.eval(), pad_rows(trees).batch())
+    assert rewards(kept.train(), pad_rows(trees).batch()) == pytest.approx(in_use, abs=1e-5)
+
+
+class Noise(torch.nn.Module):
+    """Adds random numbers in training, and no setting says so."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + 0.01 * torch.randn_like(hidden) if self.training else hidden
+
+
+class BatchNorm(torch.nn.BatchNorm1d):
+    """Looks at all tokens of a batch in training, and at none of them in use."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("layer", [Noise(), BatchNorm(32)], ids=["noise", "batch norm"])
+def test_what_computes_otherwise_in_training_is_refused(layer: torch.nn.Module, tmp_path: Path) -> None:
+    model = tiny_reward_model("llama")
+    model.base_model.model.norm = torch.nn.Sequential(layer, model.base_model.model.norm)
+    with pytest.raises(ConfigError, match=r"not even one sequence at a time: rewards differ from those in use \(by "):
+        trusted(model, [], Use(cache_dir=str(tmp_path)))
+
+
+def test_several_tokens_may_end_a_text(tmp_path: Path) -> None:
+    """As in the configurations of Llama 3.1 and Gemma 3."""
+    model = tiny_reward_model("llama")
+    model.base_model.config.eos_token_id = [2, 3]
+    assert trusted(model, [], Use(cache_dir=str(tmp_path))).note is None
+
+
+def test_a_tower_for_pictures_is_no_part_of_the_text() -> None:
+    """Its positions and its convolution have nothing to do with conversations."""
+    base = tiny_reward_model("gemma3").base_model
+    assert any(isinstance(module, torch.nn.Conv2d) for module in base.modules())
+    assert check_max_length(base, 200) is None
+    assert token_mixers(base) is None
+
+
 @pytest.mark.parametrize("name", LEAKING)
 def test_a_state_that_runs_on_is_seen_in_the_gradients(name: str) -> None:
     """Without a look at the structure."""

@@ -20,6 +20,7 @@ LONGROPE = {
     "long_factor": [4.0] * 4,
     "original_max_position_embeddings": 48,
 }
+GEMMA3 = {"head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
 MOE = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
 DELTA = {
     "head_dim": 8,
@@ -28,6 +29,23 @@ DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
+}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "patch_size": 14}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+EXPERTS = {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
 }
 GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
 INTERFACE = "does not use transformers' attention interface"
@@ -76,12 +94,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "mistral": Architecture("mistral", {"sliding_window": 9}),
-    "mixtral": Architecture("mixtral", {"num_local_experts": 4}),
+    "ministral3": Architecture("ministral3", {"head_dim": 8}),
+    "mixtral": Architecture("mixtral", {"num_local_experts": 4, "router_jitter_noise": 0.1}),
     "ministral": Architecture("ministral", {"sliding_window": 9, "head_dim": 8}),
     "gemma": Architecture("gemma", {"head_dim": 16}),
     "gemma2": Architecture("gemma2", {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 2.0}),
-    "gemma3_text": Architecture(
-        "gemma3_text", {"head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+    "gemma3_text": Architecture("gemma3_text", GEMMA3),
+    "gemma3": Architecture(
+        "gemma3",
+        {"text_config": {**SIZE, **GEMMA3}, "vision_config": {**VISION, "num_hidden_layers": 1, "image_size": 28}},
     ),
     "qwen2": Architecture("qwen2", {}),
     "qwen2-moe": Architecture(
@@ -164,6 +185,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt2": Architecture("gpt2", {**GPT}),
     "biogpt": Architecture("biogpt", {}),
+    "gpt-sw3": Architecture("gpt-sw3", {**GPT}),
+    "openai-gpt": Architecture("openai-gpt", {**GPT}, "padded", INTERFACE),
     "gpt_bigcode": Architecture("gpt_bigcode", {**GPT}),
     "gpt_neo": Architecture(
         "gpt_neo",
@@ -192,23 +215,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "persimmon": Architecture("persimmon", {}),
     "helium": Architecture("helium", {"head_dim": 8}),
     "seed_oss": Architecture("seed_oss", {"head_dim": 8}),
-    "deepseek_v3": Architecture(
-        "deepseek_v3",
-        {
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "moe_intermediate_size": 16,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_experts_per_tok": 2,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "deepseek_v2": Architecture("deepseek_v2", {**MLA, **EXPERTS, "n_shared_experts": 1, "topk_method": "greedy"}),
+    "deepseek_v3": Architecture("deepseek_v3", {**MLA, **EXPERTS}),
+    "axk1": Architecture("axk1", {**MLA, **EXPERTS}),
+    "axk2": Architecture("axk2", {**MLA, **EXPERTS}, "padded", STATE),
     "diffllama": Architecture("diffllama", {}),
     "jetmoe": Architecture("jetmoe", {"num_local_experts": 2, "kv_channels": 8, "num_key_value_heads": 2}),
     "minimax": Architecture(
@@ -222,23 +232,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         "padded",
         STATE,
     ),
+    "hunyuan_v1_moe": Architecture("hunyuan_v1_moe", {"head_dim": 8, "num_experts": 4, "moe_topk": 2}),
     "hunyuan": Architecture("hunyuan_v1_dense", {"head_dim": 8}),
     "hunyuan-dynamic": Architecture(
         "hunyuan_v1_dense",
         {"head_dim": 8, "rope_parameters": {**DYNAMIC, "alpha": 1000.0}, "max_position_embeddings": 48},
     ),
     "arcee": Architecture("arcee", {}),
-    "minicpm3": Architecture(
-        "minicpm3",
-        {
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 16,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "minicpm3": Architecture("minicpm3", MLA),
 }
 """By a name of our own. Windows are 9 tokens and positions change at 48, below the lengths that the test uses."""
 

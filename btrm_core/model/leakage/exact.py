@@ -21,6 +21,7 @@ import torch
 
 from btrm_core.errors import ConfigError
 from btrm_core.model.leakage.positions import batch_dependent_lengths, position_limit
+from btrm_core.model.leakage.structure import is_random
 from btrm_core.packing import PADDED, Batch, Tree, grow, pack_row, pad_rows, row_form
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def examine(
         if training and not spread_out:
             model.train()
             with torch.random.fork_rng(devices=_devices(model)):
-                _, reason = _compare(model, row, form, None, gradients=True)
+                known = None if is_random(model) else truth
+                difference, reason = _compare(model, row, form, known, gradients=True)
+            if reason is None and not difference <= tolerance:
+                reason = f"rewards differ from those in use (by {difference:.1e}, accepted {tolerance:.0e})"
             if reason is not None:
                 return Leak(False, f"{reason}, in training mode", math.inf, tolerance)
     finally:
@@ -155,7 +159,8 @@ def _made_up(model: RewardModel, longest: int | None) -> tuple[list[Tree], list[
     """A row of random groups, short ones beside long ones, and other long groups to exchange for them or to add."""
     config = model.base_model.config.get_text_config()
     rng = np.random.default_rng(0)
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "image", "decoder_start")}
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "image", "decoder_start")]
+    special = {token for ids in named for token in (ids if isinstance(ids, list | tuple) else [ids])}
     usable = [i for i in range(min(int(config.vocab_size), 4096)) if i not in special][-2048:]
     limit, learned = position_limit(model.base_model)
     allowed = [length for length in (limit if learned else None, longest) if length is not None]

@@ -75,7 +75,7 @@ def positions_depend_on_batch(hf: Any, longest: int | None = None) -> str | None
     known = [*flagged, getattr(config.get_text_config(), "max_position_embeddings", None) or 2048, 4096]
     probes = sorted({n for length in known for n in (length + 1, 4 * length) if longest is None or n <= longest})
     asked = False
-    for name, module in hf.named_modules():
+    for name, module in text_modules(hf):
         if not any(attribute.endswith("inv_freq") for attribute in (*vars(module), *module._buffers)):
             continue
         varies = _varies(module, probes)
@@ -148,6 +148,24 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
             _restore(module)
 
 
+def text_modules(hf: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that text passes through, with their names: those of a picture's or a sound's tower are left out.
+
+    Args:
+        hf: a transformers model; a tower in it is a model with a configuration of another type.
+    """
+    own = {hf.config.model_type, hf.config.get_text_config().model_type}
+    towers: list[str] = []
+    for name, module in hf.named_modules():
+        if any(name.startswith(tower) for tower in towers):
+            continue
+        config = getattr(module, "config", None)
+        if hasattr(module, "get_input_embeddings") and getattr(config, "model_type", None) not in own:
+            towers.append(f"{name}.")
+            continue
+        yield name, module
+
+
 def position_limit(hf: Any) -> tuple[int | None, bool]:
     """How many positions a model has, and whether they are learned: none exists beyond them.
 
@@ -161,7 +179,7 @@ def position_limit(hf: Any) -> tuple[int | None, bool]:
     limit = getattr(config, "max_position_embeddings", None)
     tables = [
         module.num_embeddings
-        for name, module in hf.named_modules()
+        for name, module in text_modules(hf)
         if isinstance(module, nn.Embedding) and _LEARNED.search(name)
     ]
     if tables:  # some tables have rows before the first position

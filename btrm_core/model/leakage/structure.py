@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from btrm_core.errors import CheckpointError, did_you_mean
+from btrm_core.model.leakage.positions import text_modules
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention", "full", "sliding", "global", "local"}
 """Kinds of layers that are attention under a mask; every other kind is refused in packed rows."""
@@ -38,7 +39,7 @@ def token_mixers(hf: Any) -> str | None:
         for kind in kinds:
             if isinstance(kind, str) and kind not in ATTENTION_LAYERS:
                 return f"its layers of kind '{kind}' are neither full nor sliding attention"
-    for name, module in hf.named_modules():
+    for name, module in text_modules(hf):
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.RNNBase):
             return f"{name} ({type(module).__name__}) mixes tokens and knows no borders between sequences"
         if _MIXERS.search(type(module).__name__):
@@ -47,24 +48,29 @@ def token_mixers(hf: Any) -> str | None:
 
 
 def without_dropout(hf: Any) -> list[str]:
-    """Set every dropout of a model to 0, under whatever name; returns what was changed, as `name=value`.
+    """Set every dropout of a model to 0, under whatever name, and let its routers draw no noise in training.
 
-    Not for a model with adapters, whose dropout is asked for by a setting.
+    A module that draws noise computes in training what it computes in use; its settings stay as they are, since some
+    are read in use as well. Not for a model with adapters, whose dropout is asked for by a setting.
 
     Args:
         hf: a transformers model; its text configuration and its modules are changed in place.
 
     Returns:
-        The settings of the configuration that were above 0, with their old values.
+        The settings of the configuration that were above 0 and had an effect, as `name=value`.
     """
     config = hf.config.get_text_config()
+    noisy = [module for module in hf.modules() if _draws_noise(module)]
+    for module in noisy:
+        module.register_forward_pre_hook(_as_in_use)
     changed = [
         f"{name}={value:g}"
         for name, value in sorted(vars(config).items())
-        if _is_dropout(name) and isinstance(value, float | int) and not isinstance(value, bool) and value > 0
+        if (_is_dropout(name) or (noisy and _NOISE in name)) and _above_0(value)
     ]
     for entry in changed:
-        setattr(config, entry.partition("=")[0], 0.0)
+        if _is_dropout(name := entry.partition("=")[0]):
+            setattr(config, name, 0.0)
     for module in hf.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -72,6 +78,36 @@ def without_dropout(hf: Any) -> list[str]:
             if _is_dropout(name) and isinstance(value, float) and value > 0:
                 setattr(module, name, 0.0)
     return changed
+
+
+def is_random(model: nn.Module) -> bool:
+    """Whether a model in training draws random numbers that its settings ask for: dropout, or a router's noise.
+
+    Args:
+        model: any module, also one with adapters.
+    """
+    for module in model.modules():
+        if _draws_noise(module) or ("Drop" in type(module).__name__ and _above_0(getattr(module, "p", 0))):
+            return True
+        if any(_is_dropout(name) and _above_0(value) for name, value in vars(module).items()):
+            return True
+    return False
+
+
+_NOISE = "jitter"
+
+
+def _draws_noise(module: nn.Module) -> bool:
+    named = any(_NOISE in name and _above_0(value) for name, value in vars(module).items())
+    return named and _as_in_use not in module._forward_pre_hooks.values()
+
+
+def _as_in_use(module: nn.Module, _inputs: Any) -> None:
+    module.train(False)
+
+
+def _above_0(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and value > 0
 
 
 def _is_dropout(name: str) -> bool:

@@ -247,6 +247,7 @@ def _cached_at(model: RewardModel, case: Use) -> Path | None:
         "dropout": sorted({module.p for module in modules if isinstance(module, torch.nn.Dropout)}),
         "versions": [torch.__version__, transformers.__version__, code_digest("model", "model/leakage", "packing")],
         "use": [case.layout, model.kernel, model.one_by_one, case.longest, case.training, device],
+        "hooks": sum(len(module._forward_pre_hooks) for module in modules),
         "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in modules),
         "spread out": any(hasattr(parameter, "ds_id") for parameter in model.parameters()),
     }

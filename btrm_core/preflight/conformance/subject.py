@@ -308,7 +308,8 @@ class Subject:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+            hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            hf.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
 

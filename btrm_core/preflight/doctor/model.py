@@ -22,6 +22,7 @@ from btrm_core.console import unused_gpu
 from btrm_core.data import TokenStore
 from btrm_core.errors import ConfigError, TrainingError
 from btrm_core.families import Family
+from btrm_core.hub import has_own_code
 from btrm_core.model import RewardModel, Use, check_first_loss, trusted, write_model
 from btrm_core.packing import PADDED, Tree, collate, grow, row_form, row_multiple
 from btrm_core.preflight import Check
@@ -283,7 +284,9 @@ def _saved(patient: Patient, directory: Path) -> np.ndarray:
     hf = patient.model.base_model
     made = {"template_sha256": patient.chat.template_sha256, "max_length": patient.max_length}
     write_model(directory, hf, hf.state_dict(), patient.chat, made, "# written by btrm doctor\n")
-    loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=hf.dtype).to(hf.device)
+    own_code = has_own_code(hf.config)  # which the user has allowed
+    loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=hf.dtype, trust_remote_code=own_code)
+    loaded = loaded.to(hf.device)
     return _classify(loaded.eval(), AutoTokenizer.from_pretrained(directory), patient)
 
 
