@@ -79,14 +79,17 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    r"""The first line of an exception's message, or the name of its type if it has none.
+    r"""The first line of an exception's message, with the next if it announces that; the type's name if there is none.
 
     Args:
         error: what was raised.
 
     >>> first_line(ValueError("no such file\nTraceback ..."))
     'no such file'
+    >>> first_line(ValueError("two things are wrong:\n  this one\n  and that"))
+    'two things are wrong: this one'
     >>> first_line(KeyboardInterrupt())
     'KeyboardInterrupt'
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
