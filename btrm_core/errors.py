@@ -79,7 +79,7 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    r"""The first line of an exception's message, or the name of its type if it has none.
+    r"""The first line of an exception's message, with the next if it announces that; the type's name if there is none.
 
     Args:
         error: what was raised.
@@ -91,6 +91,6 @@ def first_line(error: BaseException) -> str:
     >>> first_line(ValueError("Validation error for field 'hidden_size':\n    TypeError: expected int"))
     "Validation error for field 'hidden_size': TypeError: expected int"
     """
-    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"KeyError: {said}" if isinstance(error, KeyError) else said

@@ -17,6 +17,7 @@ from btrm_core.chat.kept import lost_message
 from btrm_core.chat.shorten import Shorten, smallest, ways_to_shorten
 from btrm_core.chat.templates import as_written, inspect_template
 from btrm_core.chat.tokenizers import Encoder, fast_backend, install_pad, self_contained
+from btrm_core.console import LongWork
 from btrm_core.errors import BtrmError, DataError, first_line
 from btrm_core.families import Family, PadToken
 from btrm_core.files import text_sha256
@@ -271,7 +272,8 @@ def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
     pad, template = family.pad_answer(tokenizer), family.template_answer(tokenizer)
     num_new_tokens = install_pad(tokenizer, pad.value, pad.given_by)
     answers = {"setup_tokenizer": setup.given_by, "pad_token": pad.given_by, "chat_template": template.given_by}
-    return settle(tokenizer, template.value, pad.value, num_new_tokens, answers)
+    with LongWork(f"trying the chat template ({template.given_by})"):
+        return settle(tokenizer, template.value, pad.value, num_new_tokens, answers)
 
 
 def settle(

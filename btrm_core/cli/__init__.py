@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from btrm_core.errors import BtrmError
-from btrm_core.families import unreadable_package
+from btrm_core.families import strangers_here, unreadable_package
 from btrm_core.signals import Stopped
 
 SPEAK_LATER_SECONDS = 3.0
@@ -104,7 +104,9 @@ class Commands(click.Group):
                 click.echo(f"{_own_line()}btrm: the system refuses{where}: {error.strerror}", err=True)
                 raise SystemExit(2) from None
             traceback.print_exc()
-            click.echo("btrm: this is a bug; please report it with the lines above", err=True)
+            others = " and ".join(sorted(strangers_here))
+            blame = f", of btrm or of {others}, whose code runs in the same process" if others else ""
+            click.echo(f"btrm: this is a bug{blame}; please report it with the lines above", err=True)
             raise SystemExit(1) from None
 
 

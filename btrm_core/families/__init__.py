@@ -15,6 +15,7 @@ from btrm_core.families.hookspecs import ENTRY_POINT_GROUP, HOOKS, PROJECT, PadT
 if TYPE_CHECKING:
     from btrm_core.families.defaults import RECIPE
     from btrm_core.families.discovery import (
+        deadly,
         detect,
         discover,
         list_families,
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
         require_claim,
     )
     from btrm_core.families.family import Answer, Family
-    from btrm_core.families.installed import FamilyEntry, family_points, unreadable_package
+    from btrm_core.families.installed import FamilyEntry, entry_of, family_points, unreadable_package
     from btrm_core.families.new_family import write_family
-    from btrm_core.families.opening import import_plugin, summary
+    from btrm_core.families.opening import import_plugin, strangers_here, summary
     from btrm_core.families.view import (
         describe,
         format_description,
@@ -42,9 +43,11 @@ __all__ = [
     "FamilyEntry",
     "PadToken",
     "TinyShape",
+    "deadly",
     "describe",
     "detect",
     "discover",
+    "entry_of",
     "family_points",
     "format_description",
     "format_families",
@@ -53,6 +56,7 @@ __all__ = [
     "list_families",
     "load",
     "require_claim",
+    "strangers_here",
     "summary",
     "tracebacks",
     "unreadable_package",
@@ -64,17 +68,20 @@ _HOMES = {
     "Family": "family",
     "FamilyEntry": "installed",
     "RECIPE": "defaults",
+    "deadly": "discovery",
     "describe": "view",
     "detect": "discovery",
     "discover": "discovery",
     "format_description": "view",
     "format_families": "view",
     "list_families": "discovery",
+    "entry_of": "installed",
     "family_points": "installed",
     "import_plugin": "opening",
     "load": "discovery",
     "write_family": "new_family",
     "require_claim": "discovery",
+    "strangers_here": "opening",
     "summary": "opening",
     "tracebacks": "view",
     "unreadable_package": "installed",

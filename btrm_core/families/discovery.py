@@ -50,12 +50,13 @@ def list_families() -> list[FamilyEntry]:
     return sorted(entries, key=lambda entry: (entry.name, entry.origin))
 
 
-def load(name: str, settings: object | None = None) -> Family:
+def load(name: str, settings: object | None = None, *, aside_first: bool = False) -> Family:
     """Load one family, and no other.
 
     Args:
         name: the family's name.
         settings: the run's `RunConfig` (or anything that `Overrides` takes), asked before the family.
+        aside_first: import a stranger in a process of its own before, so that one that ends or hangs it is named.
 
     Raises:
         FamilyError: no such family, or it is broken; the exception that broke it is the `__cause__`.
@@ -63,6 +64,9 @@ def load(name: str, settings: object | None = None) -> Family:
     points, unfit = family_points()
     entry = _named(name, points, unfit)
     try:
+        check_metadata(next(point for point in points if point.name == name), points)
+        if aside_first and (cause := deadly(entry)):
+            raise FamilyError(cause)
         _, family = open_family(name, points, settings)
     except FamilyError as error:
         raise FamilyError(
@@ -70,6 +74,16 @@ def load(name: str, settings: object | None = None) -> Family:
             f"Update, repair or uninstall {entry.distribution}"
         ) from (error.__cause__ or error)
     return family
+
+
+def deadly(entry: FamilyEntry) -> str | None:
+    """What a stranger does to the process that imports it, so that nobody can catch it: ends it, or keeps it waiting.
+
+    Args:
+        entry: the family; btrm's own are not looked at.
+    """
+    found = probe.look_at([entry.name] if entry.distribution != PROJECT else [])
+    return next((one.cause for one in found if one.deadly), None)
 
 
 def _named(name: str, points: Iterable[EntryPoint], unfit: Iterable[FamilyEntry]) -> FamilyEntry:

@@ -1,11 +1,12 @@
 """One loaded family and how it is asked.
 
-Decides the order of the chain (run settings, family, defaults), what a plugin may look like, and what an answer must
-be. Each family gets a plugin manager of its own, so that no other installed family can answer for it.
+Decides the order of the chain (run settings, family, defaults) and what a plugin may look like; what an answer must be
+is said in `answers`. Each family gets a plugin manager of its own, so that no other installed family can answer for it.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pluggy
 
 from btrm_core.errors import BtrmError, ConfigError, FamilyError, did_you_mean, one_line
 from btrm_core.families import defaults, hookspecs
+from btrm_core.families.answers import difference, problem, same, state
 from btrm_core.families.guard import guarded
 from btrm_core.families.hookspecs import HOOKS, PROJECT, PadToken, Recipe
 from btrm_core.families.overrides import Overrides
@@ -34,17 +36,6 @@ class Answer:
 
     value: Any
     given_by: str
-
-
-# What each answer must be: said in words, and as a test.
-_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "claims": ("True, False or None", lambda value: isinstance(value, bool)),
-    "setup_tokenizer": ("a tokenizer", lambda value: callable(getattr(value, "get_vocab", None))),
-    "pad_token": ("a PadToken", lambda value: isinstance(value, PadToken)),
-    "chat_template": ("a template that is not empty", lambda value: isinstance(value, str) and bool(value.strip())),
-    "init_head": ("a function of one tensor", callable),
-    "recipe": ("a Recipe", lambda value: isinstance(value, Recipe)),
-}
 
 
 class Family:
@@ -88,18 +79,38 @@ class Family:
             raise FamilyError(f"unknown hook '{hook}'.{did_you_mean(hook, HOOKS)} Hooks: {', '.join(HOOKS)}")
         for impl in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             wanted = {name: arguments[name] for name in (*impl.argnames, *impl.kwargnames) if name in arguments}
-            if impl.plugin_name != self._given_by:
-                value = impl.function(**wanted)
-            else:
-                value = self._guarded(hook, "failed", lambda: impl.function(**wanted))  # noqa: B023
-            if value is None:
-                continue
-            expected, fits = _EXPECTED[hook]
-            if not fits(value):
-                kind = type(value).__name__
-                raise FamilyError(f"{self._where(hook)} answered with {value!r:.80} ({kind}); expected {expected}")
-            return Answer(value, impl.plugin_name)
+            own = impl.plugin_name == self._given_by
+            value = self._asked(hook, impl.function, wanted) if own else impl.function(**wanted)
+            if value is not None:
+                return Answer(value, impl.plugin_name)
         return Answer(None, DEFAULT)
+
+    def _asked(self, hook: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """The plugin's answer, checked; whatever it was not given to change is as before."""
+        tokenizer = arguments.get("tokenizer") if hook != "setup_tokenizer" else None
+
+        def ask() -> Any:
+            given = {k: _copied(v) if k == "config" else v for k, v in arguments.items()}
+            before = state(tokenizer)
+            value = self._guarded(hook, "failed", lambda: function(**given))
+            if value is not None and (wrong := problem(hook, value)):
+                raise FamilyError(f"{self._where(hook)}{wrong}")
+            if state(tokenizer) != before:
+                raise FamilyError(
+                    f"{self._where(hook)} changes the tokenizer, which it is given to look at: change it in "
+                    "setup_tokenizer"
+                )
+            return value
+
+        value = ask()
+        # A tokenizer costs seconds to copy: processes compare what it encodes. A head is compared when it is drawn.
+        if hook not in ("setup_tokenizer", "init_head") and not same(value, again := ask()):
+            first, second = difference(value, again)
+            raise FamilyError(
+                f"{self._where(hook)} answers differently when asked a second time: {first} and {second}; expected the "
+                "same, as every process of a run asks for itself"
+            )
+        return value
 
     def claims(self, config: Any) -> bool:
         """Whether the family says that a checkpoint with this config is its own.
@@ -192,7 +203,32 @@ class Family:
         def fill(weight_1H: torch.Tensor) -> None:
             self._guarded("init_head", "gave a function that failed", lambda: answer.value(weight_1H))
 
-        return fill
+        return fill if answer.given_by != self._given_by else self._steady(fill)
+
+    def _steady(self, fill: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+        """The same function, refused if it changes the tensor's form or draws other numbers from the same seed."""
+
+        def checked(weight_1H: torch.Tensor) -> None:
+            import torch
+
+            start = torch.get_rng_state()
+            form = getattr(weight_1H, "shape", ()), getattr(weight_1H, "dtype", None)
+            fill(weight_1H)
+            torch.set_rng_state(start)
+            fill(other_1H := torch.full(form[0], torch.nan, dtype=form[1]))
+            for found in (weight_1H, other_1H):
+                if (found.shape, found.dtype) != form:
+                    raise FamilyError(
+                        f"{self._where('init_head')} gave a function that makes {tuple(found.shape)} of {found.dtype}; "
+                        f"expected one that fills {tuple(form[0])} of {form[1]} in place"
+                    )
+            if not torch.equal(weight_1H.nan_to_num(), other_1H.nan_to_num()):
+                raise FamilyError(
+                    f"{self._where('init_head')}: the head differs between two draws with the same seed; expected "
+                    "draws from torch's global generator alone, so that all processes agree"
+                )
+
+        return checked
 
     def drawn_head(self, hidden_size: int, draws: int = 1, seed: int = 0) -> torch.Tensor:
         """Heads as the family draws them, on tensors that were NaN; torch's generator is left as it was.
@@ -235,6 +271,14 @@ class Family:
 
     def _where(self, hook: str) -> str:
         return f"family '{self.name}' ({self.origin}): hook {hook}"
+
+
+def _copied(config: Any) -> Any:
+    """A config that a hook may do with as it likes; one that cannot be copied is given as it is."""
+    try:
+        return copy.deepcopy(config)
+    except Exception:
+        return config
 
 
 def assemble(plugin: object, name: str, settings: object | None = None) -> pluggy.PluginManager:

@@ -3,7 +3,8 @@
 A family is a module or an instance that answers some of these questions with functions marked `@hookimpl`, published
 under the entry-point group `btrm.families`. For each question btrm asks the run's own settings, then the family, then
 its defaults; the first answer that is not None wins. An implementation may take fewer arguments than the specification,
-and must be deterministic: every process of a run asks for itself and must get the same answer.
+and must be deterministic: every process of a run asks for itself and must get the same answer. What is quick to ask is
+asked twice, and every answer is checked where it is asked (`answers`).
 
 The docstrings below are the reference text. What transformers knows about a model already (its attention, rotary
 positions, soft-capping) is no question here.

@@ -16,6 +16,9 @@ from btrm_core.families.guard import guarded
 from btrm_core.families.hookspecs import PROJECT
 from btrm_core.families.installed import entry_of
 
+strangers_here: set[str] = set()
+"""Families of others whose code was run in this process, for messages about what nobody foresaw."""
+
 
 def open_family(name: str, points: Sequence[EntryPoint], settings: object | None = None) -> tuple[object, Family]:
     """Import one plugin and check it against the contract; returns it and the family that asks it.
@@ -35,6 +38,8 @@ def open_family(name: str, points: Sequence[EntryPoint], settings: object | None
     if inspect.isclass(plugin):
         raise FamilyError(f"{point.value} is a class; the entry point must name a module or an instance")
     assemble(plugin, name)
+    if entry_of(point).distribution != PROJECT:
+        strangers_here.add(f"family '{name}' ({origin})")
     return plugin, Family(name, origin, plugin, settings)
 
 

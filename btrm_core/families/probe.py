@@ -37,11 +37,13 @@ class Finding:
         cause: why it is broken, on one line; None if it is not.
         summary: the first line of the plugin's docstring.
         claims: whether it claims the checkpoint that it was asked about.
+        deadly: whether it ended the process, or kept it waiting, so that nobody can catch it.
     """
 
     cause: str | None = None
     summary: str = ""
     claims: bool = False
+    deadly: bool = False
 
 
 def look_at(names: Sequence[str], config: Any = None) -> list[Finding]:
@@ -67,12 +69,12 @@ def _look(name: str, request: bytes) -> Finding:
         )
     except subprocess.TimeoutExpired as error:
         stage = _STAGES[_last(error.stdout)[0]]
-        return Finding(f"{stage} takes longer than {LIMIT_SECONDS:g} seconds")
+        return Finding(f"{stage} takes longer than {LIMIT_SECONDS:g} seconds", deadly=True)
     stage, answer = _last(done.stdout)
     if answer is not None:
         return Finding(**answer)
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    return Finding(f"{_STAGES[stage]} ends the process ({how})")
+    return Finding(f"{_STAGES[stage]} ends the process ({how})", deadly=True)
 
 
 def _last(output: bytes | None) -> tuple[str, dict[str, Any] | None]:

@@ -38,7 +38,7 @@ def describe(name: str, model: str | None = None, settings: object | None = None
         FamilyError: the family is unknown or broken, or an answer breaks the contract.
         CheckpointError: the model's config or tokenizer cannot be read.
     """
-    family = families.load(name, settings)
+    family = families.load(name, settings, aside_first=True)
     entry = next(entry for entry in families.discover() if entry.name == name)
     answer = family.recipe()
     recipe = {**dataclasses.asdict(answer), "attention": list(answer.attention), "tiny": answer.tiny is not None}

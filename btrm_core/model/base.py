@@ -168,13 +168,14 @@ def add_embedding_row(hf: Any, num_tokens: int, new_ids: list[int]) -> None:
             weight[new_ids] = weight[known].float().mean(0).to(weight.dtype)
 
 
-def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
+def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int, who: str = "the head initialiser") -> None:
     """Fill the head with the hook's initialiser, the same values on every process for the same seed.
 
     Args:
         hf: The model; its head is `score`.
         initialise: Fills a (1, H) fp32 tensor of NaN in place.
         seed: Of its random numbers; the caller's random state is left as it was.
+        who: What it is, for the error.
 
     Raises:
         ConfigError: the initialiser left values that are not finite, or only zeros.
@@ -187,12 +188,10 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int) -> None:
         with torch.no_grad():
             initialise(value_1H)
     if not torch.isfinite(value_1H).all():
-        raise ConfigError(
-            "the head initialiser left values that are not finite; init_head must fill the whole (1, hidden) tensor"
-        )
+        raise ConfigError(f"{who} left values that are not finite; init_head must fill the whole (1, hidden) tensor")
     if not value_1H.any():
         raise ConfigError(
-            "the head initialiser left all weights at zero, so that every reward is 0 and the backbone learns nothing "
+            f"{who} left all weights at zero, so that every reward is 0 and the backbone learns nothing "
             "from the first step; init_head must fill the (1, hidden) tensor with random values"
         )
     with gathered(weight), torch.no_grad():
@@ -300,7 +299,10 @@ def build_model(
     if chat.num_new_tokens:
         add_embedding_row(hf, len(chat.tokenizer), [chat.pad_id])
     if base.head_is_new:
-        init_head(hf, family.init_head(hf.config.get_text_config().hidden_size), config.train.seed)
+        own = "init_head" in family.hooks and config.head.init_std is None
+        who = f"family '{family.name}' ({family.origin}): the head" if own else "the head"
+        size = hf.config.get_text_config().hidden_size
+        init_head(hf, family.init_head(size), config.train.seed, f"{who} initialiser")
     use_kernels(hf, config.model.kernels)
     freeze(hf, config.model)
     if config.model.gradient_checkpointing:

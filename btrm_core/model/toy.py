@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from btrm_core.cache import build_once
 from btrm_core.data import sample_path
-from btrm_core.errors import FamilyError
+from btrm_core.errors import BtrmError, FamilyError, one_line
 from btrm_core.families import Family
 from btrm_core.files import text_sha256
 from btrm_core.locks import Shared
@@ -45,7 +45,7 @@ def toy_model(family: Family, cache_dir: Path) -> Path:
             a change of either makes a new one.
 
     Raises:
-        FamilyError: the family's recipe gives no `tiny` shape.
+        FamilyError: the family's recipe gives no `tiny` shape, or one that transformers refuses.
         DataError: the cache cannot be written.
     """
     tiny = family.recipe().tiny
@@ -56,7 +56,20 @@ def toy_model(family: Family, cache_dir: Path) -> Path:
         )
     description = json.dumps([SHAPE, VOCABULARY, dataclasses.asdict(tiny)], sort_keys=True, default=str)
     name = f"{family.name}-{text_sha256(description + Path(sample_path('train')).read_text('utf-8'))[:12]}"
-    held = build_once(cache_dir / "toy" / name, lambda folder: build_toy(tiny, folder))
+
+    def build(folder: Path) -> None:
+        try:
+            build_toy(tiny, folder)
+        except (BtrmError, OSError):
+            raise
+        except Exception as error:  # transformers and tokenizers raise whatever their many readers raise
+            raise FamilyError(
+                f"family '{family.name}' ({family.origin}): hook recipe: no toy can be made from its TinyShape of "
+                f"model_type {tiny.model_type!r} ({one_line(error):.200}); expected values that transformers takes for "
+                "a small causal language model"
+            ) from error
+
+    held = build_once(cache_dir / "toy" / name, build)
     _in_use[held.path] = held
     return held.path
 

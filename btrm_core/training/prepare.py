@@ -27,7 +27,7 @@ from btrm_core.data import (
     sample_path,
     split_held_out,
 )
-from btrm_core.errors import ConfigError, DataError
+from btrm_core.errors import ConfigError, DataError, FamilyError
 from btrm_core.evaluation import check_figure
 from btrm_core.families import Family
 from btrm_core.model import (
@@ -77,7 +77,13 @@ def choose(config: RunConfig) -> Job:
         ConfigError: as `choose_family`.
     """
     family, config, described = choose_family(config)
-    chat = prepare_chat(load_tokenizer(config.model), described, family)
+    tokenizer = load_tokenizer(config.model)
+    try:
+        chat = prepare_chat(tokenizer, described, family)
+    except FamilyError as error:
+        if family.origin in str(error):
+            raise
+        raise FamilyError(f"family '{family.name}' ({family.origin}): {error}") from error
     check_ids(chat, described, str(config.model.name))
     return Job(config, family, chat, output_directory(config, family))
 
@@ -104,12 +110,13 @@ def choose_family(config: RunConfig) -> tuple[Family, RunConfig, Any]:
     if config.model.name is None and config.family is None:
         raise ConfigError("nothing says what to train: give --family NAME for the demo, or --model ID|DIR")
     if config.model.name is None:
-        family = families.load(str(config.family), config)
+        family = families.load(str(config.family), config, aside_first=True)
         config = toy_settings(config, family, cache_root(config.data.cache_dir))
         described = base_config(config.model)
     else:
         described = base_config(config.model)
-        family = families.load(config.family, config) if config.family else families.detect(described, config)
+        named = config.family
+        family = families.load(named, config, aside_first=True) if named else families.detect(described, config)
     family.warning = families.require_claim(family, described, force=config.force_family)
     config = resolve(config, family.recipe())
     check_heads(described, config.distributed.sequence_parallel)

@@ -184,6 +184,89 @@ def test_claims_may_look_at_the_config_as_transformers_gives_it(install):
         assert f"'{name}' (btrm-{name} 1.0)" in str(caught.value)
 
 
+CHANGES = {
+    "os.chdir('/')": "the current directory",
+    "import json; json.dumps = None": "json.dumps",
+    "import builtins; builtins.open = None": "builtins.open",
+    "os.replace = os.rename = None": "os.rename, os.replace",
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)": "the handling of signals",
+    "os.environ.update(RANK='3', HOME='/nowhere')": "the variable HOME, the variable RANK",
+    "os.umask(0o777)": "the umask",
+    "sys.setrecursionlimit(500)": "the recursion limit",
+    "sys.stderr = None": "standard error",
+    "sys.excepthook = None": "sys.excepthook",
+    "sys.modules['tabnanny'] = None": "sys.modules['tabnanny']",
+    "import torch; torch.set_default_dtype(torch.float64)": "torch's defaults",
+    "import torch; torch.set_grad_enabled(False)": "torch's defaults",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_named_family_changes_of_the_process_is_put_back_and_said(install, capfd, change):
+    import torch
+
+    def process():
+        defaults = torch.get_default_dtype(), torch.is_grad_enabled(), sys.getrecursionlimit(), sys.stderr
+        functions = json.dumps, open, os.rename, os.replace, sys.excepthook, signal.getsignal(signal.SIGINT)
+        return os.getcwd(), dict(os.environ), defaults, functions  # noqa: PTH109
+
+    before = process()
+    install(f"import os, sys\n{change}\n{PLAIN}")
+    install(ASKED.format(hook="recipe", ending=change), name="bar")
+    load("foo")
+    load("bar").ask("recipe")
+    assert process() == before
+    foo, bar, again = capfd.readouterr().err.splitlines()
+    end = f" changes {CHANGES[change]}, which is no plugin's to change; put back"
+    assert foo == f"btrm: the import of family 'foo' (btrm-foo 1.0){end}"
+    assert bar == again == f"btrm: family 'bar' (btrm-bar 1.0): hook recipe{end}"
+
+
+def test_what_a_library_adds_to_the_environment_stays(install, monkeypatch, capfd):
+    monkeypatch.delenv("A_LIBRARYS_OWN", raising=False)
+    install(f"import os\nos.environ['A_LIBRARYS_OWN'] = '1'\n{PLAIN}")
+    load("foo")
+    assert os.environ.pop("A_LIBRARYS_OWN") == "1"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_copy_of_the_process_that_a_plugin_makes_goes_no_further(install, tmp_path):
+    install(f"import os\nos.fork()\n{PLAIN}")
+    load("foo")
+    with (tmp_path / "once").open("a") as file:
+        file.write("x")
+    assert (tmp_path / "once").read_text() == "x"
+
+
+@pytest.mark.parametrize("ending", DEATHS)
+def test_a_named_family_that_nobody_can_catch_is_looked_at_aside(install, ending):
+    from btrm_core.families import describe
+    from btrm_core.preflight.conformance import run_checks
+
+    install(f"import os\n{ending}\n")
+    said = f"family 'foo' (btrm-foo 1.0) is broken: {DEATHS[ending]}. Update, repair or uninstall btrm-foo"
+    with pytest.raises(FamilyError) as caught:
+        describe("foo")
+    assert str(caught.value) == said
+    first = run_checks("foo")[0]
+    assert (first.verdict, first.what) == ("fail", said)
+
+
+def test_what_nobody_foresaw_names_the_stranger_that_was_there(install, capsys, monkeypatch):
+    from btrm_core import cli, families
+
+    install("import btrm_core.families.family as core\ncore.Family.recipe = lambda self: None\n" + PLAIN)
+    monkeypatch.setattr(families.Family, "recipe", families.Family.recipe)  # put back afterwards
+    families.strangers_here.clear()  # those of other tests
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["families", "foo"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith(
+        "btrm: this is a bug, of btrm or of family 'foo' (btrm-foo 1.0), whose code runs in the same process; please "
+        "report it with the lines above\n"
+    )
+
+
 # names
 
 

@@ -31,7 +31,7 @@ class ContractChecks:
         """`btrm train --family NAME` finds the plugin, in one distribution only, and can load it."""
         name, installed = self.subject.name, bool(self.subject.points)
         try:
-            load(name)
+            load(name, aside_first=True)
         except FamilyError as error:
             raise NotConforming(
                 str(error),

@@ -22,7 +22,17 @@ HEAVY = ("torch", "transformers", "tokenizers", "deepspeed", "accelerate", "data
 
 
 # Events of `sys.audit` that no import needs; those of files are looked at one by one.
-_FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "urllib.", "http.client.")
+_FORBIDDEN = (
+    "socket.",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.chdir",
+    "urllib.",
+    "http.client.",
+)
 
 
 _CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.", "tempfile.")

@@ -87,10 +87,17 @@ class Subject:
         return [point for point in families.family_points()[0] if point.name == self.name]
 
     @cached_property
+    def _deadly(self) -> str | None:
+        """What importing the plugin does to a process, found in another one: asked once for all checks."""
+        return families.deadly(families.entry_of(self.points[0]))
+
+    @cached_property
     def plugin(self) -> object:
         """What the entry point names, as it was imported."""
         if not self.points:
             raise Missing(f"no family '{self.name}' is installed")
+        if self._deadly is not None:
+            raise Missing(f"the plugin cannot be imported: {self._deadly}")
         with _or_missing("the plugin cannot be imported"):
             plugin = families.import_plugin(self.points[0])
         return plugin
@@ -98,6 +105,7 @@ class Subject:
     @cached_property
     def family(self) -> Family:
         """The family as a run loads it."""
+        _ = self.plugin
         with _or_missing("the family cannot be loaded"):
             return families.load(self.name)
 
