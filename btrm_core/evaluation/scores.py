@@ -122,6 +122,40 @@ class PairRewards:
         )
 
 
+def same_pairs(first: PairRewards, second: PairRewards) -> tuple[IntArray, IntArray, bool]:
+    """Places of the pairs that are in both: of equal id, prompt and lengths.
+
+    Files of other writers know no ids or no prompts, or spell them in another way: then the rest must do, at last the
+    ids alone. Less is asked only where that more than doubles the pairs. Of several that are equal in all, the first of
+    one goes with the first of the other, and so on.
+
+    Args:
+        first: rewards of one model.
+        second: rewards of another one, in any order.
+
+    Returns:
+        Places in `first` (ascending) and in `second`, and whether the ids alone say that pairs are the same.
+    """
+    text = ("prompt_P", "characters_P2")
+    best: list[tuple[int, int]] = []
+    by_id = False
+    for columns in (("id_P", *text), ("id_P", "prompt_P"), text, ("id_P",)):
+        known = {key: place for place, key in enumerate(_keys(second, columns))}
+        found = [(place, known[key]) for place, key in enumerate(_keys(first, columns)) if key in known]
+        if len(found) > 2 * len(best):
+            best, by_id = found, columns == ("id_P",)
+    places_N2 = np.array(best, dtype=np.int64).reshape(-1, 2)
+    return places_N2[:, 0], places_N2[:, 1], by_id
+
+
+def _keys(rewards: PairRewards, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """What a pair is known by: these columns, and how many equal ones came before."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for key in zip(*(map(str, np.asarray(getattr(rewards, name)).tolist()) for name in columns), strict=True):
+        seen[key] = seen.get(key, -1) + 1
+        yield (*key, seen[key])
+
+
 _ARRAYS = ("prompt_P", "reward_P2", "tokens_P2", "characters_P2", "probability_P", "data_margin_P")
 
 

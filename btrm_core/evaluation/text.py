@@ -218,6 +218,8 @@ def comparison_text(found: Comparison) -> str:
     ]
     if found.only_in_first or found.only_in_second:
         lines.append(f"  left out: {found.only_in_first:,} pairs of the first, {found.only_in_second:,} of the second")
+    if found.by_id:
+        lines.append("  the pairs have equal ids but no equal prompts: is it the same data?")
     if found.subsets:
         rows = [
             (f"  {s.name or '(none)'}", f"{s.pairs:,}", _points(s), f"{s.p_corrected:.3g}", s.verdict)
