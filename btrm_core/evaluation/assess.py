@@ -16,8 +16,8 @@ import numpy as np
 from btrm_core.errors import DataError
 from btrm_core.evaluation.calibration import Calibration, calibrate, loss_P, sigmoid, temperatures_of_halves
 from btrm_core.evaluation.length import LengthBias, length_bias
-from btrm_core.evaluation.scores import LARGEST, UNKNOWN, PairRewards
-from btrm_core.evaluation.statistics import Accuracy, accuracy, clusters, wins
+from btrm_core.evaluation.scores import UNKNOWN, PairRewards
+from btrm_core.evaluation.statistics import LARGEST, Accuracy, accuracy, clusters, wins
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

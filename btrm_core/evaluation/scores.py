@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 UNKNOWN = -1
 """A length that a file does not give."""
-LARGEST = 1e100
-"""A reward beyond this size is no reward: its square is no number any more."""
 ROWS_TOGETHER = 2000
 """Rows of a Parquet file that are held at once."""
 

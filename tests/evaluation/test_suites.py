@@ -158,6 +158,8 @@ def test_rm_bench_pools_safety_and_averages_domains():
     )
     with pytest.raises(DataError, match="2 chosen and 3 rejected"):
         load_suite("rm-bench").items({**rm_row("chat"), "chosen": ["a", "b"]}, "file")
+    with pytest.raises(DataError, match="'domain' is 'poetry', expected one that begins with chat"):
+        load_suite("rm-bench").items(rm_row("poetry"), "file")
 
 
 def judge_row(source, label, pair_id="1"):

@@ -24,7 +24,7 @@ from btrm_core.errors import CheckpointError, DataError
 from btrm_core.evaluation import PROBES, assess, read_scores
 from btrm_core.scoring import evaluate
 from btrm_core.scoring.evaluate import source_rewards
-from btrm_core.scoring.judge import Request, invariance_of, judge
+from btrm_core.scoring.judge import Request, best_of_source, invariance_of, judge
 from btrm_core.scoring.kept import Kept, Part
 from btrm_core.scoring.results import report_of
 from btrm_core.scoring.scorer import Scorer
@@ -177,6 +177,10 @@ def test_a_suite_from_a_file_in_its_own_form(model: Path, tmp_path: Path) -> Non
     assert set(written) == {"model", "model_type", "chat_template", *(row["subset"] for row in rows)}
     found = judge(Scorer(str(model), device="cpu"), Request(suites=[f"rewardbench={source}"])).suites[0][0]
     assert found.scores.subsets["math-prm"] == written["math-prm"]
+    parts = [write(tmp_path / f"{n}.jsonl", rows[n::2]) for n in range(2)]
+    several = Request(suites=[f"rewardbench={part}" for part in (*parts, parts[0])])
+    ((together, _),) = judge(Scorer(str(model), device="cpu"), several).suites
+    assert together.scores == found.scores
     wrong = btrm(model, "--suite", f"rm-bench={source}")
     assert wrong.exit_code == 2
     assert "row 1 is none of suite rm-bench: 'chosen' is str, expected a list of texts" in wrong.stderr
@@ -194,8 +198,26 @@ def test_best_of_n_from_a_file(model: Path, scorer: Scorer, tmp_path: Path) -> N
     assert (found.prompts, len(found.curve)) == (4, 3)
     assert found.curve[2].gold == pytest.approx(best)
     assert "Best of N" in btrm(model, "--best-of-n", source).stdout
-    bad = write(tmp_path / "bad.jsonl", [{"prompt": "p", "responses": ["a"], "gold": [1, 2]}])
-    assert "row 1: expected 'responses' and as many numbers in 'gold'" in btrm(model, "--best-of-n", bad).stderr
+    found = best_of_source(scorer, write(tmp_path / "some.jsonl", [{**rows[0], "gold": [None, 1, 2]}, *rows[1:]]))
+    assert (found.prompts, found.left_out) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"responses": ["a"]}, "expected 'responses' and as many numbers in 'gold'"),
+        ({"responses": ["a", {"text": "b"}]}, "expected texts in 'responses'"),
+        ({"gold": [10**400, 1]}, "'gold' holds '1000.*', expected a number or null"),
+        ({"gold": ["1", 2]}, "'gold' holds '1', expected a number or null"),
+        ({"gold": [1e308, -1e308]}, "no prompt has two answers with finite rewards and gold values"),
+        ({"prompt": [3]}, "row 1: .*prompt"),
+        ({"prompt": ""}, "row 1: 'prompt' holds nothing but space"),
+    ],
+)
+def test_rows_that_are_no_best_of_n_are_one_line(scorer: Scorer, tmp_path: Path, row: Any, message: str) -> None:
+    source = write(tmp_path / "bon.jsonl", [{"prompt": "p", "responses": ["a", "b"], "gold": [1, 2]} | row])
+    with pytest.raises(DataError, match=message):
+        best_of_source(scorer, source)
 
 
 def test_rewards_do_not_depend_on_company_or_order(scorer: Scorer) -> None:
@@ -218,6 +240,10 @@ def test_rewards_do_not_depend_on_company_or_order(scorer: Scorer) -> None:
         (("org/name", "--data", "x", "--save-calibration"), "org/name is none on this machine"),
         (("--scores", "none.jsonl"), "there is no file none.jsonl"),
         (("--scores", "SCORES", "--against", "MODEL"), "which needs the pairs"),
+        (("--scores", "SCORES", "--suite", "llmbar"), "name a MODEL as well"),
+        (("--scores", "SCORES", "--data", "x"), "name a MODEL as well"),
+        (("--scores", "SCORES", "-o", "x.csv"), "a name that ends in .jsonl, .jsonl.gz or .parquet"),
+        (("MODEL", "--data", "SCORES", "-o", "SCORES"), "kept.jsonl, which is read; name another file"),
     ],
 )
 def test_what_cannot_give_a_result_is_one_line(

@@ -33,12 +33,14 @@ def items(row: Row, where: str) -> list[Item]:
         where: not needed; the domain is the subset.
 
     Raises:
-        DataError: there are not three of each, or a field is missing.
+        DataError: there are not three of each, a field is missing, or the domain is unknown.
     """
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
     if not len(chosen) == len(rejected) == STYLES:
         raise DataError(f"the row has {len(chosen)} chosen and {len(rejected)} rejected answers, expected 3 of each")
     subset, name = text(row, "domain"), str(row.get("id", ""))
+    if not subset.startswith(DOMAINS):
+        raise DataError(f"'domain' is '{subset}', expected one that begins with {', '.join(DOMAINS)}")
     prompt = question(text(row, "prompt"))
     return [Item(name, subset, unit_of(subset, name, prompt), prompt, (*chosen, *rejected), correct=STYLES, row=row)]
 
