@@ -91,7 +91,7 @@ def signed(value: float | None, digits: int = 2) -> str:
         value: None is a dash.
         digits: after the point.
     """
-    return "–" if value is None else f"{value:+,.{digits}f}"
+    return "–" if value is None else f"{round(value, digits) + 0.0:+,.{digits}f}"  # never -0.00
 
 
 def short(name: str) -> str:
