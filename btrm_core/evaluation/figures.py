@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btrm_core.errors import ConfigError, DataError, did_you_mean
-from btrm_core.evaluation.calibration import loss_P, reliability
+from btrm_core.evaluation.calibration import reliability
 from btrm_core.evaluation.statistics import standard_error, wilson, wins
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ class SubsetResult:
         ties: pairs of two equal rewards.
         reward_margin: mean of chosen less rejected.
         loss: mean of the pairs, in nats.
+        brier: mean squared error of their probabilities.
+        ece: expected calibration error.
     """
 
     name: str
@@ -129,6 +131,8 @@ class SubsetResult:
     ties: int
     reward_margin: float
     loss: float
+    brier: float
+    ece: float
 
 
 def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
@@ -145,14 +149,14 @@ def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
     labels = np.array(names, dtype=object)
     for name in sorted(set(names)):
         margin = margin_P[labels == name]
-        accuracy, ties = float(wins(margin).mean()), int((margin == 0).sum())
-        out.append(SubsetResult(name, len(margin), accuracy, ties, float(margin.mean()), float(loss_P(margin).mean())))
+        accuracy, ties, likely = float(wins(margin).mean()), int((margin == 0).sum()), reliability(margin)
+        size = float(margin.mean())
+        out.append(SubsetResult(name, len(margin), accuracy, ties, size, likely.loss, likely.brier, likely.ece))
     return out
 
 
 LOWER_IS_BETTER = {"loss": True, "brier": True, "ece": True, "accuracy": False, "reward_margin": False}
 """Figures that can say which of two models is the better one."""
-OF_SUBSETS = ("accuracy", "loss", "reward_margin")
 
 
 def check_figure(name: str, subsets: Sequence[str]) -> None:
@@ -167,8 +171,8 @@ def check_figure(name: str, subsets: Sequence[str]) -> None:
     """
     known = list(LOWER_IS_BETTER)
     names = sorted(set(subsets))
-    if len(names) > 1:
-        known += [f"{subset}.{figure}" for subset in names for figure in OF_SUBSETS]
+    if names != [""]:
+        known += [f"{subset}.{figure}" for subset in names for figure in LOWER_IS_BETTER]
     if name not in known:
         some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
         raise ConfigError(f"--best-by {name} is no figure here; expected {some}.{did_you_mean(name, known)}")
@@ -184,5 +188,7 @@ def badness(figures: Mapping[str, Any], name: str) -> float:
     if name in LOWER_IS_BETTER:
         return float(figures[name]) if LOWER_IS_BETTER[name] else -float(figures[name])
     subset, _, figure = name.rpartition(".")
+    if "subsets" not in figures:  # the only one
+        return badness(figures, figure)
     value = float(next(row[figure] for row in figures["subsets"] if row["name"] == subset))
     return value if LOWER_IS_BETTER[figure] else -value

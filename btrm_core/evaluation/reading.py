@@ -176,5 +176,9 @@ def _prompt_number(row: Mapping[str, Any], text: PairText | None, otherwise: str
             return int(kept, 16)
         except ValueError:
             pass
-    known = json.dumps(text.prompt) if text is not None and text.prompt else str(kept or otherwise)
+    if text is None or not text.prompt:
+        known = str(kept or otherwise)
+    else:  # as the data counts prompts, so that rewards of both are the same pairs
+        messages = [(role, content.strip()) for role, content in text.prompt]
+        known = json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(known.encode("utf-8", "surrogatepass")).digest()[:8], "big")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.reward_samples import made
 
+from btrm_core.data.pairs import prompt_hash
 from btrm_core.errors import DataError
 from btrm_core.evaluation.assess import assess
 from btrm_core.evaluation.reading import read_scores
@@ -109,6 +110,8 @@ def test_answers_that_are_conversations_bring_their_prompt(tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
     (found,) = read_scores(tmp_path / "s.jsonl")
     assert found.text(0) == PairText((("user", "q"),), "a", "b")
+    # The same pair read as data has the same prompt.
+    assert found.prompt_P[0] == prompt_hash([{"role": "user", "content": " q\n"}])
 
 
 def test_a_broken_gzip_file_is_one_line(tmp_path):
