@@ -163,8 +163,8 @@ def check_figure(name: str, subsets: Sequence[str]) -> None:
     """Refuse a figure that an evaluation on pairs of these subsets will not have.
 
     Args:
-        name: a figure, or one of a subset, as "chat.accuracy".
-        subsets: the subset of every pair.
+        name: a figure, or one of a subset or a named set, as "chat.accuracy".
+        subsets: the subset of every pair; SET/SUBSET where a named set has its own ones.
 
     Raises:
         ConfigError: says which there are.
@@ -172,6 +172,8 @@ def check_figure(name: str, subsets: Sequence[str]) -> None:
     known = list(LOWER_IS_BETTER)
     names = sorted(set(subsets))
     if names != [""]:
+        sets = sorted({subset.partition("/")[0] for subset in names} - set(names))
+        known += [f"{one}.{figure}" for one in sets for figure in LOWER_IS_BETTER if figure != "ece"]
         known += [f"{subset}.{figure}" for subset in names for figure in LOWER_IS_BETTER]
     if name not in known:
         some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
@@ -183,12 +185,14 @@ def badness(figures: Mapping[str, Any], name: str) -> float:
 
     Args:
         figures: an evaluation as JSON values.
-        name: a figure, or SUBSET.FIGURE.
+        name: a figure, SUBSET.FIGURE, or SET.FIGURE for all subsets of a named set.
     """
     if name in LOWER_IS_BETTER:
         return float(figures[name]) if LOWER_IS_BETTER[name] else -float(figures[name])
     subset, _, figure = name.rpartition(".")
     if "subsets" not in figures:  # the only one
         return badness(figures, figure)
-    value = float(next(row[figure] for row in figures["subsets"] if row["name"] == subset))
+    rows = [row for row in figures["subsets"] if row["name"] == subset]
+    rows = rows or [row for row in figures["subsets"] if row["name"].startswith(f"{subset}/")]
+    value = sum(row[figure] * row["pairs"] for row in rows) / sum(row["pairs"] for row in rows)
     return value if LOWER_IS_BETTER[figure] else -value
