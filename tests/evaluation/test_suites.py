@@ -333,6 +333,16 @@ def test_area_under_the_roc_curve_by_hand():
     assert area_under_roc([(math.nan, 1.0), (math.nan, 0.0), (1.0, 1.0), (0.0, 0.0)]) == 0.25
 
 
+def test_a_prompt_may_be_messages():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    row = rb1_rows({"shp": [True]})[0][0]
+    (item,) = load_suite("rewardbench").items({**row, "prompt": turns}, "file")
+    assert item.prompt == turns
+    for wrong in ([], ["a"], [{"role": "user"}], None):
+        with pytest.raises(DataError, match=r"'prompt' (holds|is).*expected text"):
+            load_suite("rewardbench").items({**row, "prompt": wrong}, "file")
+
+
 @pytest.mark.parametrize("name", suite_names())
 def test_what_could_not_be_scored_is_wrong_and_counted(name):
     rows = {

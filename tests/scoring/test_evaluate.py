@@ -21,10 +21,10 @@ from transformers import AutoModelForSequenceClassification
 
 from btrm_core.cli import main
 from btrm_core.errors import CheckpointError, DataError
-from btrm_core.evaluation import PROBES, assess, read_scores
+from btrm_core.evaluation import PROBES, assess, load_suite, read_scores
 from btrm_core.scoring import evaluate
 from btrm_core.scoring.evaluate import source_rewards
-from btrm_core.scoring.judge import Request, best_of_source, invariance_of, judge
+from btrm_core.scoring.judge import Request, best_of_source, invariance_of, judge, suite_items
 from btrm_core.scoring.kept import Kept, Part
 from btrm_core.scoring.results import report_of
 from btrm_core.scoring.scorer import Scorer
@@ -184,6 +184,18 @@ def test_a_suite_from_a_file_in_its_own_form(model: Path, tmp_path: Path) -> Non
     wrong = btrm(model, "--suite", f"rm-bench={source}")
     assert wrong.exit_code == 2
     assert "row 1 is none of suite rm-bench: 'chosen' is str, expected a list of texts" in wrong.stderr
+
+
+def test_a_suite_from_files_in_the_folders_of_its_subsets(model: Path, tmp_path: Path) -> None:
+    row = {"input": "i", "output_1": "first", "output_2": "second", "label": 1}
+    for name in ("Natural", "Adversarial/GPTInst"):
+        (tmp_path / "LLMBar" / name / "data").mkdir(parents=True)
+        (tmp_path / "LLMBar" / name / "data" / "dataset.json").write_text(json.dumps([row]))
+    suite = load_suite("llmbar")
+    assert [item.subset for item in suite_items(suite, [str(tmp_path / "LLMBar" / "*" / "data" / "*.json")])] == [
+        "Natural"
+    ]
+    assert {item.subset for item in suite_items(suite, [str(tmp_path / "LLMBar")])} == {"Natural", "GPTInst"}
 
 
 def test_best_of_n_from_a_file(model: Path, scorer: Scorer, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from btrm_core.errors import DataError
 from btrm_core.evaluation.best_of_n import expected_best
 from btrm_core.evaluation.suites.arena import order_of_models
-from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, mean, question, text, unit_of
+from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, asked, mean, text, unit_of
 
 NAME = "ppe"
 HUMAN = "human preference"
@@ -56,7 +56,7 @@ def items(row: Row, where: str) -> list[Item]:
     Raises:
         DataError: there is neither a winner nor two scores, or a text is missing.
     """
-    prompt = question(text(row, "prompt"))
+    prompt = asked(row, "prompt")
     name = str(row.get("question_id", row.get("id", "")))
     if "winner" in row:
         gold = _WINNERS.get(text(row, "winner"))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from btrm_core.errors import DataError
-from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, mean, question, text, texts, unit_of
+from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, asked, mean, text, texts, unit_of
 
 NAME = "rm-bench"
 SOURCES = ("THU-KEG/RM-Bench:train",)
@@ -41,7 +41,7 @@ def items(row: Row, where: str) -> list[Item]:
     subset, name = text(row, "domain"), str(row.get("id", ""))
     if not subset.startswith(DOMAINS):
         raise DataError(f"'domain' is '{subset}', expected one that begins with {', '.join(DOMAINS)}")
-    prompt = question(text(row, "prompt"))
+    prompt = asked(row, "prompt")
     return [Item(name, subset, unit_of(subset, name, prompt), prompt, (*chosen, *rejected), correct=STYLES, row=row)]
 
 
