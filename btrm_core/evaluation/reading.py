@@ -126,7 +126,7 @@ def _kept(row: Any, source: Path, number: int) -> dict[str, Any]:
     return {
         "id": name,
         "subset": str(row.get("subset") or ""),
-        "model": str(row.get("model") or source.name),
+        "model": str(row.get("model") or source),
         "data": str(row.get("data") or source.name),
         "prompt": _prompt_number(row, text, f"{row.get('data') or ''}:{name}"),
         "rewards": [_number(row, f"scores_{side}", where, math.nan) for side in ("chosen", "rejected")],

@@ -55,7 +55,7 @@ def test_a_file_of_rewardbench_is_read(tmp_path):
     with gzip.open(tmp_path / "rb.jsonl.gz", "wt") as file:
         file.write("\n".join(json.dumps(row) for row in rows))
     (found,) = read_scores(tmp_path / "rb.jsonl.gz")
-    assert (found.model, found.id_P) == ("rb.jsonl.gz", ["31", "32"])
+    assert (found.model, found.id_P) == (str(tmp_path / "rb.jsonl.gz"), ["31", "32"])
     assert found.prompt_P[0] != found.prompt_P[1]
     evaluation = assess(found)
     assert (evaluation.given, evaluation.unscored, evaluation.accuracy.half) == (2, 1, 1.0)

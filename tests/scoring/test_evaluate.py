@@ -158,6 +158,19 @@ def test_two_models_are_compared_and_reported(model: Path, other: Path, tmp_path
     assert "on the same 30 pairs" in same.stdout
 
 
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        rows = [{"id": n, "scores_chosen": float(n), "scores_rejected": 1.0} for n in range(3)]
+        files.append(write(tmp_path / folder / "scores.jsonl", rows))
+    result = btrm("--scores", files[0], "--against", files[1])
+    assert "scores.jsonl (first) 50.0 % against scores.jsonl (second) 50.0 % on the same 3 pairs" in result.stdout
+    found = json.loads(btrm("--scores", files[0], "--scores", files[0], "--json").stdout)
+    assert [one["model"] for one in found["evaluations"]] == ["scores.jsonl (1)", "scores.jsonl (2)"]
+    assert json.loads(btrm("--scores", files[0], "--json").stdout)["models"][0]["model"] == files[0]
+
+
 def _kept(model: Path, source: str, folder: Path) -> Path:
     file = folder / f"{model.parent.name}.jsonl"
     assert btrm(model, "--data", source, "-o", file).exit_code == 0
