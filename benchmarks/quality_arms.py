@@ -46,6 +46,16 @@ class Experiment:
         """Optimiser steps of every run."""
         return self.pairs * self.epochs // self.pairs_per_step
 
+    def refusal(self) -> str | None:
+        """Why both arms cannot be trained alike, before the first of them is; None if they can."""
+        if self.pairs_per_step < 1 or self.pairs_per_step % TRL_BATCH:
+            return f"--pairs-per-step {self.pairs_per_step}: expected a multiple of TRL's micro-batches of {TRL_BATCH}"
+        if self.steps < 1:
+            return f"--pairs {self.pairs}: expected at least the {self.pairs_per_step} of one step"
+        if not (self.evaluation or 0 < self.held_out < 1):
+            return f"--held-out {self.held_out:g}: expected a share of the prompts, between 0 and 1"
+        return None
+
     def start(self, seed: int) -> Path:
         """The model directory that both arms of a seed start from, head included."""
         return Path(self.directory) / f"start-{seed}"
@@ -135,13 +145,10 @@ def run_trl(experiment: Experiment, seed: int) -> None:
 
 def trl_arguments(experiment: Experiment, seed: int) -> dict[str, Any]:
     """Arguments of `RewardConfig` for one run."""
-    accumulation, rest = divmod(experiment.pairs_per_step, TRL_BATCH)
-    if rest:
-        raise ValueError(f"{experiment.pairs_per_step} pairs per step are no multiple of micro-batches of {TRL_BATCH}")
     return {
         "output_dir": str(experiment.output("trl", seed) / "checkpoints"),
         "per_device_train_batch_size": TRL_BATCH,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": experiment.pairs_per_step // TRL_BATCH,
         "max_steps": experiment.steps,
         "max_length": experiment.max_length,
         "learning_rate": experiment.learning_rate,

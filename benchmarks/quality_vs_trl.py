@@ -63,10 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     except environment.DirtyTreeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    directory = arguments.work_dir or Path(tempfile.mkdtemp(prefix="btrm-quality-"))
     chosen = [item.name for item in dataclasses.fields(Experiment) if not item.metadata.get("internal")]
     values = {name: getattr(arguments, name) for name in chosen}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if reason := Experiment(**values).refusal():
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    directory = arguments.work_dir or Path(tempfile.mkdtemp(prefix="btrm-quality-"))
     experiment = Experiment(**values, directory=str(directory.resolve()))
     try:
         facts = prepare(experiment)

@@ -216,7 +216,7 @@ class OutputConfig:
     """Keep the model with the lowest evaluation loss. It becomes the final one."""
     best_by: Annotated[str, Flag(metavar="[NAME.]FIGURE")] = "loss"
     """What is best instead of the lowest loss, as accuracy or chat.accuracy. One of loss, brier, ece, accuracy and
-    reward_margin, or loss, accuracy and reward_margin of a subset; another than the loss keeps the best model."""
+    reward_margin, of all pairs or of a subset; another than the loss keeps the best model."""
     resume: Annotated[str, Flag(bare="auto")] = "no"
     """Go on from the last checkpoint, or the one named. Values: no, auto (the newest complete checkpoint of the output
     directory), latest-good, or a checkpoint directory."""

@@ -326,8 +326,22 @@ def test_both_arms_are_told_the_same_experiment(tmp_path: Path) -> None:
     assert float(settings["train.weight_decay"]) == theirs["weight_decay"]
     assert float(settings["train.max_grad_norm"]) == theirs["max_grad_norm"]
     assert (settings["model.train_last_layers"], settings["data.held_out_fraction"]) == ("2", "0")
-    with pytest.raises(ValueError, match="no multiple of micro-batches"):
-        trl_arguments(experiment_in(tmp_path, pairs_per_step=12), 0)
+    assert experiment.refusal() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pairs-per-step", "12"), "--pairs-per-step 12: expected a multiple of TRL's micro-batches of 8"),
+        (("--pairs", "8"), "--pairs 8: expected at least the 16 of one step"),
+        (("--held-out", "8"), "--held-out 8: expected a share of the prompts, between 0 and 1"),
+    ],
+)
+def test_quality_is_refused_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, str], message: str
+) -> None:
+    assert quality_vs_trl.main(["--name", "x", "--allow-dirty", "--model", "m", "--train", "t", *flags]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {message}"
 
 
 def test_the_same_parameters_are_frozen() -> None:

@@ -70,6 +70,8 @@ def _check(models: tuple[str, ...], flags: dict[str, Any]) -> None:
     asked = any(flags[name] for name in ("data", "suites", "best_of_n"))
     if not models and not flags["scores"]:
         raise ConfigError("nothing to evaluate; name a MODEL, or rewards that were kept with --scores FILE")
+    if not models and (flags["suites"] or flags["best_of_n"] or (flags["data"] and not flags["against"])):
+        raise ConfigError("--data, --suite and --best-of-n ask a model, --scores has its answers; name a MODEL as well")
     if models and not asked:
         raise ConfigError("nothing to evaluate on; give pairs with --data SRC, a --suite NAME or --best-of-n SRC")
     if flags["probes"] and not flags["data"]:
@@ -82,6 +84,20 @@ def _check(models: tuple[str, ...], flags: dict[str, Any]) -> None:
         raise ConfigError(f"--save-calibration writes into a model's directory; {far[0]} is none on this machine")
     if flags["output"] and not flags["data"] and not flags["scores"]:
         raise ConfigError("--output keeps the rewards of pairs; give some with --data SRC")
+    if flags["output"]:
+        _check_output(flags)
+
+
+def _check_output(flags: dict[str, Any]) -> None:
+    """Refuse a file that is not in one of the formats, or that is read."""
+    output = flags["output"]
+    if not output.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise ConfigError(f"--output {output}: expected a name that ends in .jsonl, .jsonl.gz or .parquet")
+    suites = [name.partition("=")[2] for name in flags["suites"]]
+    read = [*flags["data"], *flags["against"], *flags["scores"], *flags["best_of_n"], *suites]
+    for name in read:
+        if Path(name).is_file() and Path(output).exists() and Path(name).samefile(output):
+            raise ConfigError(f"--output {output} would replace {name}, which is read; name another file")
 
 
 def _save_calibration(models: tuple[str, ...], results: list[ModelResult]) -> None:

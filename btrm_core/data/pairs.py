@@ -42,6 +42,8 @@ FORMAT_VERSION = 5
 
 _CODE = ("data",)
 """Packages whose code decides what is stored."""
+_PLAIN_NAMES = {"data", "dataset", "train", "test", "validation", "dev", "eval"}
+"""Names of files and folders that every data set has."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def raw_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
         source: a file, folder or Hub id, as for `load_pairs`.
 
     Yields:
-        (short name of its file, line, row).
+        (short name of its file or folder, line, row).
 
     Raises:
         DataError: the source cannot be read, or a row of it is none.
@@ -221,7 +223,16 @@ def raw_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
         for line, row in read_rows(found):
             if isinstance(row, RowIssue):
                 raise DataError(f"{row}; expected one JSON object or table row each")
-            yield found.subset, line, row
+            yield _place(found), line, row
+
+
+def _place(source: Source) -> str:
+    """What a source is called; the folder of a file whose own name tells nothing, as in Natural/dataset.json."""
+    name, path = source.subset, source.path
+    while path is not None and not source.label and name.lower() in _PLAIN_NAMES and path.parent.name:
+        path = path.parent
+        name = path.name
+    return name
 
 
 def prompt_hash(prompt: Sequence[Message]) -> int:

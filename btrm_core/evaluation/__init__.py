@@ -7,7 +7,8 @@ from btrm_core.evaluation.figures import Judged, badness, check_figure, figures_
 from btrm_core.evaluation.html import Report, Table, report_text, to_json, write_report
 from btrm_core.evaluation.plots import require_matplotlib
 from btrm_core.evaluation.probes import PROBES, Invariance, ProbeResult, probed
-from btrm_core.evaluation.scores import UNKNOWN, PairRewards, PairText, read_scores, write_scores
+from btrm_core.evaluation.reading import read_scores
+from btrm_core.evaluation.scores import UNKNOWN, PairRewards, PairText, write_scores
 from btrm_core.evaluation.statistics import standard_error, wilson
 from btrm_core.evaluation.suites import Item, Suite, SuiteResult, load_suite, run_suite, suite_names
 from btrm_core.evaluation.text import evaluation_text, percent, short, subset_table

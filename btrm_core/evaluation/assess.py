@@ -17,7 +17,7 @@ from btrm_core.errors import DataError
 from btrm_core.evaluation.calibration import Calibration, calibrate, loss_P, sigmoid, temperatures_of_halves
 from btrm_core.evaluation.length import LengthBias, length_bias
 from btrm_core.evaluation.scores import UNKNOWN, PairRewards
-from btrm_core.evaluation.statistics import Accuracy, accuracy, clusters, wins
+from btrm_core.evaluation.statistics import LARGEST, Accuracy, accuracy, clusters, wins
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -209,7 +209,7 @@ def judged_places(rewards: PairRewards) -> tuple[IntArray, int, int]:
     """Where the pairs are that can be judged, and how many are undecided and how many unscored.
 
     Args:
-        rewards: of any pairs; one is judged if its probability is above 0.5 and both rewards are finite.
+        rewards: of any pairs; one is judged if its probability is above 0.5 and both rewards are finite (below 1e100).
 
     Returns:
         The places in ascending order, the number of ties in the data, and of decided pairs without two finite rewards.
@@ -218,7 +218,7 @@ def judged_places(rewards: PairRewards) -> tuple[IntArray, int, int]:
         DataError: there is none.
     """
     is_decided_P = rewards.probability_P > 0.5
-    is_scored_P = np.isfinite(rewards.reward_P2).all(axis=1)
+    is_scored_P = (np.abs(rewards.reward_P2) < LARGEST).all(axis=1)
     places: IntArray = np.flatnonzero(is_decided_P & is_scored_P).astype(np.int64)
     undecided = int((~is_decided_P).sum())
     unscored = int((is_decided_P & ~is_scored_P).sum())

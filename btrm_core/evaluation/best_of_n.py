@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btrm_core.errors import DataError
-from btrm_core.evaluation.statistics import Interval, bootstrap_mean
+from btrm_core.evaluation.statistics import LARGEST, Interval, bootstrap_mean
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -82,7 +82,7 @@ def best_of_n(rewards: Sequence[ArrayLike], gold: Sequence[ArrayLike]) -> BestOf
         reward_N, gold_N = np.asarray(given, dtype=np.float64), np.asarray(true, dtype=np.float64)
         if reward_N.shape != gold_N.shape:
             raise DataError(f"prompt {place + 1} has {reward_N.size} rewards and {gold_N.size} gold values")
-        if reward_N.size >= 2 and np.isfinite(reward_N).all() and np.isfinite(gold_N).all():
+        if reward_N.size >= 2 and (np.abs([reward_N, gold_N]) < LARGEST).all():
             groups.append((reward_N, gold_N))
     if not groups:
         raise DataError("no prompt has two answers with finite rewards and gold values; best of n needs a choice")

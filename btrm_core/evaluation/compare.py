@@ -1,7 +1,7 @@
 """Two models on the same pairs: is one better, and could this data have shown it?
 
-Decides: pairs are matched by id; a difference is shown only where McNemar's test and the resampled interval both say
-so; of several subsets, p values are corrected (Holm).
+Decides: pairs are matched by id and prompt; a difference is shown only where McNemar's test and the resampled interval
+both say so; of several subsets, p values are corrected (Holm).
 
 Shapes: P pairs that both models were judged on.
 """
@@ -9,7 +9,6 @@ Shapes: P pairs that both models were judged on.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from btrm_core.errors import DataError
 from btrm_core.evaluation.assess import judged_places
-from btrm_core.evaluation.scores import PairRewards
+from btrm_core.evaluation.scores import PairRewards, same_pairs
 from btrm_core.evaluation.statistics import (
     LEVEL,
     Interval,
@@ -104,6 +103,7 @@ class Comparison:
         second: the second model.
         only_in_first: pairs left out, because the second model has no reward for them.
         only_in_second: likewise.
+        by_id: whether only their ids say that the pairs are the same, because no prompt is known to be in both.
         overall: all pairs together.
         subsets: every named part by itself; empty for a single one.
         agreement: share of pairs that both order alike (a tie agrees with a tie only).
@@ -116,6 +116,7 @@ class Comparison:
     second: str
     only_in_first: int
     only_in_second: int
+    by_id: bool
     overall: Difference
     subsets: tuple[Difference, ...]
     agreement: float
@@ -142,7 +143,7 @@ def compare(first: PairRewards, second: PairRewards) -> Comparison:
     Raises:
         DataError: they share no pair that can be judged.
     """
-    first_places, second_places = matched(first, second)
+    first_places, second_places, by_id = matched(first, second)
     left, right = first.select(first_places), second.select(second_places)
     prompt_P = clusters(left.prompt_P, len(left))
     margins = left.margin_P, right.margin_P
@@ -158,6 +159,7 @@ def compare(first: PairRewards, second: PairRewards) -> Comparison:
         second=second.model,
         only_in_first=len(first) - len(first_places),
         only_in_second=len(second) - len(second_places),
+        by_id=by_id,
         overall=difference("", *margins, prompt_P),
         subsets=_corrected(parts) if len(parts) > 1 else (),
         agreement=float((sign_P2[:, 0] == sign_P2[:, 1]).mean()),
@@ -167,43 +169,28 @@ def compare(first: PairRewards, second: PairRewards) -> Comparison:
     )
 
 
-def matched(first: PairRewards, second: PairRewards) -> tuple[IntArray, IntArray]:
-    """Places of the pairs that both models can be judged on: equal ids, the first of several with the first, and so on.
+def matched(first: PairRewards, second: PairRewards) -> tuple[IntArray, IntArray, bool]:
+    """Places of the pairs that both models can be judged on.
 
     Args:
         first: one model's rewards.
         second: the other's.
 
     Returns:
-        Two arrays of equal length: places in `first` and in `second`.
+        Two arrays of equal length, places in `first` and in `second`; and whether only the ids say that these are the
+        same pairs.
 
     Raises:
         DataError: there is none.
     """
-    known: dict[tuple[str, int], int] = {}
-    for place, key in zip(judged_places(second)[0], _keys(second, judged_places(second)[0]), strict=True):
-        known[key] = int(place)
-    found = [
-        (int(place), known[key])
-        for place, key in zip(judged_places(first)[0], _keys(first, judged_places(first)[0]), strict=True)
-        if key in known
-    ]
-    if not found:
+    of_first, of_second, by_id = same_pairs(first, second)
+    both = np.isin(of_first, judged_places(first)[0]) & np.isin(of_second, judged_places(second)[0])
+    if not both.any():
+        why = "no pair has rewards of both" if len(both) else "no id is in both"
         raise DataError(
-            f"{first.model} and {second.model} share no pair: no id is in both; evaluate both models on the same --data"
+            f"{first.model} and {second.model} share no pair: {why}; evaluate both models on the same --data"
         )
-    pairs = np.array(found, dtype=np.int64)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _keys(rewards: PairRewards, places: IntArray) -> list[tuple[str, int]]:
-    seen: dict[str, int] = defaultdict(int)
-    keys = []
-    for place in places:
-        name = rewards.id_P[place]
-        keys.append((name, seen[name]))
-        seen[name] += 1
-    return keys
+    return of_first[both], of_second[both], by_id
 
 
 def difference(name: str, first_P: FloatArray, second_P: FloatArray, prompt_P: IntArray) -> Difference:

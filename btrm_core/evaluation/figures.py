@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btrm_core.errors import ConfigError, DataError, did_you_mean
-from btrm_core.evaluation.calibration import loss_P, reliability
+from btrm_core.evaluation.calibration import reliability
 from btrm_core.evaluation.statistics import standard_error, wilson, wins
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ class SubsetResult:
         ties: pairs of two equal rewards.
         reward_margin: mean of chosen less rejected.
         loss: mean of the pairs, in nats.
+        brier: mean squared error of their probabilities.
+        ece: expected calibration error.
     """
 
     name: str
@@ -130,6 +132,8 @@ class SubsetResult:
     ties: int
     reward_margin: float
     loss: float
+    brier: float
+    ece: float
 
 
 def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
@@ -146,30 +150,32 @@ def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
     labels = np.array(names, dtype=object)
     for name in sorted(set(names)):
         margin = margin_P[labels == name]
-        accuracy, ties = float(wins(margin).mean()), int((margin == 0).sum())
-        out.append(SubsetResult(name, len(margin), accuracy, ties, float(margin.mean()), float(loss_P(margin).mean())))
+        accuracy, ties, likely = float(wins(margin).mean()), int((margin == 0).sum()), reliability(margin)
+        size = float(margin.mean())
+        out.append(SubsetResult(name, len(margin), accuracy, ties, size, likely.loss, likely.brier, likely.ece))
     return out
 
 
 LOWER_IS_BETTER = {"loss": True, "brier": True, "ece": True, "accuracy": False, "reward_margin": False}
 """Figures that can say which of two models is the better one."""
-OF_SUBSETS = ("accuracy", "loss", "reward_margin")
 
 
 def check_figure(name: str, subsets: Sequence[str]) -> None:
     """Refuse a figure that an evaluation on pairs of these subsets will not have.
 
     Args:
-        name: a figure, or one of a subset, as "chat.accuracy".
-        subsets: the subset of every pair.
+        name: a figure, or one of a subset or a named set, as "chat.accuracy".
+        subsets: the subset of every pair; SET/SUBSET where a named set has its own ones.
 
     Raises:
         ConfigError: says which there are.
     """
     known = list(LOWER_IS_BETTER)
     names = sorted(set(subsets))
-    if len(names) > 1:
-        known += [f"{subset}.{figure}" for subset in names for figure in OF_SUBSETS]
+    if names != [""]:
+        sets = sorted({subset.partition("/")[0] for subset in names} - set(names))
+        known += [f"{one}.{figure}" for one in sets for figure in LOWER_IS_BETTER if figure != "ece"]
+        known += [f"{subset}.{figure}" for subset in names for figure in LOWER_IS_BETTER]
     if name not in known:
         some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
         raise ConfigError(f"--best-by {name} is no figure here; expected {some}.{did_you_mean(name, known)}")
@@ -180,9 +186,13 @@ def badness(figures: Mapping[str, Any], name: str) -> float:
 
     Args:
         figures: an evaluation as JSON values.
-        name: a figure, or SUBSET.FIGURE.
+        name: a figure, SUBSET.FIGURE, or SET.FIGURE for all subsets of a named set.
     """
     subset, _, figure = name.rpartition(".")
-    row = next(row for row in figures["subsets"] if row["name"] == subset) if subset else figures
-    value = float(row[figure]) if LOWER_IS_BETTER[figure] else -float(row[figure])
+    rows = [figures]
+    if subset and "subsets" in figures:  # else it is the only one
+        rows = [row for row in figures["subsets"] if row["name"] == subset]
+        rows = rows or [row for row in figures["subsets"] if row["name"].startswith(f"{subset}/")]
+    value = float(sum(row[figure] * row["pairs"] for row in rows) / sum(row["pairs"] for row in rows))
+    value = value if LOWER_IS_BETTER[figure] else -value
     return math.inf if math.isnan(value) else value

@@ -1,15 +1,14 @@
-"""The reward of every pair: what an evaluation is computed from, kept as JSON Lines or Parquet.
+"""The reward of every pair: what an evaluation is computed from, written as JSON Lines or Parquet.
 
-Decides: the names in such a file; those RewardBench's per-example files have are theirs, and such files can be read.
+Decides: the names in such a file; those RewardBench's per-example files have are theirs.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
 
 UNKNOWN = -1
 """A length that a file does not give."""
-_ROWS_TOGETHER = 2000
+ROWS_TOGETHER = 2000
+"""Rows of a Parquet file that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,40 @@ class PairRewards:
         )
 
 
+def same_pairs(first: PairRewards, second: PairRewards) -> tuple[IntArray, IntArray, bool]:
+    """Places of the pairs that are in both: of equal id, prompt and lengths.
+
+    Files of other writers know no ids or no prompts, or spell them in another way: then the rest must do, at last the
+    ids alone. Less is asked only where that more than doubles the pairs. Of several that are equal in all, the first of
+    one goes with the first of the other, and so on.
+
+    Args:
+        first: rewards of one model.
+        second: rewards of another one, in any order.
+
+    Returns:
+        Places in `first` (ascending) and in `second`, and whether the ids alone say that pairs are the same.
+    """
+    text = ("prompt_P", "characters_P2")
+    best: list[tuple[int, int]] = []
+    by_id = False
+    for columns in (("id_P", *text), ("id_P", "prompt_P"), text, ("id_P",)):
+        known = {key: place for place, key in enumerate(_keys(second, columns))}
+        found = [(place, known[key]) for place, key in enumerate(_keys(first, columns)) if key in known]
+        if len(found) > 2 * len(best):
+            best, by_id = found, columns == ("id_P",)
+    places_N2 = np.array(best, dtype=np.int64).reshape(-1, 2)
+    return places_N2[:, 0], places_N2[:, 1], by_id
+
+
+def _keys(rewards: PairRewards, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """What a pair is known by: these columns, and how many equal ones came before."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for key in zip(*(map(str, np.asarray(getattr(rewards, name)).tolist()) for name in columns), strict=True):
+        seen[key] = seen.get(key, -1) + 1
+        yield (*key, seen[key])
+
+
 _ARRAYS = ("prompt_P", "reward_P2", "tokens_P2", "characters_P2", "probability_P", "data_margin_P")
 
 
@@ -195,7 +229,7 @@ def _write_parquet(rewards: Sequence[PairRewards], path: Path) -> None:
         held: list[dict[str, Any]] = []
         for row in _all_rows(rewards):
             held.append({name: _sound(value) for name, value in row.items()})
-            if len(held) == _ROWS_TOGETHER:
+            if len(held) == ROWS_TOGETHER:
                 writer.write_table(pa.Table.from_pylist(held, schema=schema))
                 held = []
         writer.write_table(pa.Table.from_pylist(held, schema=schema))
@@ -206,143 +240,3 @@ def _sound(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     return [{k: _sound(v) for k, v in message.items()} for message in value] if isinstance(value, list) else value
-
-
-def read_scores(path: str | Path) -> list[PairRewards]:
-    """Read a file of `write_scores`, or RewardBench's per-example file (JSON Lines, also gzipped, or Parquet).
-
-    Args:
-        path: its ending says which format it is in.
-
-    Returns:
-        One per model and source of pairs that the file names, in the order of their first rows.
-
-    Raises:
-        DataError: there is no such file, a line is not understood, or it holds no pair.
-    """
-    source = Path(path)
-    if not source.is_file():
-        raise DataError(
-            f"there is no file {source}; expected rewards of pairs, as `btrm eval --output FILE` writes them"
-        )
-    rows = _parquet_rows(source) if source.suffix == ".parquet" else _json_rows(source)
-    parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, row in rows:
-        kept = _kept(row, source, number)
-        parts.setdefault((kept["model"], kept["data"]), []).append(kept)
-    if not parts:
-        raise DataError(f"{source} holds no pair")
-    return [_of_rows(model, data, kept) for (model, data), kept in parts.items()]
-
-
-def _of_rows(model: str, data: str, kept: Sequence[Mapping[str, Any]]) -> PairRewards:
-    texts = [one["text"] for one in kept]
-    return PairRewards(
-        model=model,
-        data=data,
-        id_P=[one["id"] for one in kept],
-        subset_P=[one["subset"] for one in kept],
-        prompt_P=np.array([one["prompt"] for one in kept], dtype=np.uint64),
-        reward_P2=np.array([one["rewards"] for one in kept], dtype=np.float64),
-        tokens_P2=np.array([one["tokens"] for one in kept], dtype=np.int64),
-        characters_P2=np.array([one["characters"] for one in kept], dtype=np.int64),
-        probability_P=np.array([one["probability"] for one in kept], dtype=np.float64),
-        data_margin_P=np.array([one["margin"] for one in kept], dtype=np.float64),
-        text=texts.__getitem__ if all(text is not None for text in texts) else None,
-    )
-
-
-def _json_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    opener = gzip.open if source.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(source, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{source}, at line {number or 1}: {error}; expected one JSON object a line") from error
-
-
-def _parquet_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(source) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_TOGETHER):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{source} is no Parquet file that can be read: {error}") from error
-
-
-def _kept(row: Any, source: Path, number: int) -> dict[str, Any]:
-    where = f"{source}, line {number}"
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is {type(row).__name__}, expected an object with scores_chosen and scores_rejected")
-    chosen, rejected = (_reward(row, f"scores_{side}", where) for side in ("chosen", "rejected"))
-    text = _text(row)
-    name = str(row["id"]) if row.get("id") is not None else str(number)
-    lengths = {kind: [_length(row.get(f"{kind}_{side}")) for side in ("chosen", "rejected")] for kind in _LENGTHS}
-    if text is not None and UNKNOWN in lengths["characters"]:
-        lengths["characters"] = [len(text.chosen), len(text.rejected)]
-    probability, margin = row.get("probability"), row.get("margin")
-    return {
-        "id": name,
-        "subset": str(row.get("subset") or ""),
-        "model": str(row.get("model") or source.name),
-        "data": str(row.get("data") or source.name),
-        "prompt": _prompt_number(row, text, f"{source.name}:{name}"),
-        "rewards": (chosen, rejected),
-        **lengths,
-        "probability": 1.0 if probability is None else float(probability),
-        "margin": math.nan if margin is None else float(margin),
-        "text": text,
-    }
-
-
-_LENGTHS = ("tokens", "characters")
-
-
-def _reward(row: Mapping[str, Any], name: str, where: str) -> float:
-    if name not in row:
-        has = ", ".join(list(row)[:8]) or "nothing"
-        raise DataError(f"{where}: missing key '{name}'; expected 'scores_chosen' and 'scores_rejected', it has {has}")
-    value = row[name]
-    if isinstance(value, list) and len(value) == 1:  # some writers keep the model's output of shape (1,)
-        value = value[0]
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{where}: '{name}' is {str(value)[:40]!r}, expected a number or null")
-    return float(value)
-
-
-def _length(value: Any) -> int:
-    return UNKNOWN if value is None else int(value)
-
-
-def _text(row: Mapping[str, Any]) -> PairText | None:
-    chosen, rejected = row.get("text_chosen"), row.get("text_rejected")
-    if not isinstance(chosen, str) or not isinstance(rejected, str):
-        return None
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        return PairText((("user", prompt),), chosen, rejected)
-    messages: Iterable[Any] = prompt if isinstance(prompt, list) else ()
-    return PairText(tuple((str(m.get("role")), str(m.get("content"))) for m in messages), chosen, rejected)
-
-
-def _prompt_number(row: Mapping[str, Any], text: PairText | None, otherwise: str) -> int:
-    """The number of the prompt: as kept, or of its text, or of this pair alone."""
-    kept = row.get("prompt_id")
-    if isinstance(kept, str) and len(kept) == 16:
-        try:
-            return int(kept, 16)
-        except ValueError:
-            pass
-    known = json.dumps(text.prompt) if text is not None and text.prompt else str(kept or otherwise)
-    return int.from_bytes(hashlib.sha256(known.encode("utf-8", "surrogatepass")).digest()[:8], "big")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 """Coverage of every interval."""
+LARGEST = 1e100
+"""A number beyond this size is none that can be judged: its square is no number any more."""
 DRAWS = 2000
 SEED = 20_26
 _DRAWN_TOGETHER = 4_000_000

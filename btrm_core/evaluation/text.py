@@ -91,7 +91,7 @@ def signed(value: float | None, digits: int = 2) -> str:
         value: None is a dash.
         digits: after the point.
     """
-    return "–" if value is None else f"{value:+,.{digits}f}"
+    return "–" if value is None else f"{round(value, digits) + 0.0:+,.{digits}f}"  # never -0.00
 
 
 def short(name: str) -> str:
@@ -218,6 +218,8 @@ def comparison_text(found: Comparison) -> str:
     ]
     if found.only_in_first or found.only_in_second:
         lines.append(f"  left out: {found.only_in_first:,} pairs of the first, {found.only_in_second:,} of the second")
+    if found.by_id:
+        lines.append("  the pairs have equal ids but no equal prompts: is it the same data?")
     if found.subsets:
         rows = [
             (f"  {s.name or '(none)'}", f"{s.pairs:,}", _points(s), f"{s.p_corrected:.3g}", s.verdict)

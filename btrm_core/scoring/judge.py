@@ -34,6 +34,7 @@ from btrm_core.evaluation import (
 )
 from btrm_core.scoring.evaluate import SourceRewards, source_rewards
 from btrm_core.scoring.kept import Kept, Part
+from btrm_core.scoring.records import record_of
 from btrm_core.scoring.responses import Responses
 from btrm_core.scoring.scorer import Scorer
 
@@ -48,7 +49,7 @@ class Request:
 
     Attributes:
         data: sources of pairs.
-        suites: NAME, or NAME=SRC for rows that are not where the suite has them.
+        suites: NAME, or NAME=SRC for rows that are not where the suite has them; several of one name count together.
         best_of_n: sources of rows with `prompt`, `responses` and `gold`.
         probes: whether to probe the pairs of `data`.
         naming: the data's own names of columns and roles.
@@ -113,12 +114,15 @@ def judge(scorer: Scorer, request: Request, kept: Kept | None = None) -> ModelRe
         ConfigError: there is no such suite.
         CheckpointError: the model gives a reward that is not a finite number.
     """
-    suites = [(load_suite(name.partition("=")[0]), name.partition("=")[2]) for name in request.suites]
+    suites: dict[str, list[str]] = {}
+    for asked in dict.fromkeys(request.suites):
+        name, _, source = asked.partition("=")
+        suites.setdefault(name, []).extend([source] if source else load_suite(name).SOURCES)
     model = str(scorer.directory)
     sources = [source_rewards(scorer, source, request.naming, kept) for source in dict.fromkeys(request.data)]
     found = []
-    for suite, source in suites:
-        items = list(suite_items(suite, [source] if source else suite.SOURCES))
+    for suite, places in [(load_suite(name), places) for name, places in suites.items()]:
+        items = list(suite_items(suite, list(dict.fromkeys(places))))
         rewards = responses_rewards(scorer, [(i.prompt, i.responses) for i in items], suite.NAME, kept)
         found.append((run_suite(suite, items, rewards, model), suite.results(items, rewards, model)))
     results: list[ProbeResult] = []
@@ -209,16 +213,27 @@ def best_of_source(scorer: Scorer, source: str, kept: Kept | None = None) -> Bes
     groups: list[Responses] = []
     gold: list[list[float]] = []
     for _, line, row in raw_rows(source):
-        prompt, responses, values = row.get("prompt"), row.get("responses"), row.get("gold", row.get("scores"))
+        responses, values = row.get("responses"), row.get("gold", row.get("scores"))
         if not isinstance(responses, list) or not isinstance(values, list) or len(responses) != len(values):
             raise DataError(f"{source}, row {line}: expected 'responses' and as many numbers in 'gold'")
-        if not all(isinstance(r, str) for r in responses) or not all(isinstance(v, int | float) for v in values):
-            raise DataError(f"{source}, row {line}: expected texts in 'responses' and numbers in 'gold'")
-        if not isinstance(prompt, str | list) or not prompt:
-            raise DataError(f"{source}, row {line}: 'prompt' is {type(prompt).__name__}, expected text or messages")
-        groups.append(([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, responses))
-        gold.append([float(v) for v in values])
+        if not all(isinstance(r, str) for r in responses):
+            raise DataError(f"{source}, row {line}: expected texts in 'responses'")
+        asked = record_of({"prompt": row.get("prompt"), "responses": ["one", "another"]}, line)
+        if asked.error:
+            raise DataError(f"{source}, row {line}: {asked.error}")
+        groups.append((asked.prompt, responses))
+        gold.append([_gold(value, f"{source}, row {line}") for value in values])
     return best_of_n(responses_rewards(scorer, groups, source, kept), gold)
+
+
+def _gold(value: Any, where: str) -> float:
+    """A gold value; NaN where there is none, which leaves the prompt out."""
+    try:
+        if value is None or isinstance(value, int | float):
+            return float("nan" if value is None else value)
+    except OverflowError:
+        pass
+    raise DataError(f"{where}: 'gold' holds {str(value)[:40]!r}, expected a number or null")
 
 
 def probe(

@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,15 @@ def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (
     Raises:
         DataError: a source holds no pair that can be judged, or two models share none.
     """
+    everything = _told_apart([*results, *against])
+    results, against = everything[: len(results)], everything[len(results) :]
     evaluations = []
-    for result in (*results, *against):
+    for result in everything:
         sets = [source.rewards for source in result.sources]
         if len(sets) > 1:
             sets.append(PairRewards.joined(sets))
         evaluations += [(assess(rewards), rewards) for rewards in sets]
     comparisons = list(_comparisons(results, against))
-    everything = [*results, *against]
     return Report(
         title=title or _title(everything),
         evaluations=evaluations,
@@ -57,6 +59,21 @@ def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (
         tables=[*_suites(everything), *_best_of_n(everything), *_probes(everything)],
         extra={"models": [result.to_dict() for result in everything]},
     )
+
+
+def _told_apart(results: Sequence[ModelResult]) -> list[ModelResult]:
+    """The results, those of equal short names renamed after the folders that differ, or numbered."""
+    names = [short(result.model) for result in results]
+    out = list(results)
+    for name in {name for name in names if names.count(name) > 1}:
+        places = [place for place, other in enumerate(names) if other == name]
+        folders = zip(*(reversed(results[place].model.split("/")) for place in places), strict=False)
+        tags = next((parts for parts in folders if len(set(parts)) == len(parts)), range(1, len(places) + 1))
+        for place, tag in zip(places, tags, strict=True):
+            model, result = f"{name} ({tag})", results[place]
+            sources = [replace(one, rewards=replace(one.rewards, model=model)) for one in result.sources]
+            out[place] = replace(result, model=model, sources=sources)
+    return out
 
 
 def calibration_values(result: ModelResult) -> dict[str, Any]:

@@ -327,3 +327,10 @@ def test_pairs_can_be_pickled(tmp_path):
     train = pickle.loads(pickle.dumps(split_held_out(data, 0.2)[0]))
     assert len(train) == 4
     assert train[0].rejected == "no"
+
+
+def test_subsets_are_parts_of_a_source_that_the_user_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(0, subset="math"), row(1), row(2, subset="chat")])
+    assert load_pairs([path]).dataset["subset"][:] == ["math", "a", "chat"]
+    assert load_pairs([f"chat={path}"]).dataset["subset"][:] == ["chat/math", "chat", "chat"]
+    assert load_pairs([f"code={path}"]).dataset["subset"][:] == ["code/math", "code", "code/chat"]

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from support.reward_samples import made
 
+from btrm_core.data.pairs import prompt_hash
 from btrm_core.errors import DataError
 from btrm_core.evaluation.assess import assess
-from btrm_core.evaluation.scores import UNKNOWN, PairRewards, PairText, read_scores, write_scores
+from btrm_core.evaluation.reading import read_scores
+from btrm_core.evaluation.scores import UNKNOWN, PairRewards, PairText, write_scores
 
 
 def changed(rewards, **columns):
@@ -53,7 +55,7 @@ def test_a_file_of_rewardbench_is_read(tmp_path):
     with gzip.open(tmp_path / "rb.jsonl.gz", "wt") as file:
         file.write("\n".join(json.dumps(row) for row in rows))
     (found,) = read_scores(tmp_path / "rb.jsonl.gz")
-    assert (found.model, found.id_P) == ("rb.jsonl.gz", ["31", "32"])
+    assert (found.model, found.id_P) == (str(tmp_path / "rb.jsonl.gz"), ["31", "32"])
     assert found.prompt_P[0] != found.prompt_P[1]
     evaluation = assess(found)
     assert (evaluation.given, evaluation.unscored, evaluation.accuracy.half) == (2, 1, 1.0)
@@ -68,12 +70,55 @@ def test_a_file_of_rewardbench_is_read(tmp_path):
         ('{"id": 1}', "missing key 'scores_chosen'"),
         ('{"scores_chosen": "high", "scores_rejected": 1}', "expected a number or null"),
         ("[1]", "line 1 is list"),
+        *(
+            (json.dumps({"scores_chosen": 2.0, "scores_rejected": 1.0} | wrong), message)
+            for wrong, message in (
+                ({"scores_chosen": 10**400}, "'scores_chosen' is '1000.*expected a number"),
+                ({"scores_chosen": [1.0, 2.0]}, r"'scores_chosen' is '\[1.0, 2.0\]'"),
+                ({"probability": "high"}, "'probability' is 'high', expected a number"),
+                ({"probability": 2}, r"'probability' is 2, expected 0.5 \(a tie\) to 1"),
+                ({"margin": ["big"]}, "'margin' is 'big'"),
+                ({"tokens_chosen": "12"}, "line 1: 'tokens_chosen' is '12'"),
+            )
+        ),
     ],
 )
 def test_files_that_are_none_say_what_is_wrong(tmp_path, content, message):
     (tmp_path / "s.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         read_scores(tmp_path / "s.jsonl")
+
+
+def test_what_other_writers_call_missing_is_missing(tmp_path):
+    rows = [
+        {"scores_chosen": [[2.0]], "scores_rejected": 1, "probability": math.nan, "margin": math.nan,
+         "tokens_chosen": math.nan, "tokens_rejected": 10**30, "characters_chosen": 5.0, "characters_rejected": 6,
+         "text_chosen": "a", "text_rejected": "b", "prompt": ["no message", 3]},
+        {"scores_chosen": math.nan, "scores_rejected": 1.0},
+    ]  # fmt: skip
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = read_scores(tmp_path / "s.jsonl")
+    assert found.tokens_P2.tolist() == [[UNKNOWN, UNKNOWN]] * 2
+    assert found.characters_P2[0].tolist() == [5, 6]
+    assert (found.probability_P[0], math.isnan(found.data_margin_P[0])) == (1.0, True)
+    assert assess(found).unscored == 1
+
+
+def test_answers_that_are_conversations_bring_their_prompt(tmp_path):
+    chosen, rejected = ([{"role": "user", "content": "q"}, {"role": "assistant", "content": c}] for c in "ab")
+    row = {"scores_chosen": 1.0, "scores_rejected": 0.0, "text_chosen": chosen, "text_rejected": rejected}
+    (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = read_scores(tmp_path / "s.jsonl")
+    assert found.text(0) == PairText((("user", "q"),), "a", "b")
+    # The same pair read as data has the same prompt.
+    assert found.prompt_P[0] == prompt_hash([{"role": "user", "content": " q\n"}])
+
+
+def test_a_broken_gzip_file_is_one_line(tmp_path):
+    whole = gzip.compress(json.dumps({"scores_chosen": 1.0, "scores_rejected": 0.0}).encode() * 99)
+    (tmp_path / "s.jsonl.gz").write_bytes(whole[:20] + bytes([whole[20] ^ 255]) + whole[21:])
+    with pytest.raises(DataError, match=r"s\.jsonl\.gz, at line"):
+        read_scores(tmp_path / "s.jsonl.gz")
 
 
 def test_what_cannot_be_read_or_written_is_one_line(tmp_path):
@@ -128,6 +173,14 @@ def test_ties_of_the_data_and_missing_rewards_are_left_out_and_counted():
     found = assess(rewards)
     assert (found.given, found.undecided, found.unscored, found.accuracy.pairs) == (10, 3, 2, 5)
     assert all(case.place >= 5 for case in found.worst)
+
+
+def test_rewards_too_large_for_figures_are_none():
+    rewards = made(6)
+    rewards.reward_P2[:2] = [[1e308, -1e308], [1.0, -1e200]]
+    found = assess(rewards)
+    assert (found.unscored, found.accuracy.pairs) == (2, 4)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_nothing_to_judge_is_said():

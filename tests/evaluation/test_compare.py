@@ -13,6 +13,7 @@ from support.reward_samples import made
 from btrm_core.errors import DataError
 from btrm_core.evaluation.best_of_n import best_of_n, expected_best
 from btrm_core.evaluation.compare import compare, difference, kappa, mcnemar, smallest_detectable
+from btrm_core.evaluation.text import comparison_text
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (10, 3), (6, 6), (80, 120)])
@@ -79,8 +80,35 @@ def test_pairs_are_matched_by_id_whatever_their_order():
     found = compare(first, first.select(order))
     assert (found.overall.pairs, found.only_in_first, found.only_in_second) == (20, 10, 0)
     assert found.agreement == 1.0
-    with pytest.raises(DataError, match="share no pair"):
-        compare(first, dataclasses.replace(first, id_P=[f"other{i}" for i in range(30)]))
+    renamed = dataclasses.replace(first.select(order), id_P=[f"other{i}" for i in range(20)])
+    assert compare(first, renamed).agreement == 1.0  # the texts are the same
+    renamed = dataclasses.replace(renamed, prompt_P=np.arange(20, dtype=np.uint64))
+    with pytest.raises(DataError, match="share no pair: no id is in both"):
+        compare(first, renamed)
+
+
+def test_equal_ids_of_different_pairs_are_told_apart():
+    """Ids are a prompt's, or begin anew in every source: order and gaps must not mix the pairs up."""
+    first = dataclasses.replace(made(40), id_P=[str(i // 2) for i in range(40)])
+    missing = dataclasses.replace(first, reward_P2=first.reward_P2.copy())
+    missing.reward_P2[:20:2] = math.nan
+    for one, other in (
+        (first, first.select(np.arange(39, -1, -1))),
+        (missing, first),
+        (first, first.select(np.arange(1, 40))),
+        (first, first.select(np.r_[20:40, 0:20])),
+    ):
+        found = compare(one, other)
+        assert (found.agreement, found.overall.difference, found.by_id) == (1.0, 0.0, False)
+    # Without prompts the ids must do, and that is said.
+    unknown = dataclasses.replace(made(40), prompt_P=np.arange(40, dtype=np.uint64))
+    found = compare(made(40), unknown)
+    assert (found.agreement, found.by_id) == (1.0, True)
+    assert "is it the same data?" in comparison_text(found)
+    even, odd = made(40), made(40)
+    even.reward_P2[1::2], odd.reward_P2[::2] = math.nan, math.nan
+    with pytest.raises(DataError, match="no pair has rewards of both"):
+        compare(even, odd)
 
 
 def test_pairs_without_reward_are_not_compared():

@@ -16,6 +16,7 @@ from support.reward_samples import made
 from btrm_core.errors import ConfigError, DataError
 from btrm_core.evaluation import PairText, assess, compare
 from btrm_core.evaluation.html import Report, Table, write_report
+from btrm_core.evaluation.text import signed
 
 NASTY = '<script>window.broken = true</script> & "quoted" \' {{ 7 * 7 }} \ud800 é'
 
@@ -58,6 +59,7 @@ def test_the_page_holds_all_and_loads_nothing(written):
     assert "url(" not in re.sub(r"url\(#", "", text)
     assert "<script>window.broken" not in text
     assert escapes.escape("<script>window.broken = true</script> & ", quote=False) in text
+    assert '<div class="text" dir="auto">' in text  # from right to left where the text is
     assert "49 }}" not in text
     assert "{{ 7 * 7 }}" in text
     ids = re.findall(r'\bid="([^"]+)"', text)
@@ -80,6 +82,16 @@ def test_every_picture_is_beside_it_as_png(written):
     assert names == {f"{n}-{kind}" for n in (1, 2) for kind in kinds} | {"models", "comparison-1", "training"}
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in page.parent.glob("*.png"))
     assert page.read_text(encoding="utf-8").count("<svg ") == len(names)
+
+
+def test_a_number_near_zero_has_no_minus():
+    assert [signed(value) for value in (-0.001, 0.0, -0.006, 1234.5, None)] == [
+        "+0.00",
+        "+0.00",
+        "-0.01",
+        "+1,234.50",
+        "–",
+    ]
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 5])

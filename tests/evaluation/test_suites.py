@@ -12,7 +12,8 @@ import pytest
 from btrm_core.errors import ConfigError, DataError
 from btrm_core.evaluation.suites import load_suite, registry, run_suite, suite_names
 from btrm_core.evaluation.suites import rewardbench as rb1
-from btrm_core.evaluation.suites.ppe import area_under_roc, strengths
+from btrm_core.evaluation.suites.arena import order_of_models, row_wise_pearson, strengths, sureness
+from btrm_core.evaluation.suites.ppe import area_under_roc
 
 
 def rb1_rows(right):
@@ -157,6 +158,8 @@ def test_rm_bench_pools_safety_and_averages_domains():
     )
     with pytest.raises(DataError, match="2 chosen and 3 rejected"):
         load_suite("rm-bench").items({**rm_row("chat"), "chosen": ["a", "b"]}, "file")
+    with pytest.raises(DataError, match="'domain' is 'poetry', expected one that begins with chat"):
+        load_suite("rm-bench").items(rm_row("poetry"), "file")
 
 
 def judge_row(source, label, pair_id="1"):
@@ -214,10 +217,26 @@ def test_ppe_votes_and_answers():
     assert found.scores.total == 0.625
     # Rewards 2, 2, 1 of which the first is right: 1/3 of one; of two (2, 2), (2, 1), (2, 1): 1/2, 1, 0; of three 1/2.
     assert found.scores.sections["math, highest best of k"] == pytest.approx(0.5)
+    # The best curve is 1/3, 2/3, 1: off by 1/3 - 1/3, 2/3 - 1/2 and 1 - 1/2.
+    assert found.scores.sections["math, loss of best of k"] == pytest.approx((0 + 1 / 36 + 1 / 4) / 3)
     # The right answer ties with one wrong answer and beats the other.
     assert found.scores.sections["math, area under ROC"] == pytest.approx(0.75)
     with pytest.raises(DataError, match="neither 'winner'"):
         suite.items({"prompt": "p"}, "math")
+    with pytest.raises(DataError, match="'scores' holds nan"):
+        suite.items({**answers, "scores": [True, math.nan, False]}, "math")
+
+
+def test_ppe_judges_the_pairs_that_a_row_names():
+    row = {"prompt": "p", "scores": [0, 1, 0, 1], **{f"response_{n}": "x" for n in (1, 2, 3, 4)}}
+    suite, rewards = load_suite("ppe"), [[3.0, 2.0, 2.0, 1.0]]
+    # Of 0 > 1, 2 = 1, 0 > 3, 2 > 3 the right answer has half of one; of the two named ones half of one as well.
+    for named, expected in (([[0, 1], [1, 2]], 1 / 4), ([], 1 / 8), (None, 1 / 8), ([[3, 0]], 0.0)):
+        items = suite.items({**row, "sampled_conflict_pairs": named}, "math")
+        assert suite.score(items, rewards).subsets == {"math": expected}
+    for wrong in ([0, 2], [1, 4], [1, 2, 0]):
+        with pytest.raises(DataError, match="a right and a wrong answer"):
+            suite.items({**row, "sampled_conflict_pairs": [wrong]}, "math")
 
 
 def ppe_vote(a, b, winner, **more):
@@ -240,6 +259,8 @@ def test_ppe_order_of_models():
     # Ranks 1234 against 1243: Spearman 1 - 6 * 2 / (4 * 15), Kendall (5 - 1) / 6.
     assert found.scores.sections["human preference, Spearman of models"] == pytest.approx(0.8)
     assert found.scores.sections["human preference, Kendall of models"] == pytest.approx(4 / 6)
+    # B has 1.5 of 4 against A and all of C, by votes and by rewards; A and D met one model, C's rewards do not vary.
+    assert found.scores.sections["human preference, row-wise Pearson of models"] == pytest.approx(1.0)
     two = [item for item in items if {item.row["model_a"], item.row["model_b"]} == {"A", "B"}]
     assert "human preference, Spearman of models" not in suite.score(two, [[1.0, 0.0]] * len(two)).sections
 
@@ -252,10 +273,74 @@ def test_bradley_terry_strengths():
     assert np.ptp(strengths(np.array([[0.0, 2, 0], [0, 0, 2], [2, 0, 0]]))) == 0
 
 
+def test_strengths_are_those_of_a_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    generator = np.random.default_rng(5)
+    pairs = [(i, j) for i in range(6) for j in range(i)]
+    wins = np.zeros((3, 6, 6))
+    for i, j in pairs:
+        wins[:, i, j], wins[:, j, i] = generator.integers(1, 40, 3), generator.integers(1, 40, 3)
+    found = strengths(wins)
+    for wins_MM, strength_M in zip(wins, found, strict=True):
+        design = np.array([np.eye(6)[i] - np.eye(6)[j] for i, j in pairs] * 2)
+        weights = [wins_MM[i, j] for i, j in pairs] + [wins_MM[j, i] for i, j in pairs]
+        fit = LogisticRegression(C=1e9, fit_intercept=False, tol=1e-10, max_iter=1000)
+        fit.fit(design, [1] * len(pairs) + [0] * len(pairs), sample_weight=weights)
+        assert strength_M == pytest.approx(fit.coef_[0] - fit.coef_[0].mean(), abs=2e-3)
+    # Two islands of models that never met: each is of mean 0 within the whole, and nothing runs away.
+    islands = np.zeros((4, 4))
+    islands[0, 1], islands[1, 0], islands[2, 3], islands[3, 2] = 3, 1, 1, 1
+    assert strengths(islands) == pytest.approx([0.5491, -0.5491, 0, 0], abs=1e-3)
+
+
+def test_row_wise_pearson_is_scipys_mean_over_models():
+    from scipy.stats import pearsonr
+
+    generator = np.random.default_rng(6)
+    met = np.triu(generator.integers(1, 9, (5, 5)), 1)
+    wins = [np.triu(generator.integers(0, met + 1), 1) for _ in range(2)]
+    both = np.array([one + (met - one).T - np.diag(np.diag((met - one).T)) for one in wins], dtype=float)
+    met = met + met.T
+    rates = [one / np.where(met, met, 1) for one in both]
+    rows = [pearsonr(*(np.delete(rate[row], row) for rate in rates)).statistic for row in range(5)]
+    assert row_wise_pearson(both) == pytest.approx(np.mean(rows))
+    assert row_wise_pearson(np.zeros((2, 3, 3))) is None
+
+
+def test_how_sure_the_order_of_models_is_by_hand():
+    # Votes separate all three; rewards put the first below the others, which overlap: -1, -1, 0 of three pairs.
+    votes = np.array([[3.0, 2.0, 1.0], [3.1, 2.1, 1.1]])
+    rewards = np.array([[0.0, 1.0, 2.0], [0.1, 2.0, 1.5]])
+    found = sureness(np.array([3.0, 2.0, 1.0]), np.array([votes, rewards]))
+    assert found["separability of models"] == pytest.approx(2 / 3)
+    assert found["agreement of intervals of models"] == pytest.approx(-2 / 3)
+    # The first is never the stronger, the second in one of two draws: (0 - 1)^2 twice and (1/2 - 1)^2.
+    assert found["Brier score of pairs of models"] == pytest.approx((1 + 1 + 1 / 4) / 3)
+    # With many votes and rewards that agree, everything is sure; models that only met themselves are left out.
+    games = [(a, b, 1.0, 1.0) for a, b in ("AB", "BC", "AC") for _ in range(200)]
+    games += [(b, a, 1.0, 1.0) for a, b in ("AB", "BC", "AC") for _ in range(40)]
+    sure = order_of_models([*games, ("A", "A", 0.5, 0.5), ("D", "D", 0.5, 0.5)])
+    assert sure["separability of models"] == sure["agreement of intervals of models"] == 1.0
+    assert sure["Brier score of pairs of models"] == 0.0
+    turned = order_of_models([(a, b, vote, 1 - reward) for a, b, vote, reward in games])
+    assert (turned["agreement of intervals of models"], turned["Brier score of pairs of models"]) == (-1.0, 1.0)
+
+
 def test_area_under_the_roc_curve_by_hand():
     assert area_under_roc([(3.0, 1.0), (1.0, 1.0), (2.0, 0.0), (0.0, 0.0)]) == 0.75
     assert area_under_roc([(1.0, 1.0), (1.0, 0.0)]) == 0.5
     assert area_under_roc([(math.nan, 1.0), (math.nan, 0.0), (1.0, 1.0), (0.0, 0.0)]) == 0.25
+
+
+def test_a_prompt_may_be_messages():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    row = rb1_rows({"shp": [True]})[0][0]
+    (item,) = load_suite("rewardbench").items({**row, "prompt": turns}, "file")
+    assert item.prompt == turns
+    for wrong in ([], ["a"], [{"role": "user"}], None):
+        with pytest.raises(DataError, match=r"'prompt' (holds|is).*expected text"):
+            load_suite("rewardbench").items({**row, "prompt": wrong}, "file")
 
 
 @pytest.mark.parametrize("name", suite_names())

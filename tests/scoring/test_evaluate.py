@@ -21,10 +21,10 @@ from transformers import AutoModelForSequenceClassification
 
 from btrm_core.cli import main
 from btrm_core.errors import CheckpointError, DataError
-from btrm_core.evaluation import PROBES, assess, read_scores
+from btrm_core.evaluation import PROBES, assess, load_suite, read_scores
 from btrm_core.scoring import evaluate
 from btrm_core.scoring.evaluate import source_rewards
-from btrm_core.scoring.judge import Request, invariance_of, judge
+from btrm_core.scoring.judge import Request, best_of_source, invariance_of, judge, suite_items
 from btrm_core.scoring.kept import Kept, Part
 from btrm_core.scoring.results import report_of
 from btrm_core.scoring.scorer import Scorer
@@ -158,6 +158,19 @@ def test_two_models_are_compared_and_reported(model: Path, other: Path, tmp_path
     assert "on the same 30 pairs" in same.stdout
 
 
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    files = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        rows = [{"id": n, "scores_chosen": float(n), "scores_rejected": 1.0} for n in range(3)]
+        files.append(write(tmp_path / folder / "scores.jsonl", rows))
+    result = btrm("--scores", files[0], "--against", files[1])
+    assert "scores.jsonl (first) 50.0 % against scores.jsonl (second) 50.0 % on the same 3 pairs" in result.stdout
+    found = json.loads(btrm("--scores", files[0], "--scores", files[0], "--json").stdout)
+    assert [one["model"] for one in found["evaluations"]] == ["scores.jsonl (1)", "scores.jsonl (2)"]
+    assert json.loads(btrm("--scores", files[0], "--json").stdout)["models"][0]["model"] == files[0]
+
+
 def _kept(model: Path, source: str, folder: Path) -> Path:
     file = folder / f"{model.parent.name}.jsonl"
     assert btrm(model, "--data", source, "-o", file).exit_code == 0
@@ -177,9 +190,25 @@ def test_a_suite_from_a_file_in_its_own_form(model: Path, tmp_path: Path) -> Non
     assert set(written) == {"model", "model_type", "chat_template", *(row["subset"] for row in rows)}
     found = judge(Scorer(str(model), device="cpu"), Request(suites=[f"rewardbench={source}"])).suites[0][0]
     assert found.scores.subsets["math-prm"] == written["math-prm"]
+    parts = [write(tmp_path / f"{n}.jsonl", rows[n::2]) for n in range(2)]
+    several = Request(suites=[f"rewardbench={part}" for part in (*parts, parts[0])])
+    ((together, _),) = judge(Scorer(str(model), device="cpu"), several).suites
+    assert together.scores == found.scores
     wrong = btrm(model, "--suite", f"rm-bench={source}")
     assert wrong.exit_code == 2
     assert "row 1 is none of suite rm-bench: 'chosen' is str, expected a list of texts" in wrong.stderr
+
+
+def test_a_suite_from_files_in_the_folders_of_its_subsets(model: Path, tmp_path: Path) -> None:
+    row = {"input": "i", "output_1": "first", "output_2": "second", "label": 1}
+    for name in ("Natural", "Adversarial/GPTInst"):
+        (tmp_path / "LLMBar" / name / "data").mkdir(parents=True)
+        (tmp_path / "LLMBar" / name / "data" / "dataset.json").write_text(json.dumps([row]))
+    suite = load_suite("llmbar")
+    assert [item.subset for item in suite_items(suite, [str(tmp_path / "LLMBar" / "*" / "data" / "*.json")])] == [
+        "Natural"
+    ]
+    assert {item.subset for item in suite_items(suite, [str(tmp_path / "LLMBar")])} == {"Natural", "GPTInst"}
 
 
 def test_best_of_n_from_a_file(model: Path, scorer: Scorer, tmp_path: Path) -> None:
@@ -194,8 +223,26 @@ def test_best_of_n_from_a_file(model: Path, scorer: Scorer, tmp_path: Path) -> N
     assert (found.prompts, len(found.curve)) == (4, 3)
     assert found.curve[2].gold == pytest.approx(best)
     assert "Best of N" in btrm(model, "--best-of-n", source).stdout
-    bad = write(tmp_path / "bad.jsonl", [{"prompt": "p", "responses": ["a"], "gold": [1, 2]}])
-    assert "row 1: expected 'responses' and as many numbers in 'gold'" in btrm(model, "--best-of-n", bad).stderr
+    found = best_of_source(scorer, write(tmp_path / "some.jsonl", [{**rows[0], "gold": [None, 1, 2]}, *rows[1:]]))
+    assert (found.prompts, found.left_out) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"responses": ["a"]}, "expected 'responses' and as many numbers in 'gold'"),
+        ({"responses": ["a", {"text": "b"}]}, "expected texts in 'responses'"),
+        ({"gold": [10**400, 1]}, "'gold' holds '1000.*', expected a number or null"),
+        ({"gold": ["1", 2]}, "'gold' holds '1', expected a number or null"),
+        ({"gold": [1e308, -1e308]}, "no prompt has two answers with finite rewards and gold values"),
+        ({"prompt": [3]}, "row 1: .*prompt"),
+        ({"prompt": ""}, "row 1: 'prompt' holds nothing but space"),
+    ],
+)
+def test_rows_that_are_no_best_of_n_are_one_line(scorer: Scorer, tmp_path: Path, row: Any, message: str) -> None:
+    source = write(tmp_path / "bon.jsonl", [{"prompt": "p", "responses": ["a", "b"], "gold": [1, 2]} | row])
+    with pytest.raises(DataError, match=message):
+        best_of_source(scorer, source)
 
 
 def test_rewards_do_not_depend_on_company_or_order(scorer: Scorer) -> None:
@@ -218,6 +265,10 @@ def test_rewards_do_not_depend_on_company_or_order(scorer: Scorer) -> None:
         (("org/name", "--data", "x", "--save-calibration"), "org/name is none on this machine"),
         (("--scores", "none.jsonl"), "there is no file none.jsonl"),
         (("--scores", "SCORES", "--against", "MODEL"), "which needs the pairs"),
+        (("--scores", "SCORES", "--suite", "llmbar"), "name a MODEL as well"),
+        (("--scores", "SCORES", "--data", "x"), "name a MODEL as well"),
+        (("--scores", "SCORES", "-o", "x.csv"), "a name that ends in .jsonl, .jsonl.gz or .parquet"),
+        (("MODEL", "--data", "SCORES", "-o", "SCORES"), "kept.jsonl, which is read; name another file"),
     ],
 )
 def test_what_cannot_give_a_result_is_one_line(

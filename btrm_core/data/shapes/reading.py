@@ -53,7 +53,7 @@ def read_pairs(
                 report.pairs += len(pairs)
                 report.used += number
                 report.observe(source.where, line, view.unused, view.remarks, number)
-                yield from (_weighed(pair, source.weight) for pair in pairs)
+                yield from (_of(source, pair) for pair in pairs)
         if issue:
             if strict and issue.bad:
                 raise strict_error(issue)
@@ -78,8 +78,11 @@ def _named(
         yield line, row
 
 
-def _weighed(pair: Pair, weight: float) -> Pair:
-    return pair if weight == 1 else dataclasses.replace(pair, weight=pair.weight * weight)
+def _of(source: Source, pair: Pair) -> Pair:
+    """A pair with what the user says of its source: what it counts, and a name that its own subset is a part of."""
+    if source.label and pair.subset != source.label:
+        pair = dataclasses.replace(pair, subset=f"{source.label}/{pair.subset}")
+    return pair if source.weight == 1 else dataclasses.replace(pair, weight=pair.weight * source.weight)
 
 
 def strict_error(issue: RowIssue) -> DataError:

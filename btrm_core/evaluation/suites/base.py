@@ -235,13 +235,23 @@ def texts(row: Row, name: str) -> list[str]:
     return value
 
 
-def question(value: str) -> list[dict[str, str]]:
-    """A prompt of one message.
+def asked(row: Row, name: str) -> list[dict[str, str]]:
+    """The messages of a prompt that a row must have; a text is the user's one message.
 
     Args:
-        value: the user's words.
+        row: as it is published.
+        name: its field.
+
+    Raises:
+        DataError: it is neither text nor messages.
     """
-    return [{"role": "user", "content": value}]
+    value = row.get(name)
+    if not isinstance(value, list):
+        return [{"role": "user", "content": text(row, name)}]
+    for message in value or [None]:
+        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            raise DataError(f"'{name}' holds {str(message)[:40]!r}, expected text or messages with role and content")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def unit_of(subset: str, name: str, prompt: Sequence[Mapping[str, str]]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from btrm_core.errors import DataError
-from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, mean, question, text, unit_of
+from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, asked, mean, text, unit_of
 
 NAME = "judgebench"
 SOURCES = ("ScalerLab/JudgeBench:gpt", "ScalerLab/JudgeBench:claude")
@@ -39,7 +39,7 @@ def items(row: Row, where: str) -> list[Item]:
     part = next((part for part in PARTS if source.startswith(part)), source)
     responses = (text(row, "response_A"), text(row, "response_B"))
     gold = (1.0, 0.0) if label == "A>B" else (0.0, 1.0)
-    prompt = question(text(row, "question"))
+    prompt = asked(row, "question")
     unit = unit_of(part, str(row.get("original_id") or name), prompt)
     return [Item(name, part, unit, prompt, responses, gold=gold, row=row)]
 

@@ -20,13 +20,14 @@ from btrm_core.evaluation.suites.base import (
     Rewards,
     Row,
     SuiteScores,
+    asked,
     is_standard,
     mean,
-    question,
     right,
     shares,
     standard,
     text,
+    unit_of,
 )
 
 NAME = "llmbar"
@@ -53,9 +54,9 @@ def items(row: Row, where: str) -> list[Item]:
     if label not in (1, 2):
         raise DataError(f"'label' is {label!r}, expected 1 or 2")
     outputs = text(row, "output_1"), text(row, "output_2")
-    subset, prompt = subset_of(str(row.get("subset") or where)), text(row, "input")
+    subset, prompt = subset_of(str(row.get("subset") or where)), asked(row, "input")
     responses = outputs if label == 1 else outputs[::-1]
-    return [Item(str(row.get("id", "")), subset, f"{subset}:{prompt}", question(prompt), responses, row=row)]
+    return [Item(str(row.get("id", "")), subset, unit_of(subset, "", prompt), prompt, responses, row=row)]
 
 
 def subset_of(name: str) -> str:

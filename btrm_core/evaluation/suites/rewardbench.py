@@ -19,9 +19,9 @@ from btrm_core.evaluation.suites.base import (
     Rewards,
     Row,
     SuiteScores,
+    asked,
     is_standard,
     mean,
-    question,
     shares,
     standard,
     text,
@@ -72,7 +72,7 @@ def items(row: Row, where: str) -> list[Item]:
         return [standard(row, str(row.get("subset") or where))]
     subset, name = text(row, "subset"), str(row.get("id", ""))
     responses = (text(row, "chosen"), text(row, "rejected"))
-    prompt = question(text(row, "prompt"))
+    prompt = asked(row, "prompt")
     return [Item(name, subset, unit_of(subset, name, prompt), prompt, responses, row=row)]
 
 

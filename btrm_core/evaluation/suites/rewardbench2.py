@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from btrm_core.errors import DataError
-from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, mean, question, text, texts, unit_of
+from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, asked, mean, text, texts, unit_of
 
 NAME = "rewardbench2"
 SOURCES = ("allenai/reward-bench-2:test",)
@@ -36,7 +36,7 @@ def items(row: Row, where: str) -> list[Item]:
     """
     subset, name = text(row, "subset"), str(row.get("id", ""))
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
-    prompt = question(text(row, "prompt"))
+    prompt = asked(row, "prompt")
     unit = unit_of(subset, name, prompt)
     if subset == "Ties":
         kind, _, number = name.partition(":")

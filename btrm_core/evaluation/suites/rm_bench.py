@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from btrm_core.errors import DataError
-from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, mean, question, text, texts, unit_of
+from btrm_core.evaluation.suites.base import Item, Rewards, Row, SuiteScores, asked, mean, text, texts, unit_of
 
 NAME = "rm-bench"
 SOURCES = ("THU-KEG/RM-Bench:train",)
@@ -33,13 +33,15 @@ def items(row: Row, where: str) -> list[Item]:
         where: not needed; the domain is the subset.
 
     Raises:
-        DataError: there are not three of each, or a field is missing.
+        DataError: there are not three of each, a field is missing, or the domain is unknown.
     """
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
     if not len(chosen) == len(rejected) == STYLES:
         raise DataError(f"the row has {len(chosen)} chosen and {len(rejected)} rejected answers, expected 3 of each")
     subset, name = text(row, "domain"), str(row.get("id", ""))
-    prompt = question(text(row, "prompt"))
+    if not subset.startswith(DOMAINS):
+        raise DataError(f"'domain' is '{subset}', expected one that begins with {', '.join(DOMAINS)}")
+    prompt = asked(row, "prompt")
     return [Item(name, subset, unit_of(subset, name, prompt), prompt, (*chosen, *rejected), correct=STYLES, row=row)]
 
 
