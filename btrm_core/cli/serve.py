@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ EXTRA = "serving needs fastapi, uvicorn, httpx and prometheus-client; install th
 @click.command()
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--gpus", type=int, metavar="N", help="One copy of the model per GPU.")
 @click.option("--name", help="What clients call the model. Default: the directory's name.")
 @click.option("--dtype", default="auto", help="auto (as saved on a GPU, fp32 on a CPU), bf16 or fp32.")
@@ -30,6 +31,7 @@ EXTRA = "serving needs fastapi, uvicorn, httpx and prometheus-client; install th
 @click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="Time to finish after SIGTERM.")
 @click.option("--token", envvar="BTRM_TOKEN", metavar="TOKEN", help="Bearer token; better given as BTRM_TOKEN.")
 @click.option("--backend-url", metavar="URL", help="A vLLM or SGLang server with this model, that computes.")
+@click.option("--backend-token", envvar="BTRM_BACKEND_TOKEN", metavar="TOKEN", help="Its API key, likewise.")
 @click.option("--backend", type=click.Choice(["vllm", "sglang"]), help="Which it is. Default: asks.")
 def serve(model: str, host: str, port: int, drain_seconds: float, name: str | None, **options: Any) -> None:
     """Serve rewards over HTTP, to trainers in their own shapes and to people as a page.
@@ -38,15 +40,20 @@ def serve(model: str, host: str, port: int, drain_seconds: float, name: str | No
     LLaMA-Factory /v1/score/evaluation; slime /slime; /health, /ready, /v1/models, /metrics; the page at /.
     """
     try:
-        from btrm_core.serving import Limits
+        from btrm_core.serving import Limits, bound
         from btrm_core.serving import serve as serve_model
     except ModuleNotFoundError as error:
         raise ConfigError(EXTRA) from error
     keys = ("queue_tokens", "items", "max_length", "truncate", "body_bytes", "deadline_seconds", "token")
+    if options["token"]:  # a file or a secret that it is read from ends with a line break
+        options["token"] = options["token"].strip()
     limits = Limits(**{key: options[key] for key in keys})
-    found = _engines(model, **{key: value for key, value in options.items() if key not in keys})
-    called = name or Path(model).resolve().name if Path(model).exists() else name or model
-    serve_model(found, called, limits, host=host, port=port, drain_seconds=drain_seconds)
+    if not 0 <= drain_seconds < math.inf:
+        raise ConfigError(f"--drain-seconds is {drain_seconds:g}; expected a number from 0")
+    with bound(host, port) as socket:  # before the model is opened, which takes minutes
+        found = _engines(model, **{key: value for key, value in options.items() if key not in keys})
+        called = name or Path(model).resolve().name if Path(model).exists() else name or model
+        serve_model(found, called, limits, socket=socket, drain_seconds=drain_seconds)
 
 
 def _engines(
@@ -58,13 +65,16 @@ def _engines(
     tokens_per_batch: int,
     backend_url: str | None,
     backend: str | None,
+    backend_token: str | None,
 ) -> list[Any]:
     """One engine per device, or the server behind."""
     from btrm_core.scoring import Scorer
     from btrm_core.serving import Backend
 
     if backend_url is not None:
-        return [Backend(model, backend_url, kind=backend, tokens_per_batch=tokens_per_batch)]
+        return [Backend(model, backend_url, kind=backend, tokens_per_batch=tokens_per_batch, token=backend_token)]
+    if backend is not None or backend_token is not None:
+        raise ConfigError("--backend and --backend-token are of a server behind; give --backend-url as well")
     import torch
 
     there = torch.cuda.device_count()
