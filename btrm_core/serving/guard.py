@@ -53,7 +53,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope["btrm_since"] = since = time.monotonic()
-        status, held = 500, [0]
+        status: int | None = None
+        held = [0]
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -66,15 +67,17 @@ class Guard:
             body = await self._body(scope, receive, held)
             if body:
                 _check_type(dict(scope["headers"]))
+            await self._app(scope, _replay(body, receive), counted)
         except Refused as refused:
             await self._refuse(refused, counted)
-        else:
-            await self._app(scope, _replay(body, receive), counted)
+        except asyncio.CancelledError:  # the time to drain is over
+            if status is None:
+                await self._refuse(Refused(503, "stopping", "the server is stopping", {"Retry-After": "5"}), counted)
         finally:
             self._held -= held[0]
             route = getattr(scope.get("route"), "path", "other")
             took = time.monotonic() - since
-            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.requests.labels(route, str(status or 500)).inc()
             self._metrics.seconds.labels(route).observe(took)
             _log.debug("%s", json.dumps({"route": route, "status": status, "seconds": round(took, 4)}))
 

@@ -270,6 +270,25 @@ def test_sigterm_drains_what_was_accepted(process: Any, scorer: Scorer) -> None:
     assert server.wait(30) == 0
 
 
+def test_what_is_not_drained_in_time_is_503_without_a_traceback(held: Held, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(held, drain=1) as server:
+        held.free.clear()
+        held.busy.clear()
+        found: list[httpx.Response] = []
+        ask = lambda: found.append(httpx.post(server.url + "/get_reward", json={"query": "x"}, timeout=30))  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(held.busy.is_set)
+        server.stop()
+        for thread in threads:
+            thread.join(30)
+        held.free.set()
+    assert [(answer.status_code, answer.headers["Retry-After"]) for answer in found] == [(503, "5")] * 3
+    assert {answer.json()["error"]["type"] for answer in found} == {"stopping"}
+    assert "Traceback" not in caplog.text
+
+
 def ready(url: str) -> bool:
     try:
         return httpx.get(url + "/ready").status_code == 200
