@@ -325,7 +325,8 @@ def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
     try:
         install_pad(tokenizer, pad, "checkpoint")
         answers = dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), "checkpoint")
-        chat = settle(tokenizer, template, pad, 0, answers, any_end=not own)
+        trained = "family" in read_manifest(directory)  # an export of another trainer's model has none
+        chat = settle(tokenizer, template, pad, 0, answers, any_end=not trained)
     except FamilyError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     if pad.new:  # the model has no embedding for it

@@ -60,8 +60,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WINDOW = 1024
 """Groups that are encoded and arranged together: enough to fill rows, few enough to keep in memory."""
 _log = logging.getLogger("btrm")
-_PROBE = [{"role": "user", "content": "Name the largest planet."}]
-_ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
+PROBE = [{"role": "user", "content": "Name the largest planet."}]
+ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
 
 
 @dataclass
@@ -179,7 +179,7 @@ class Scorer:
         """Pairs to check the model with: the self-test's, or a made-up one."""
         vectors = [vector["input_ids"] for vector in self.manifest.get("self_test", ())]
         groups = [grow(vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
-        return groups or [grow(self.chat.encode_group(_PROBE, _ANSWERS).sequences)]
+        return groups or [grow(self.chat.encode_group(PROBE, ANSWERS).sequences)]
 
     def rewards(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """Return the rewards [S] of finished conversations, float32.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,29 @@ def test_what_cannot_be_exported_is_left_alone(models: dict[str, Path], tmp_path
     with pytest.raises(CheckpointError, match="gives other rewards"):
         export(str(out), str(tmp_path / "third"))
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("change", ["no pad", "pad is eos", "another end", "no problem type"])
+def test_a_model_of_another_trainer_becomes_one_that_can_be_checked(
+    models: dict[str, Path], tmp_path: Path, change: str
+) -> None:
+    foreign = Path(shutil.copytree(models["llama3"], tmp_path / "foreign"))
+    (foreign / "btrm.json").unlink()
+    settings, config = foreign / "tokenizer_config.json", foreign / "config.json"
+    if change == "no pad":
+        change_json(settings, pad_token=None)
+        change_json(config, pad_token_id=None)
+    elif change == "pad is eos":
+        change_json(settings, pad_token=json.loads(settings.read_text())["eos_token"])
+    elif change == "another end":
+        template = foreign / "chat_template.jinja"
+        template.write_text(template.read_text() + "{{ '\\n' }}")
+    else:
+        change_json(config, problem_type=None)
+    expected = Scorer(str(foreign), device="cpu").rewards(CONVERSATIONS)
+    assert "a self-test were added" in export(str(foreign), str(tmp_path / "out"))
+    opened = Scorer(str(tmp_path / "out"), device="cpu")
+    assert opened.manifest["self_test"]
+    assert opened.self_test() <= 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["problem_type"] == "regression"
+    np.testing.assert_allclose(opened.rewards(CONVERSATIONS), expected, atol=1e-6)
