@@ -48,41 +48,39 @@ def serve(model: str, host: str, port: int, drain_seconds: float, name: str | No
     if options["token"]:  # a file or a secret that it is read from ends with a line break
         options["token"] = options["token"].strip()
     limits = Limits(**{key: options[key] for key in keys})
+    if options["backend"] is not None and options["backend_url"] is None:
+        raise ConfigError("--backend says what a server behind is; give --backend-url as well")
     if not 0 <= drain_seconds < math.inf:
         raise ConfigError(f"--drain-seconds is {drain_seconds:g}; expected a number from 0")
     with bound(host, port) as socket:  # before the model is opened, which takes minutes
-        found = _engines(model, **{key: value for key, value in options.items() if key not in keys})
+        options = {key: value for key, value in options.items() if key not in keys}
+        behind = {key: options.pop(key) for key in ("backend_url", "backend", "backend_token")}
+        found = _engines(model, **options) if behind["backend_url"] is None else _backend(model, **behind, **options)
         called = name or Path(model).resolve().name if Path(model).exists() else name or model
         serve_model(found, called, limits, socket=socket, drain_seconds=drain_seconds)
 
 
-def _engines(
-    model: str,
-    *,
-    gpus: int | None,
-    dtype: str,
-    attention: str,
-    tokens_per_batch: int,
-    backend_url: str | None,
-    backend: str | None,
-    backend_token: str | None,
+def _backend(
+    model: str, *, backend_url: str, backend: str | None, backend_token: str | None, tokens_per_batch: int, **local: Any
 ) -> list[Any]:
-    """One engine per device, or the server behind."""
-    from btrm_core.scoring import Scorer
+    """The server behind."""
     from btrm_core.serving import Backend
 
-    if backend_url is not None:
-        return [Backend(model, backend_url, kind=backend, tokens_per_batch=tokens_per_batch, token=backend_token)]
-    if backend is not None or backend_token is not None:
-        raise ConfigError("--backend and --backend-token are of a server behind; give --backend-url as well")
+    if local["gpus"] is not None:
+        raise ConfigError("--gpus is for a model in this process; the server at --backend-url computes instead")
+    return [Backend(model, backend_url, kind=backend, tokens_per_batch=tokens_per_batch, token=backend_token)]
+
+
+def _engines(model: str, *, gpus: int | None, **options: Any) -> list[Any]:
+    """One engine per device."""
     import torch
+
+    from btrm_core.scoring import Scorer
 
     there = torch.cuda.device_count()
     if gpus is not None and not 1 <= gpus <= there:
         raise ConfigError(f"--gpus is {gpus}, and there are {there}; expected 1 to {there}" if there else
                           f"--gpus is {gpus}, but there is no GPU; leave it out to serve from the CPU")  # fmt: skip
-    devices = [f"cuda:{n}" for n in range(gpus)] if gpus else [None]
     return [
-        Scorer(model, dtype=dtype, attention=attention, tokens_per_batch=tokens_per_batch, device=device)
-        for device in devices
+        Scorer(model, device=device, **options) for device in ([f"cuda:{n}" for n in range(gpus)] if gpus else [None])
     ]

@@ -205,6 +205,7 @@ def test_an_address_is_had_before_the_model_is_opened() -> None:
             (["--port", str(port)], f"cannot listen on 127.0.0.1:{port}"),
             (["--port", "99999"], "0<=x<=65535"),
             (["--drain-seconds", "nan"], "--drain-seconds is nan; expected a number from 0"),
+            (["--backend", "vllm"], "give --backend-url as well"),
             (["--token", "one\ntwo"], "the bearer token is empty or not ASCII"),
         ):
             found = CliRunner().invoke(main, ["serve", "no/model/there", *arguments])
