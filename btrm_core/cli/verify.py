@@ -22,7 +22,7 @@ def verify(model: str, url: str | None, token: str | None, as_json: bool) -> Non
 
     found, scorer = verify_directory(model)
     if url is not None and scorer is not None:
-        found += verify_url(url, scorer, token)
+        found += verify_url(url, scorer, token.strip() if token else None)
     if as_json:
         click.echo(dumps([vars(check) for check in found]))
     else:

@@ -25,6 +25,8 @@ from btrm_core.data.quality import (
 )
 from btrm_core.data.readers import parse_json_line
 from btrm_core.data.sample import sample_path
+from btrm_core.data.shapes.messages import messages as read_messages
+from btrm_core.data.shapes.messages import text_of
 from btrm_core.data.shapes.named import FORMATS
 from btrm_core.data.shapes.naming import Naming, parse_naming
 from btrm_core.data.shapes.values import RowError, json_value, plain, shown
@@ -73,8 +75,10 @@ __all__ = [
     "parse_spec",
     "plain",
     "raw_rows",
+    "read_messages",
     "sample_path",
     "sharing",
     "shown",
     "split_held_out",
+    "text_of",
 ]

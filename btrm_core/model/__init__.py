@@ -3,11 +3,13 @@
 from btrm_core.model.adapters import as_merged, merged_weights, plain_model
 from btrm_core.model.attention import KERNELS, choose_kernel, uses_softcap
 from btrm_core.model.base import (
+    add_embedding_row,
     base_config,
     build_model,
     expected_kernel,
     gathered,
     load_tokenizer,
+    set_reward_config,
 )
 from btrm_core.model.card import Trained, base_licence, model_card, run_manifest, template_difference
 from btrm_core.model.directory import (
@@ -65,6 +67,7 @@ __all__ = [
     "Trained",
     "Trust",
     "Use",
+    "add_embedding_row",
     "as_merged",
     "base_config",
     "base_licence",
@@ -109,6 +112,7 @@ __all__ = [
     "reward_scale",
     "run_manifest",
     "saved_config",
+    "set_reward_config",
     "sha256_of",
     "template_difference",
     "tolerance",

@@ -131,16 +131,34 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         directory: A model directory.
 
     Raises:
-        CheckpointError: the file is not valid JSON.
+        CheckpointError: the file is not valid JSON, or not what btrm writes.
     """
     path = directory / MANIFEST
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the model directory is damaged") from error
+    if wrong := _wrong_in(value):
+        raise CheckpointError(f"{path} is not as btrm writes it: {wrong}; copy the model directory anew")
     return dict(value)
+
+
+def _wrong_in(value: Any) -> str | None:
+    """What of a manifest no reader could use; None if nothing."""
+    if not isinstance(value, dict):
+        return "it holds no object"
+    length, files, vectors = (value.get(key) for key in ("max_length", "files", "self_test"))
+    if length is not None and not (type(length) is int and length > 0):
+        return f"max_length is {length!r}, expected a number of tokens"
+    if files is not None and not (isinstance(files, dict) and all(isinstance(sha, str) for sha in files.values())):
+        return "files is no table of hashes"
+    for number, vector in enumerate(vectors if isinstance(vectors, list) else [] if vectors is None else [vectors]):
+        ids, reward = (vector.get(key) for key in ("input_ids", "reward")) if isinstance(vector, dict) else (None, None)
+        if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)) or type(reward) not in (int, float):
+            return f"self_test[{number}] is no list of ids with a reward"
+    return None
 
 
 def calibration_of(manifest: Mapping[str, Any]) -> tuple[float | None, float | None, float]:

@@ -176,7 +176,10 @@ def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device
     """
     hf = _with_adapters(directory, dtype) if is_adapters(directory) else _whole(directory, dtype)
     try:
-        return hf.requires_grad_(False).eval().to(device)
+        hf = hf.requires_grad_(False).eval().to(device)
+        for tensor in (*hf.parameters(), *hf.buffers()) if device.type == "cpu" else ():
+            tensor.data = tensor.data.clone()  # else it is the file itself, which somebody may write anew meanwhile
+        return hf
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(f"{directory} does not fit into the memory of {device}; try --dtype bf16") from error
 
@@ -322,7 +325,8 @@ def chat_from_checkpoint(directory: str | Path) -> ChatFormat:
     try:
         install_pad(tokenizer, pad, "checkpoint")
         answers = dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), "checkpoint")
-        chat = settle(tokenizer, template, pad, 0, answers, any_end=not own)
+        trained = "family" in read_manifest(directory)  # an export of another trainer's model has none
+        chat = settle(tokenizer, template, pad, 0, answers, any_end=not trained)
     except FamilyError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     if pad.new:  # the model has no embedding for it
@@ -334,12 +338,7 @@ def _honour_manifest(chat: ChatFormat, file: Path) -> ChatFormat:
     """Compare a format with what `btrm.json` says about the training, and take over the maximum length."""
     if not file.is_file():
         return chat
-    try:
-        manifest = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is not valid JSON ({first_line(error)}); expected the file btrm wrote"
-        ) from error
+    manifest = read_manifest(file.parent)
     trained = {"template_sha256": chat.template_sha256, "terminal_token": chat.terminal_token}
     for key, found in trained.items():
         if manifest.get(key, found) != found:

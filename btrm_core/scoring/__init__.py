@@ -6,6 +6,7 @@ from btrm_core.scoring.evaluate import SourceRewards, source_rewards
 from btrm_core.scoring.export import export, push, refuse
 from btrm_core.scoring.judge import ModelResult, Request, judge
 from btrm_core.scoring.kept import Kept
+from btrm_core.scoring.onnx import need_onnx, write_onnx
 from btrm_core.scoring.results import calibration_values, from_scores, notes, report_of, write_suites
 from btrm_core.scoring.scorer import Scorer
 
@@ -23,6 +24,7 @@ __all__ = [
     "export",
     "from_scores",
     "judge",
+    "need_onnx",
     "notes",
     "push",
     "refuse",
@@ -30,5 +32,6 @@ __all__ = [
     "score_file",
     "source_rewards",
     "trl_reward_func",
+    "write_onnx",
     "write_suites",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -10,14 +11,20 @@ from typing import Any
 import httpx
 
 from btrm_core.chat import Conversation
-from btrm_core.errors import BtrmError, DataError, first_line
+from btrm_core.errors import BtrmError, ConfigError, DataError, first_line
 from btrm_core.model import reward_scale
-from btrm_core.scoring.responses import Responses
+from btrm_core.scoring.responses import Responses, as_responses, plain_groups
 from btrm_core.scoring.scorer import Scorer
 
 TRIES, LONGEST_WAIT = 16, 30.0
-AGAIN = frozenset({408, 500, 502, 503, 504})
-"""Statuses after which asking again may help."""
+AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses after which asking again may help; 429 is that of proxies."""
+Answer = tuple[list[float | None], list[str | None]]
+"""Rewards of the responses to a prompt, and why one is missing."""
+
+
+class TooLarge(BtrmError):
+    """A request over a limit of the server's, of which a part may be below it."""
 
 
 class AsyncClient:
@@ -28,10 +35,15 @@ class AsyncClient:
         token: its bearer token.
         timeout: seconds for one answer.
         tries: how often to ask before giving up.
+
+    Raises:
+        ConfigError: the URL is none.
     """
 
     def __init__(self, url: str, *, token: str | None = None, timeout: float = 180.0, tries: int = TRIES) -> None:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"the server's URL is {url!r}; expected one such as http://127.0.0.1:8080")
         self._client = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=timeout)
         self._tries = tries
 
@@ -51,52 +63,83 @@ class AsyncClient:
         """Return the rewards of finished conversations.
 
         Args:
-            conversations: each a list of messages that ends with the response; all go in one request.
+            conversations: each a list of messages that ends with the response; they go in one request, or in as many
+                as the server's limits make of it.
             normalize: return standard deviations from the mean of the model's reference set.
 
         Raises:
             DataError: one cannot be scored.
             BtrmError: the server cannot be reached, or refuses.
         """
-        items = [{"messages": list(conversation)} for conversation in conversations]
-        return [row[0] for row in await self._rewards(items, normalize)]
+        groups = [as_responses(conversation, index) for index, conversation in enumerate(conversations)]
+        return [row[0] for row in await self._rewards(groups, normalize)]
 
     async def group_rewards(self, groups: Sequence[Responses], *, normalize: bool = False) -> list[list[float]]:
         """Return the rewards of N responses to each prompt.
 
         Args:
-            groups: prompts as messages, each with the texts of its responses; all go in one request.
+            groups: prompts as messages, each with the texts of its responses.
             normalize: return standard deviations from the mean of the model's reference set.
 
         Raises:
             DataError: a response cannot be scored.
             BtrmError: the server cannot be reached, or refuses.
         """
-        return await self._rewards([{"prompt": list(p), "responses": list(r)} for p, r in groups], normalize)
+        return await self._rewards(plain_groups(groups), normalize)
 
-    async def _rewards(self, items: list[dict[str, Any]], normalize: bool) -> list[list[float]]:
-        if not items:
-            return []
-        found = await self._post("/v1/rewards", {"items": items, "normalize": normalize})
-        for number, errors in enumerate(found["errors"]):
+    async def _rewards(self, groups: Sequence[Responses], normalize: bool) -> list[list[float]]:
+        answers = await self.answers(groups, normalize=normalize)
+        for number, (_, errors) in enumerate(answers):
             if error := next((error for error in errors if error), None):
-                raise DataError(f"item {number + 1} of {len(items)}: {error}")
-        rewards: list[list[float]] = found["normalized" if normalize else "rewards"]
-        return rewards
+                raise DataError(f"item {number + 1} of {len(answers)}: {error}")
+        return [[reward for reward in rewards if reward is not None] for rewards, _ in answers]
+
+    async def answers(self, groups: Sequence[Responses], *, normalize: bool = False) -> list[Answer]:
+        """Return what the server says of each group: its rewards, None where an error says why.
+
+        Args:
+            groups: prompts as messages, each with the texts of its responses.
+            normalize: return standard deviations from the mean of the model's reference set.
+
+        Raises:
+            BtrmError: the server cannot be reached, refuses, or is no `btrm serve`.
+        """
+        if not groups:
+            return []
+        items = [{"prompt": prompt, "responses": list(responses)} for prompt, responses in groups]
+        try:
+            found = await self._post("/v1/rewards", {"items": items, "normalize": normalize})
+            return list(zip(found["normalized" if normalize else "rewards"], found["errors"], strict=True))
+        except TooLarge:
+            if len(groups) > 1:
+                parts = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+                return [answer for part in parts for answer in await self.answers(part, normalize=normalize)]
+            (prompt, responses), middle = groups[0], len(groups[0][1]) // 2
+            if not middle:
+                raise
+            halves = [(prompt, responses[:middle]), (prompt, responses[middle:])]
+            one, other = await self.answers(halves, normalize=normalize)
+            return [(one[0] + other[0], one[1] + other[1])]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BtrmError(
+                f"{self._client.base_url} does not answer as `btrm serve` does: {first_line(error)}"
+            ) from error
 
     async def _post(self, path: str, body: Any) -> Any:
-        problem = ""
+        problem, sent = "", json.dumps(body).encode("ascii")  # also broken Unicode, which costs its own reward alone
         for attempt in range(self._tries):
             if attempt:
                 await asyncio.sleep(min(0.5 * 2 ** (attempt - 1), LONGEST_WAIT))
             try:
-                response = await self._client.post(path, json=body)
+                response = await self._client.post(path, content=sent, headers={"Content-Type": "application/json"})
             except httpx.HTTPError as error:
                 problem = first_line(error)
                 continue
             if response.is_success:
                 return response.json()
             problem = f"status {response.status_code}, {response.text[:300]}"
+            if response.status_code == 413 or '"too_large"' in problem:
+                raise TooLarge(f"{self._client.base_url}{path} gives no rewards: {problem}")
             if response.status_code not in AGAIN:
                 break
         raise BtrmError(f"{self._client.base_url}{path} gives no rewards: {problem}")
@@ -118,10 +161,10 @@ def trl_reward_func(model: str, *, normalize: bool = False, **options: Any) -> C
     """
     if model.startswith(("http://", "https://")):
 
-        async def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        async def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
             async with AsyncClient(model, **options) as client:
-                groups = _groups(prompts, completions)
-                return [row[0] for row in await client.group_rewards(groups, normalize=normalize)]
+                answers = await client.answers(_groups(prompts, completions), normalize=normalize)
+                return [rewards[0] for rewards, _ in answers]
 
         reward.__name__ = "btrm_reward"
         return reward

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from btrm_core.chat import ChatFormat
 from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, did_you_mean
 from btrm_core.hub import upload
 from btrm_core.model import (
     RewardModel,
+    add_embedding_row,
     as_merged,
     check_head,
     find_model,
@@ -30,12 +32,13 @@ from btrm_core.model import (
     read_manifest,
     refuse_overwrite,
     saved_config,
+    set_reward_config,
     sha256_of,
     tolerance,
     write_model,
 )
 from btrm_core.packing import PADDED, alone, collate
-from btrm_core.scoring.scorer import DTYPES
+from btrm_core.scoring.scorer import ANSWERS, DTYPES, PROBE
 
 TARGETS = ("transformers", "vllm", "sglang", "tei")
 SGLANG_HEADS = frozenset(f"{name}ForSequenceClassification" for name in ("Llama", "Gemma2", "Qwen2", "Qwen3"))
@@ -83,6 +86,8 @@ def _write(directory: Path, place: Path, dtype: str | None) -> str:
     chat, made = load_chat(directory), read_manifest(directory)
     card, own = _card(directory, made)
     hf = load_weights(directory, DTYPES[dtype] if dtype is not None else "auto", torch.device("cpu"))
+    if foreign := not made and not is_adapters(directory):
+        made = _as_our_own(hf, chat)
     vectors = made.get("self_test", [])
     if is_adapters(directory):
         with as_merged(hf):
@@ -101,7 +106,28 @@ def _write(directory: Path, place: Path, dtype: str | None) -> str:
     hf.config.dtype = hf.dtype
     made["self_test"] = [{**v, "reward": reward} for v, reward in zip(vectors, rewards, strict=True)]
     write_model(place, hf, weights, chat, made, model_card(made, place.name) if own else card)
+    if foreign:
+        return f"written: {place} ({made['dtype']}); pad token, problem type and a self-test were added"
     return f"written: {place} ({made['dtype']}); rewards of the self-test changed by up to {change:.2g}"
+
+
+def _as_our_own(hf: Any, chat: ChatFormat) -> dict[str, Any]:
+    """Give a model of another trainer what every model of btrm has, so that it is read alike everywhere.
+
+    Returns:
+        Its `btrm.json`: the template, where the reward is read, and rewards to check it by.
+    """
+    pad = chat.tokenizer.pad_token_id
+    if len(chat.tokenizer) > hf.get_input_embeddings().num_embeddings:
+        add_embedding_row(hf, len(chat.tokenizer), [pad])
+    set_reward_config(hf, pad)
+    vectors = [{"input_ids": [int(i) for i in ids]} for ids in chat.encode_group(PROBE, ANSWERS).sequences]
+    rewards = _rewards(hf, vectors, pad)
+    return {
+        "template_sha256": chat.template_sha256,
+        "terminal_token": chat.terminal_token,
+        "self_test": [{**vector, "reward": reward} for vector, reward in zip(vectors, rewards, strict=True)],
+    }
 
 
 def refuse(directory: Path, target: str | None) -> None:

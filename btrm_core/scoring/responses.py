@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from btrm_core.chat import ChatFormat, Conversation, EncodedResponses, spare
-from btrm_core.data import plain
-from btrm_core.errors import DataError
+from btrm_core.data import RowError, RowView, plain, read_messages, shown
+from btrm_core.errors import ConfigError, DataError, first_line
 
 Responses = tuple[Conversation, Sequence[str]]
 """A prompt (a list of messages) and the assistant's responses to it."""
@@ -35,16 +36,52 @@ class Rewards:
     truncated: bool
 
 
-def plain_responses(prompt: Any, responses: Any) -> Responses:
-    """A prompt and its responses as lists, also from the arrays of numpy and the columns of pandas.
+def as_messages(value: Any, where: str) -> Conversation:
+    """Messages in any form that rows of training may have, as those with a role and a text alone.
 
     Args:
-        prompt: messages in any sequence.
-        responses: texts in any sequence; other things in it become text.
+        value: a list of messages, also of numpy; or a text, which is a user's.
+        where: what it is called, for the error.
+
+    Raises:
+        DataError: it cannot be read as messages; names the place and the value.
     """
-    if not isinstance(prompt, list):
-        prompt = plain(prompt)
-    return prompt, responses if isinstance(responses, list) else [str(response) for response in responses]
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    value = plain(value)
+    if isinstance(value, list) and all(_is_plain(message) for message in value):
+        return value
+    try:
+        return read_messages(value, where, RowView({}))
+    except RowError as error:
+        raise DataError(str(error)) from error
+
+
+def _is_plain(message: Any) -> bool:
+    return isinstance(message, dict) and message.keys() == {"role", "content"} and isinstance(message["content"], str)
+
+
+def plain_groups(groups: Iterable[Any]) -> list[Responses]:
+    """Prompts and their responses as lists, also from the arrays of numpy and the columns of pandas.
+
+    Args:
+        groups: a prompt (messages in any sequence, or a user's text) and its responses (texts in any sequence) each.
+
+    Raises:
+        DataError: one is no such pair, its prompt cannot be read as messages, or its responses are no list.
+    """
+    made: list[Responses] = []
+    for number, group in enumerate(groups, start=1):
+        if not isinstance(group, Sequence) or isinstance(group, str) or len(group) != 2:
+            raise DataError(f"group {number} is {shown(plain(group))}, expected a prompt and a list of its responses")
+        prompt, texts = group[0], plain(group[1])
+        if not isinstance(texts, list):
+            raise DataError(f"group {number}: the responses are {shown(texts)}, expected a list of texts")
+        try:
+            made.append((as_messages(prompt, "prompt"), texts))
+        except DataError as error:
+            raise DataError(f"group {number}: {error}") from error
+    return made
 
 
 def as_responses(conversation: Conversation, index: int) -> Responses:
@@ -55,12 +92,40 @@ def as_responses(conversation: Conversation, index: int) -> Responses:
         index: Its place among those to score, for the error.
 
     Raises:
-        DataError: it does not end with the assistant's message.
+        DataError: it is no list of messages that ends with the assistant's.
     """
-    conversation = conversation if isinstance(conversation, list) else plain(conversation)
-    if not conversation or conversation[-1].get("role") != "assistant":
+    if isinstance(conversation, str | dict):
+        raise DataError(
+            f"conversation {index + 1} is {shown(conversation)}, expected a list of messages; "
+            "one conversation alone stands in a list, too"
+        )
+    try:
+        messages = as_messages(conversation, "messages")
+    except DataError as error:
+        raise DataError(f"conversation {index + 1}: {error}") from error
+    if not messages or messages[-1]["role"] != "assistant":
         raise DataError(f"conversation {index + 1}: expected a list of messages that ends with the assistant's")
-    return conversation[:-1], [conversation[-1]["content"]]
+    return messages[:-1], [messages[-1]["content"]]
+
+
+def as_pairs(prompts: Any, chosen: Any, rejected: Any) -> list[Responses]:
+    """Prompts with two responses each, from three columns.
+
+    Args:
+        prompts: messages each.
+        chosen: the first response to each.
+        rejected: the second.
+
+    Raises:
+        DataError: one is a text and no column, or they are of different lengths.
+    """
+    columns = {"prompts": prompts, "chosen": chosen, "rejected": rejected}
+    if wrong := next((name for name, column in columns.items() if isinstance(column, str)), None):
+        raise DataError(f"{wrong} is the text {shown(columns[wrong])}; expected a list, with one for each pair")
+    asked, first, second = (list(column) for column in columns.values())
+    if not len(asked) == len(first) == len(second):
+        raise DataError(f"{len(asked)} prompts, {len(first)} chosen and {len(second)} rejected do not make pairs")
+    return [(prompt, [one, other]) for prompt, one, other in zip(asked, first, second, strict=True)]
 
 
 def encoded_responses(chat: ChatFormat, groups: Sequence[Responses], max_length: int) -> list[Encoded]:
@@ -133,3 +198,21 @@ def length_limit(config: Any, tokenizer: Any) -> int:
     """
     limits = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
     return min((int(limit) for limit in limits if limit), default=1 << 30)
+
+
+def usable_device(name: str | int | torch.device | None) -> torch.device:
+    """The device that a caller means, tried.
+
+    Args:
+        name: as torch names it; None takes the GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        hint = "leave it out to take what is there"
+        raise ConfigError(f"device {name!r} cannot be used: {first_line(error)}; {hint}") from error

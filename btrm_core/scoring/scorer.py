@@ -45,21 +45,23 @@ from btrm_core.scoring.responses import (
     Encoded,
     Responses,
     Rewards,
+    as_pairs,
     as_responses,
     begin_alike,
     encoded_responses,
     length_limit,
-    plain_responses,
+    plain_groups,
     reward_array,
     rewards_of,
+    usable_device,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WINDOW = 1024
 """Groups that are encoded and arranged together: enough to fill rows, few enough to keep in memory."""
 _log = logging.getLogger("btrm")
-_PROBE = [{"role": "user", "content": "Name the largest planet."}]
-_ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
+PROBE = [{"role": "user", "content": "Name the largest planet."}]
+ANSWERS = ["Jupiter is the largest planet of the solar system.", "No."]
 
 
 @dataclass
@@ -111,11 +113,11 @@ class Scorer:
         device: str | torch.device | None = None,
         normalize: bool = False,
     ) -> None:
-        if dtype not in ("auto", *DTYPES):
+        if (dtype := str(dtype)) not in ("auto", *DTYPES):
             raise ConfigError(f"dtype '{dtype}' is unknown; expected auto, bf16 or fp32.{did_you_mean(dtype, DTYPES)}")
-        if tokens_per_batch < 1:
+        if not isinstance(tokens_per_batch, int) or tokens_per_batch < 1:
             raise ConfigError(f"tokens_per_batch is {tokens_per_batch}; expected at least 1")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
         self.tokens_per_batch = tokens_per_batch
         self.tokens = Tokens()
         self.directory = find_model(str(model))
@@ -123,8 +125,7 @@ class Scorer:
         self.scale = reward_scale(self.manifest, self.directory) if normalize else (0.0, 1.0)
         check_head(self.directory)
         self.chat = load_chat(self.directory)
-        as_saved = dtype == "auto" and self.device.type != "cpu"
-        compute = "auto" if as_saved else DTYPES.get(dtype, torch.float32)
+        compute = "auto" if dtype == "auto" and self.device.type != "cpu" else DTYPES.get(dtype, torch.float32)
         with LongWork(f"opening {model}"):
             hf = load_weights(self.directory, compute, self.device)
             self.max_length = self.chat.max_length or length_limit(hf.config, self.chat.tokenizer)
@@ -178,7 +179,7 @@ class Scorer:
         """Pairs to check the model with: the self-test's, or a made-up one."""
         vectors = [vector["input_ids"] for vector in self.manifest.get("self_test", ())]
         groups = [grow(vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
-        return groups or [grow(self.chat.encode_group(_PROBE, _ANSWERS).sequences)]
+        return groups or [grow(self.chat.encode_group(PROBE, ANSWERS).sequences)]
 
     def rewards(self, conversations: Sequence[Conversation]) -> np.ndarray:
         """Return the rewards [S] of finished conversations, float32.
@@ -205,13 +206,9 @@ class Scorer:
             rejected: the second.
 
         Raises:
-            DataError: a pair cannot be scored, or the three lists are of different lengths.
+            DataError: a pair cannot be scored, or these are no three lists of one length.
         """
-        if not len(prompts) == len(chosen) == len(rejected):
-            raise DataError(
-                f"{len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} rejected do not make pairs"
-            )
-        groups = [(p, [c, r]) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+        groups = as_pairs(prompts, chosen, rejected)
         return reward_array([reward for scored in self._all(groups, "pair") for reward in scored]).reshape(-1, 2)
 
     def group_rewards(self, groups: Sequence[Responses]) -> list[np.ndarray]:
@@ -237,15 +234,18 @@ class Scorer:
         return [result.rewards for result in results]
 
     def score(self, groups: Sequence[Responses]) -> list[Rewards]:
-        """Score groups of responses; never raises for a group.
+        """Score groups of responses; never raises for a conversation that cannot be scored.
 
         Args:
-            groups: prompts (lists of messages) with their responses, at least one each.
+            groups: prompts (messages, or a user's text) with their responses, at least one each.
 
         Returns:
             One result per group, in order.
+
+        Raises:
+            DataError: a group is no prompt with a list of responses.
         """
-        groups = [plain_responses(prompt, responses) for prompt, responses in groups]
+        groups = plain_groups(groups)
         windows = (groups[start : start + WINDOW] for start in range(0, len(groups), WINDOW))
         return [scored for window in self.stream(windows) for scored in window]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
 from typing import Any
@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from btrm_core.errors import BtrmError
+from btrm_core.errors import BtrmError, first_line
 from btrm_core.serving import native, trainers
 from btrm_core.serving.guard import Guard, error_body
 from btrm_core.serving.limits import Refused
@@ -31,11 +31,20 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         401: "The bearer token is missing or wrong.",
         408: "The body came too slowly.",
         413: "The body is too large.",
+        415: "The body is packed, or is not said to be JSON.",
         422: "The request cannot be understood, or is larger than a limit.",
         500: "The reward could not be computed.",
         503: "Not ready, or the queue is full; try again after Retry-After.",
         504: "No answer before the deadline.",
     }.items()
+}
+
+_FORMS = {
+    "str": "a text",
+    "list[str]": "a list of texts",
+    "list[int]": "a list of ids",
+    "list[list[int]]": "a list of lists of ids",
+    "list[Turn]": "a list of messages (role, content)",
 }
 
 
@@ -85,11 +94,13 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """The process lives."""
         return {"status": "alive"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operation"])
     async def ready() -> Response:
         """The model gives the rewards that training wrote down, and requests are taken."""
@@ -135,6 +146,16 @@ def _docs(schema: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _wrong(errors: Sequence[Any]) -> str:
+    """What is wrong with a body, in one line; of a field that may have several forms, all of them."""
+    place = [str(part) for part in errors[0]["loc"]]
+    field = next((n for n, part in enumerate(place) if part in _FORMS), len(place))
+    forms = dict.fromkeys(str(error["loc"][field]) for error in errors if len(error["loc"]) > field)
+    if len(forms) < 2:
+        return f"{'.'.join(place)}: {errors[0]['msg']}"
+    return f"{'.'.join(place[:field])}: expected {' or '.join(_FORMS.get(form, form) for form in forms)}"
+
+
 def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -148,13 +169,16 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         service.metrics.refused.labels("bad_request").inc()
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return Answer(error_body(f"{place}: {first['msg']}", "bad_request"), 422)
+        if error.errors()[0]["type"] == "json_invalid":
+            return Answer(error_body(f"the body is not JSON: {error.errors()[0]['ctx']['error']}", "bad_request"), 400)
+        return Answer(error_body(_wrong(error.errors()), "bad_request"), 422)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
-        return Answer(error_body(str(error.detail), "http"), error.status_code, dict(error.headers or {}))
+        text = str(error.detail)
+        if error.status_code == 400 and error.__cause__ is not None:  # what the parser of the body says
+            text = f"the body is not JSON: {first_line(error.__cause__)}"
+        return Answer(error_body(text, "http"), error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:

@@ -19,7 +19,7 @@ import numpy as np
 
 from btrm_core.errors import one_line
 from btrm_core.serving.choosing import chosen, packed, together
-from btrm_core.serving.limits import Limits, Refused, too_many
+from btrm_core.serving.limits import Limits, Refused, Unavailable, too_many
 from btrm_core.serving.metrics import Metrics
 
 _log = logging.getLogger("btrm.serving")
@@ -178,14 +178,15 @@ class Batcher:
         try:
             rewards = engine.sequence_rewards(sequences, together(batch)).tolist()
         except Exception as error:  # of any library: the thread must live on, and the request must be answered
-            if len(batch) > 1:
+            if len(batch) > 1 and not isinstance(error, Unavailable):
                 middle = len(batch) // 2
                 self._compute(engine, batch[:middle])
                 self._compute(engine, batch[middle:])
                 return
-            _log.error("a computation of %d tokens failed: %s", batch[0].tokens, one_line(error))
+            _log.error("a computation of %d tokens failed: %s", sum(map(len, sequences)), one_line(error))
             self._metrics.failed.inc(len(sequences))
-            _settle(batch[0], error=error)
+            for work in batch:
+                _settle(work, error=error)
             return
         self._metrics.tokens.inc(sum(map(len, sequences)))
         start = 0

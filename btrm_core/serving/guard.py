@@ -45,6 +45,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of ASGI."""
@@ -52,7 +53,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope["btrm_since"] = since = time.monotonic()
-        status = 500
+        status: int | None = None
+        held = [0]
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -62,15 +64,20 @@ class Guard:
 
         try:
             self._check_token(scope)
-            body = await self._body(scope, receive)
+            body = await self._body(scope, receive, held)
+            if body:
+                _check_type(dict(scope["headers"]))
+            await self._app(scope, _replay(body, receive), counted)
         except Refused as refused:
             await self._refuse(refused, counted)
-        else:
-            await self._app(scope, _replay(body, receive), counted)
+        except asyncio.CancelledError:  # the time to drain is over
+            if status is None:
+                await self._refuse(Refused(503, "stopping", "the server is stopping", {"Retry-After": "5"}), counted)
         finally:
+            self._held -= held[0]
             route = getattr(scope.get("route"), "path", "other")
             took = time.monotonic() - since
-            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.requests.labels(route, str(status or 500)).inc()
             self._metrics.seconds.labels(route).observe(took)
             _log.debug("%s", json.dumps({"route": route, "status": status, "seconds": round(took, 4)}))
 
@@ -86,7 +93,8 @@ class Guard:
         if scheme.lower() != b"bearer" or not hmac.compare_digest(secret.strip(), token.encode("ascii")):
             raise Refused(401, "unauthorized", "expected `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"})
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes:
+        """Read a body; `held` counts its bytes, which stay in memory until the answer."""
         limit = self._limits.body_bytes
         refusal = Refused(413, "body_too_large", f"the body is larger than the limit of {limit} bytes")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
@@ -102,6 +110,11 @@ class Guard:
                         raise Refused(499, "client_gone", "the client left")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    held[0] = size
+                    self._held += len(parts[-1])
+                    if self._held > self._limits.held_bytes:
+                        retry = {"Retry-After": str(self._limits.retry_seconds)}
+                        raise Refused(503, "queue_full", "too much is waiting; try again", retry)
                     if size > limit:
                         raise refusal
                     if not message.get("more_body", False):
@@ -119,6 +132,18 @@ class Guard:
         pairs = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
         await send({"type": "http.response.body", "body": body})
+
+
+def _check_type(headers: dict[bytes, bytes]) -> None:
+    """Refuse a body that no route would understand: one that is packed, or is not said to be JSON."""
+    packed = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    if packed not in ("", "identity"):
+        raise Refused(415, "bad_type", f"the body is packed ({packed[:20]!r}); send it without Content-Encoding")
+    said = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
+    if not (said.startswith("application/") and said.endswith(("/json", "+json"))):
+        raise Refused(
+            415, "bad_type", f"the body's type is {said[:40]!r}; expected the header Content-Type: application/json"
+        )
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

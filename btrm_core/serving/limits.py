@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from btrm_core.errors import BtrmError, ConfigError
 
+HELD_BYTES = 256 << 20
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -37,14 +39,19 @@ class Limits:
     retry_seconds: int = 1
     token: str | None = None
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all bodies that are being read or wait for their answer; beyond it requests get 503."""
+        return max(HELD_BYTES, self.body_bytes)
+
     def __post_init__(self) -> None:
         for name in ("queue_tokens", "items", "body_bytes", "body_seconds", "deadline_seconds", "retry_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is {self.max_length}; expected at least 1")
-        if self.token is not None and not (self.token and self.token.isascii()):
-            raise ConfigError("the bearer token is empty or not ASCII; expected some ASCII characters")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
+            raise ConfigError("the bearer token is empty or not ASCII; expected some ASCII characters on one line")
 
 
 class Refused(BtrmError):
@@ -61,6 +68,17 @@ class Refused(BtrmError):
         self.status = status
         self.reason = reason
         self.headers = headers or {}
+
+
+class Unavailable(Refused):
+    """What computes the rewards cannot be reached, or is overloaded: none of a batch can be computed now.
+
+    Args:
+        text: one line.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(503, "backend", text, {"Retry-After": "5"})
 
 
 def too_many(what: str, found: int, limit: int) -> Refused:

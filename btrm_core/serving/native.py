@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
+from btrm_core.data import text_of
 from btrm_core.serving.limits import Refused
 from btrm_core.serving.preparing import Prepared, Preparer
 from btrm_core.serving.service import Answered, Service
@@ -27,20 +28,30 @@ async def service_of(request: Request) -> Service:
 Serving = Annotated[Service, Depends(service_of)]
 
 
+Content = Annotated[str, BeforeValidator(lambda content: text_of(content, "content"))]
+"""Text, or parts of type text as OpenAI's clients send them, joined as rows of training are."""
+
+
 class Turn(BaseModel):
     """A message of a conversation."""
 
     role: str = Field(description="system, user or assistant")
-    content: str
+    content: Content
 
 
-class Item(BaseModel):
+class Asked(BaseModel):
+    """What btrm's own clients send: an unknown field is a slip, which would change the answer without a word."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Item(Asked):
     """One of: `messages` that end with the assistant's; a `prompt` with `responses`; `input_ids`; rendered `text`."""
 
     messages: list[Turn] | None = None
     prompt: str | list[Turn] | None = None
     responses: list[str] | None = None
-    input_ids: list[int] | None = None
+    input_ids: list[StrictInt] | None = None
     text: str | None = Field(default=None, description="a whole conversation as the model's chat template writes it")
 
     @model_validator(mode="after")
@@ -78,7 +89,7 @@ class Item(BaseModel):
         return preparer.ids(self.input_ids or [], truncate, which)
 
 
-class RewardsRequest(BaseModel):
+class RewardsRequest(Asked):
     """Conversations to score."""
 
     items: list[Item] = Field(min_length=1)
@@ -122,7 +133,7 @@ class RewardsResponse(BaseModel):
     model: ModelInfo
 
 
-class CompareRequest(BaseModel):
+class CompareRequest(Asked):
     """Two or more responses to a prompt."""
 
     prompt: str | list[Turn]

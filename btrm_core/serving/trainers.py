@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from btrm_core.serving.limits import Refused
 from btrm_core.serving.native import Serving, Turn, finite
@@ -21,7 +21,8 @@ from btrm_core.serving.service import Answered, Service
 
 router = APIRouter(tags=["trainers"])
 
-Texts = str | list[str] | list[int] | list[list[int]]
+Ids = list[StrictInt] | list[list[StrictInt]]
+Texts = str | list[str] | Ids
 
 
 class GetReward(BaseModel):
@@ -30,6 +31,10 @@ class GetReward(BaseModel):
     query: str | list[str]
     prompts: str | list[Any] | None = Field(None, description="beginnings that queries share, for speed alone")
     labels: Any = None
+
+
+CHANGING = ("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "tools")
+"""Fields by which vLLM writes messages otherwise than the model was trained on."""
 
 
 class Pooling(BaseModel):
@@ -47,7 +52,7 @@ class Classify(Pooling):
     """vLLM's request, or SGLang's with `text` or `input_ids`."""
 
     text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    input_ids: Ids | None = None
 
 
 class Embeddings(BaseModel):
@@ -162,6 +167,9 @@ async def _pooled(asked: Pooling, request: Request, service: Service) -> list[An
         raise Refused(422, "bad_request", f"truncate_prompt_tokens is {keep}; expected -1 or 1 to {service.max_length}")
     if asked.input is not None:
         return await _of_inputs(asked.input, request, service, keep)
+    if changing := next((name for name in CHANGING if (asked.model_extra or {}).get(name)), None):
+        text = f"{changing} would change the reward; leave it out, the template is that of the training"
+        raise Refused(422, "bad_request", text)
     messages = [turn.model_dump() for turn in asked.messages or []]
     if not messages or messages[-1]["role"] != "assistant":
         raise Refused(422, "bad_request", "expected messages that end with the assistant's")

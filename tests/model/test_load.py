@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.scorer_samples import CONVERSATIONS, base_model, change_json, reward_model
 
 from btrm_core.errors import CheckpointError
+from btrm_core.model.load import load_weights
 from btrm_core.scoring.scorer import Scorer
 
 
@@ -143,3 +144,15 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(model: Path) ->
     assert refusal(model).startswith(
         f"the tokenizer of {model} has {size:,} tokens, but the model has embeddings for {size - 500:,}: "
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_weights_stay_when_the_file_is_written_over(tmp_path: Path, dtype: torch.dtype) -> None:
+    directory = reward_model(tmp_path / "model")
+    file = directory / "model.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file, {"format": "pt"})
+    hf = load_weights(directory, "auto", torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    with file.open("r+b") as stream:  # as `cp` and `rsync --inplace` do
+        stream.write(b"\x00" * file.stat().st_size)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hf.state_dict().items())

@@ -15,7 +15,10 @@ from support.scorer_samples import change_json, reward_model
 from support.serving import Held, serving
 
 from btrm_core.cli import main
+from btrm_core.errors import CheckpointError
+from btrm_core.model import read_manifest
 from btrm_core.preflight.verify import verify, verify_url
+from btrm_core.preflight.verify.server import Server
 from btrm_core.scoring import Scorer
 
 
@@ -102,6 +105,55 @@ def test_a_type_that_is_not_the_weights(copy: Path) -> None:
     without_hashes(copy)
     change_json(copy / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
     assert "most weights are float32" in failed(copy)["type of the weights"]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "says"),
+    [
+        ({"self_test": [{}]}, r"self_test\[0\] is no list of ids with a reward"),
+        ({"self_test": [{"input_ids": [], "reward": 1.0}]}, r"self_test\[0\]"),
+        ({"self_test": [{"input_ids": [1], "reward": 1.0}, {"input_ids": [1], "reward": "1"}]}, r"self_test\[1\]"),
+        ({"self_test": {"input_ids": [1]}}, r"self_test\[0\]"),
+        ({"files": ["config.json"]}, "files is no table of hashes"),
+        ({"max_length": "256"}, "max_length is '256', expected a number of tokens"),
+        ({"max_length": 0}, "max_length is 0"),
+    ],
+)
+def test_a_manifest_that_no_reader_could_use(tmp_path: Path, damaged: dict[str, Any], says: str) -> None:
+    (tmp_path / "btrm.json").write_text(json.dumps(damaged))
+    with pytest.raises(CheckpointError, match=rf"btrm.json is not as btrm writes it: {says}"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"x"', "null", "", "{"])
+def test_a_manifest_that_is_no_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "btrm.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"btrm.json is not (as btrm writes it: it holds no object|valid JSON)"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_lost_its_proof_or_another_length(copy: Path) -> None:
+    change_json(copy / "btrm.json", max_length=64, self_test=[], config={"model.name": "base"})
+    found = failed(copy)
+    assert "max_length of 64, tokenizer_config.json one of 256" in found["tokenizer, template and pad token"]
+    assert found["self-test in fp32"] == "btrm.json lost its self-test vectors"
+
+
+@pytest.mark.parametrize("numbers", [None, [], ["high"], [None], [-2000.0], 5])
+def test_answers_that_are_no_rewards_are_verdicts(whole: Path, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(str(whole), device="cpu")
+    monkeypatch.setattr(Server, "_asked", lambda self, method, path, body=None: {
+        "data": [{"id": "x", "probs": numbers} for _ in (body or {}).get("input", [0])]
+    })  # fmt: skip
+    monkeypatch.setattr(scorer, "sequence_rewards", lambda ids, _: np.full(len(ids), -1000.0))
+    assert {check.verdict for check in verify_url("http://127.0.0.1:9", scorer)} == {"fail"}
+
+
+def test_a_server_that_is_not_there_takes_no_other_verdict_with_it(whole: Path) -> None:
+    result = CliRunner().invoke(main, ["verify", str(whole), "--url", "http://127.0.0.1:9"])
+    assert result.exit_code == 1
+    assert result.output.count("ok ") >= 8
+    assert "http://127.0.0.1:9/v1/models" in result.output
 
 
 class Sigmoid(Held):

@@ -259,6 +259,7 @@ def test_refused_inputs_and_outputs(scorer: Scorer, tmp_path: Path) -> None:
         (write(tmp_path / "in.json", []), out): r"in\.json is not JSON Lines",
         (source, source): r"cannot write to .*in\.jsonl: it is the input",
         (source, str(tmp_path)): r"it is a directory",
+        (source, str(tmp_path / "out.csv")): r"out.csv would be a table of another kind; expected .jsonl",
         (write(tmp_path / "empty.jsonl", []), out): r"empty\.jsonl holds no lines",
         (str(tmp_path / "wide.jsonl"), out): r"wide\.jsonl is UTF-16, expected UTF-8",
         (wrong, out): r"none of the 2 lines of .*wrong\.jsonl could be scored; line 1: expected 'messages', ",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import inspect
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, change_json
 from support.serving import Held, serving, until
 
 import btrm_core
-from btrm_core.errors import BtrmError, CheckpointError
+from btrm_core.errors import BtrmError, CheckpointError, ConfigError
 from btrm_core.scoring import AsyncClient, Scorer, trl_reward_func
 from btrm_core.serving import Backend, Limits
 
@@ -61,6 +63,49 @@ def test_the_client_waits_for_a_full_queue_and_gives_up_on_a_refusal(scorer: Sco
         asyncio.run(refused(server.url))
 
 
+def test_what_is_over_a_limit_is_sent_in_parts(scorer: Scorer) -> None:
+    async def ask(url: str) -> list[list[float]]:
+        async with AsyncClient(url, tries=1) as client:
+            return await client.group_rewards([(PROMPT, RESPONSES), ("Is ice cold?", ["Yes"]), (PROMPT, ["\u00e9"])])
+
+    async def one(url: str) -> None:
+        async with AsyncClient(url, tries=1) as client:
+            await client.group_rewards([(PROMPT, ["x " * 200])])
+
+    expected = scorer.group_rewards([(PROMPT, RESPONSES), ("Is ice cold?", ["Yes"]), (PROMPT, ["\u00e9"])])
+    for limits in (Limits(items=2), Limits(queue_tokens=100), Limits(body_bytes=400)):
+        with serving(scorer, limits) as server:
+            for found, rewards in zip(asyncio.run(ask(server.url)), expected, strict=True):
+                np.testing.assert_allclose(found, rewards, atol=1e-5)
+            with pytest.raises(BtrmError, match="gives no rewards: status 4"):
+                asyncio.run(one(server.url))
+
+
+def test_a_url_that_is_none_and_a_server_that_is_another_are_said_at_once() -> None:
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    async def ask(url: str) -> None:
+        async with AsyncClient(url) as client:
+            await client.rewards(CONVERSATIONS[:1])
+
+    with pytest.raises(ConfigError, match=r"the server's URL is 'localhost:8080'; expected one such as http://"):
+        asyncio.run(ask("localhost:8080"))
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(BtrmError, match="does not answer as `btrm serve` does"):
+            asyncio.run(ask(f"http://127.0.0.1:{server.server_address[1]}"))
+        thread.join()
+
+
 def test_a_server_in_front_of_a_server_gives_the_same_rewards(model: Path, scorer: Scorer) -> None:
     with serving(scorer) as behind:
         for kind in ("vllm", "sglang"):
@@ -87,6 +132,8 @@ def test_trl_calls_it_as_it_calls_reward_functions(model: Path, scorer: Scorer) 
         remote = trl_reward_func(server.url)
         assert inspect.iscoroutinefunction(remote)
         found = asyncio.run(remote(prompts=prompts, completions=completions, **columns))
+        spoiled = asyncio.run(remote(prompts=["What is 2 + 2?", "x"], completions=["4", "\ud800"]))
+        assert spoiled == [pytest.approx(expected[1], abs=1e-5), None]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from support.scorer_samples import CONVERSATIONS, FAMILIES, change_json, referen
 from btrm_core.cli import main
 from btrm_core.errors import CheckpointError, ConfigError
 from btrm_core.preflight.verify import verify
-from btrm_core.scoring import Scorer, export
+from btrm_core.scoring import Scorer, export, write_onnx
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,62 @@ def test_what_cannot_be_exported_is_left_alone(models: dict[str, Path], tmp_path
     with pytest.raises(CheckpointError, match="gives other rewards"):
         export(str(out), str(tmp_path / "third"))
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("change", ["no pad", "pad is eos", "another end", "no problem type"])
+def test_a_model_of_another_trainer_becomes_one_that_can_be_checked(
+    models: dict[str, Path], tmp_path: Path, change: str
+) -> None:
+    foreign = Path(shutil.copytree(models["llama3"], tmp_path / "foreign"))
+    (foreign / "btrm.json").unlink()
+    settings, config = foreign / "tokenizer_config.json", foreign / "config.json"
+    if change == "no pad":
+        change_json(settings, pad_token=None)
+        change_json(config, pad_token_id=None)
+    elif change == "pad is eos":
+        change_json(settings, pad_token=json.loads(settings.read_text())["eos_token"])
+    elif change == "another end":
+        template = foreign / "chat_template.jinja"
+        template.write_text(template.read_text() + "{{ '\\n' }}")
+    else:
+        change_json(config, problem_type=None)
+    expected = Scorer(str(foreign), device="cpu").rewards(CONVERSATIONS)
+    assert "a self-test were added" in export(str(foreign), str(tmp_path / "out"))
+    opened = Scorer(str(tmp_path / "out"), device="cpu")
+    assert opened.manifest["self_test"]
+    assert opened.self_test() <= 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["problem_type"] == "regression"
+    np.testing.assert_allclose(opened.rewards(CONVERSATIONS), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama3", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_onnx_gives_the_rewards_and_is_kept_only_then(
+    models: dict[str, Path], tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["export", str(models[family]), str(out), "--onnx"])
+    assert result.exit_code == 0, result.output
+    session = runtime.InferenceSession(str(out / "model.onnx"))
+    scorer = Scorer(str(out), device="cpu")
+    for ids, reward in zip(scorer.chat.encode(CONVERSATIONS), scorer.rewards(CONVERSATIONS), strict=True):
+        found = session.run(["rewards"], {"input_ids": [ids], "attention_mask": [[1] * len(ids)]})[0]
+        assert found[0] == pytest.approx(reward, abs=1e-4)
+    (out / "model.onnx").unlink()
+    before = sorted(out.iterdir())
+    monkeypatch.setattr("btrm_core.scoring.onnx._run", lambda file, sequences, pad_id: np.zeros((2, len(sequences))))
+    with pytest.raises(CheckpointError, match="ONNX Runtime's rewards are off by"):
+        write_onnx(out)
+    assert sorted(out.iterdir()) == before
+
+
+def test_a_library_that_onnx_lacks_is_named_before_anything_is_written(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = CliRunner().invoke(main, ["export", str(models["llama3"]), str(tmp_path / "out"), "--onnx"])
+    assert (result.exit_code, "pip install 'btrm[onnx]'" in result.output) == (2, True), result.output
+    assert not (tmp_path / "out").exists()
+    result = CliRunner().invoke(main, ["export", str(models["llama3"]), "--push-to", "me/x", "--onnx"])
+    assert (result.exit_code, "give OUT" in result.output) == (2, True)

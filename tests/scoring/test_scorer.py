@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,60 @@ def test_wrong_arguments_are_named(scorer: Scorer, models: dict[str, Path]) -> N
         Scorer(str(models["llama3"]), dtype="pf32")
     with pytest.raises(ConfigError, match="tokens_per_batch is 0"):
         Scorer(str(models["llama3"]), tokens_per_batch=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (say("Hi", "Ho"), r"conversation 1 is .*one conversation alone stands in a list, too"),
+        (["Hi"], "conversation 1 is 'Hi', expected a list of messages"),
+        (
+            [say("Hi", "Ho"), [{"role": "user"}, say("", "Ho")[1]]],
+            r"conversation 2: missing key 'content' in 'messages",
+        ),
+        ([[say("Hi", "")[0], {"role": "assistant"}]], r"conversation 1: missing key 'content' in 'messages\[1\]'"),
+        ([[say("Hi", "")[0], {"role": "assistant", "content": None}]], r"messages\[1\].content' is None"),
+    ],
+)
+def test_what_is_no_list_of_conversations_is_named(scorer: Scorer, arguments: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        scorer.rewards(arguments)
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ([(PROMPT, "Paris")], "group 1: the responses are 'Paris', expected a list of texts"),
+        (
+            [(PROMPT, ["a"]), {"prompt": PROMPT, "responses": ["a"]}],
+            "group 2 is .*, expected a prompt and a list",
+        ),
+        ([PROMPT], "group 1 is .*, expected a prompt"),
+        ([([{"role": "user", "text": "Hi"}], ["a"])], r"group 1: missing key 'content' in 'prompt\[0\]'"),
+        ([(PROMPT, [{"role": "assistant", "content": "a"}])], "group 1 of 1: a message is not text"),
+    ],
+)
+def test_what_is_no_prompt_with_responses_is_named(scorer: Scorer, groups: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        scorer.group_rewards(groups)
+
+
+def test_messages_may_have_any_form_that_rows_of_training_may_have(scorer: Scorer) -> None:
+    expected = scorer.rewards([say("Hi", "Ho")])[0]
+    parts = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in (("user", "Hi"), ("assistant", "Ho"))]
+    share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    more = [{**message, "name": None, "tool_calls": None} for message in say("Hi", "Ho")]
+    np.testing.assert_allclose(scorer.rewards([parts, share, more]), [expected] * 3, atol=1e-5)
+    np.testing.assert_allclose(scorer.group_rewards([("Hi", ["Ho"])])[0], [expected], atol=1e-5)
+    np.testing.assert_allclose(scorer.pair_rewards(["Hi"], ["Ho"], ["Ho"]), [[expected] * 2], atol=1e-5)
+
+
+def test_a_device_that_is_not_there_and_columns_that_are_texts(scorer: Scorer, models: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="chosen is the text 'abc'; expected a list"):
+        scorer.pair_rewards([PROMPT] * 3, "abc", "def")
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ConfigError, match=rf"device '{device}' cannot be used: .*; leave it out"):
+            Scorer(str(models["llama3"]), device=device)
 
 
 def test_dtype_auto_on_a_cpu_is_fp32_and_bf16_is_bf16(models: dict[str, Path], scorer: Scorer, copy: Path) -> None:

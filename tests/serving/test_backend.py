@@ -33,6 +33,9 @@ class Stand:
         bodies: what it was asked.
         numbers: makes its list of a reward; a vLLM that applies the head gives one number.
         url: where it listens.
+        status: of its answers to requests for rewards.
+        longest: conversation that it takes.
+        keys: that it was shown.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -40,13 +43,18 @@ class Stand:
         self.bodies: list[dict[str, Any]] = []
         self.numbers: Any = lambda reward: [reward]
         self.url = ""
+        self.status = 200
+        self.longest = 256
+        self.keys: set[str | None] = set()
 
     def answer(self, path: str, body: bytes) -> tuple[int, Any]:
         if path == "/v1/models":
-            return 200, {"object": "list", "data": [{"id": "served-name", **MODEL}]}
+            return 200, {"object": "list", "data": [{"id": "served-name", **MODEL, "max_model_len": self.longest}]}
         asked = json.loads(body)
         self.bodies.append(asked)
-        if path != "/classify" or asked["model"] != "served-name":
+        if self.status != 200:
+            return self.status, {"error": {"message": "out of memory"}}
+        if path != "/classify" or asked.get("model") != "served-name":
             return 404, {"error": {"message": "The model does not exist.", "type": "NotFoundError", "code": 404}}
         rewards = self.scorer.sequence_rewards(asked["input"], [None] * len(asked["input"])).tolist()
         if asked.get("use_activation", True):
@@ -68,6 +76,7 @@ def stand(scorer: Scorer) -> Iterator[Stand]:
 
         def reply(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            found.keys.add(self.headers.get("Authorization"))
             status, content = found.answer(self.path, body)
             sent = json.dumps(content).encode()
             self.send_response(status)
@@ -129,3 +138,34 @@ def test_null_is_no_reward_and_a_refusal_is_an_error(stand: Stand, model: Path) 
     assert np.isnan(backend.sequence_rewards([[1, 2, 3]], [None])).all()
     with pytest.raises(ConfigError, match="404"):
         Backend(str(model), stand.url, name="another").sequence_rewards([[1, 2, 3]], [None])
+
+
+def test_a_server_that_fails_is_503_once_for_all_that_wait(stand: Stand, model: Path) -> None:
+    backend = Backend(str(model), stand.url, token="a-key")
+    with serving(backend) as front:
+        stand.bodies.clear()
+        stand.status = 500
+        asked = {"items": [{"text": text} for text in "abcd"]}
+        answer = front.client.post("/v1/rewards", json=asked)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert "cannot be used" in answer.json()["detail"]
+        assert len(stand.bodies) == 1  # no halves of a batch, each with its own wait
+        stand.status = 200
+        assert front.client.post("/v1/rewards", json=asked).status_code == 200
+    assert stand.keys == {"Bearer a-key"}
+
+
+def test_the_length_is_the_shorter_one_of_model_and_server(stand: Stand, model: Path) -> None:
+    stand.longest = 100
+    assert Backend(str(model), stand.url).max_length == 100
+
+
+def test_an_answer_in_another_shape_is_an_error_in_words(stand: Stand, model: Path) -> None:
+    backend = Backend(str(model), stand.url, kind="sglang")
+    with pytest.raises(ConfigError, match="status 404"):
+        backend.sequence_rewards([[1, 2]], [None])
+    backend = Backend(str(model), stand.url)
+    stand.numbers = lambda reward: ["high"]
+    assert np.isnan(backend.sequence_rewards([[1, 2, 3]], [None])).all()
+    with pytest.raises(ConfigError, match="cannot be used"):
+        Backend(str(model), "127.0.0.1:9")

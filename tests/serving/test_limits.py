@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -18,11 +19,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES
 from support.serving import Held, Running, serving, until
 
+from btrm_core.cli import main
+from btrm_core.errors import ConfigError
 from btrm_core.scoring import Scorer
-from btrm_core.serving import Limits
+from btrm_core.serving import Limits, bound
 
 ITEM = {"messages": CONVERSATIONS[0]}
 
@@ -148,6 +152,66 @@ def test_malformed_bodies_are_refused_without_a_traceback(
     assert "Traceback" not in caplog.text
 
 
+def test_bodies_that_wait_are_bounded_in_bytes(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btrm_core.serving.limits.HELD_BYTES", 1000)
+    body = {"query": "x", "labels": ["y" * 600]}
+    with serving(held, Limits(body_bytes=900)) as server:
+        held.free.clear()
+        held.busy.clear()
+        found: list[httpx.Response] = []
+        waits = threading.Thread(target=lambda: found.append(httpx.post(server.url + "/get_reward", json=body)))
+        waits.start()
+        until(held.busy.is_set)
+        refused = server.client.post("/get_reward", json=body)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        held.free.set()
+        waits.join(20)
+        assert found[0].status_code == 200
+        assert server.client.post("/get_reward", json=body).status_code == 200  # the room is free again
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "says"),
+    [
+        ({"Content-Type": "text/plain"}, b'{"query": "x"}', 415, "Content-Type: application/json"),
+        ({}, b'{"query": "x"}', 415, "Content-Type: application/json"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(b'{"query": "x"}'), 415, "without Content-Encoding"),
+        ({"Content-Type": "application/json"}, b'{"query": "x"} {}', 400, "not JSON: Extra data"),
+        ({"Content-Type": "application/json"}, b'{"query": "\xff"}', 400, "not JSON: 'utf-8' codec"),
+        ({"Content-Type": "application/json"}, b'{"query": 5}', 422, "body.query: expected a text or a list of texts"),
+        ({"Content-Type": "application/json; charset=utf-8"}, b'{"query": "x"}', 200, "rewards"),
+    ],
+)
+def test_a_body_that_cannot_be_read_says_how_to_send_it(
+    server: Running, headers: dict[str, str], body: bytes, status: int, says: str
+) -> None:
+    answer = server.client.post("/get_reward", content=body, headers=headers)
+    assert (answer.status_code, says in answer.text) == (status, True), answer.text
+
+
+def test_a_load_balancer_may_ask_for_heads_alone(server: Running) -> None:
+    for path in ("/health", "/ready"):
+        answer = server.client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_an_address_is_had_before_the_model_is_opened() -> None:
+    with bound("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*; choose another"):
+            bound("127.0.0.1", port)
+        for arguments, says in (
+            (["--port", str(port)], f"cannot listen on 127.0.0.1:{port}"),
+            (["--port", "99999"], "0<=x<=65535"),
+            (["--drain-seconds", "nan"], "--drain-seconds is nan; expected a number from 0"),
+            (["--backend", "vllm"], "give --backend-url as well"),
+            (["--token", "one\ntwo"], "the bearer token is empty or not ASCII"),
+        ):
+            found = CliRunner().invoke(main, ["serve", "no/model/there", *arguments])
+            assert (found.exit_code, says in found.output) == (2, True), found.output
+
+
 def test_no_text_of_a_client_is_logged(held: Held, caplog: pytest.LogCaptureFixture) -> None:
     secret = "swordfish"
     with caplog.at_level(0), serving(held) as server:
@@ -205,6 +269,25 @@ def test_sigterm_drains_what_was_accepted(process: Any, scorer: Scorer) -> None:
     expected = np.tile(scorer.rewards(CONVERSATIONS), 60)
     np.testing.assert_allclose([row[0] for row in answers[0].json()["rewards"]], expected, atol=1e-5)
     assert server.wait(30) == 0
+
+
+def test_what_is_not_drained_in_time_is_503_without_a_traceback(held: Held, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(held, drain=1) as server:
+        held.free.clear()
+        held.busy.clear()
+        found: list[httpx.Response] = []
+        ask = lambda: found.append(httpx.post(server.url + "/get_reward", json={"query": "x"}, timeout=30))  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(held.busy.is_set)
+        server.stop()
+        for thread in threads:
+            thread.join(30)
+        held.free.set()
+    assert [(answer.status_code, answer.headers["Retry-After"]) for answer in found] == [(503, "5")] * 3
+    assert {answer.json()["error"]["type"] for answer in found} == {"stopping"}
+    assert "Traceback" not in caplog.text
 
 
 def ready(url: str) -> bool:

@@ -86,6 +86,10 @@ def test_too_long_is_refused_with_the_limit_or_cut_when_asked(server: Running, s
         ({"messages": [{"role": "user", "content": "x"}]}, "assistant"),
         ({"messages": []}, "assistant"),
         ({"input_ids": []}, "empty"),
+        ({"input_ids": [True, False]}, "input_ids.0: Input should be a valid integer"),
+        ({"input_ids": ["1", "2"]}, "input_ids.0: Input should be a valid integer"),
+        ({"text": "x", "truncat": True}, "truncat: Extra inputs"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is of type 'image_url', expected text"),
         ({"input_ids": [5, -1]}, "holds -1"),
         ({"input_ids": [1 << 70]}, "holds"),
         ({"text": "x", "input_ids": [1]}, "expected one of"),
@@ -98,6 +102,12 @@ def test_what_cannot_be_understood_is_said_in_one_line(server: Running, item: di
     assert says in message
     assert "\n" not in message
     assert answer.json()["detail"] == message
+
+
+def test_content_may_stand_in_parts(server: Running, scorer: Scorer) -> None:
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CONVERSATIONS[1]]
+    found = server.client.post("/v1/rewards", json={"items": [{"messages": parts}]}).json()
+    assert found["rewards"][0][0] == pytest.approx(scorer.rewards(CONVERSATIONS[1:2])[0], abs=1e-5)
 
 
 def test_normalized_rewards_and_probabilities_use_the_calibration_of_btrm_json(scorer: Scorer) -> None:

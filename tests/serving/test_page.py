@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -130,6 +131,40 @@ def test_a_pasted_conversation_becomes_messages_and_an_answer(page: Any) -> None
     page.fill("#paste-text", "{")
     page.click("#paste-use")
     assert "no conversation" in page.locator("#status").text_content()
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "answers"),
+    [
+        ({"prompt": "Hi", "chosen": "Ho", "rejected": "Hm"}, ["Hi"], ["Ho", "Hm"]),
+        ({"chosen": say("Hi", "Ho"), "rejected": say("Hi", "Hm")}, ["Hi"], ["Ho", "Hm"]),
+        ({"prompt": say("Hi", "Ho")[:1], "responses": ["a", "b", "c"]}, ["Hi"], ["a", "b", "c"]),
+        ([{"role": "tool", "content": [{"type": "text", "text": "4"}]}, *say("Hi", "Ho")], ["4", "Hi"], ["Ho"]),
+    ],
+)
+def test_a_pasted_row_becomes_its_answers(page: Any, row: Any, turns: list[str], answers: list[str]) -> None:
+    page.locator("#answers textarea").evaluate_all("all => all.forEach((a) => { a.value = '' })")
+    page.click("#paste")
+    page.fill("#paste-text", json.dumps(row))
+    page.click("#paste-use")
+    values = "all => all.map((area) => area.value)"
+    assert page.locator("#turns textarea").evaluate_all(values) == turns
+    assert page.locator("#answers textarea").evaluate_all(values) == answers
+    if isinstance(row, list):
+        assert page.locator("#turns select").first.input_value() == "tool"
+
+
+def test_what_is_too_long_for_a_link_says_so_and_typing_is_no_navigation(page: Any) -> None:
+    page.evaluate(
+        "() => { window.links = 0; const own = history.replaceState.bind(history);"
+        " history.replaceState = (...all) => { window.links += 1; own(...all); } }"
+    )
+    page.locator("#answers textarea").first.focus()
+    page.keyboard.type("abcdefghijklmnopqrstuvwxyz")
+    assert page.evaluate("window.links") <= 2
+    page.evaluate("document.querySelector('#turns textarea').value = 'x'.repeat(1_600_000)")
+    page.click("#link")
+    assert "too long for a link" in page.locator("#status").text_content()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -49,9 +49,16 @@ class Held:
 class Running:
     """A server in a thread: `url`, `service`, and a client."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, drain: int | None = None) -> None:
         self.service = service
-        config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_config=None, lifespan="on")
+        config = uvicorn.Config(
+            create_app(service),
+            host="127.0.0.1",
+            port=0,
+            log_config=None,
+            lifespan="on",
+            timeout_graceful_shutdown=drain,
+        )
         self._server = uvicorn.Server(config)
         self._socket = config.bind_socket()
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -60,18 +67,24 @@ class Running:
         self.client = httpx.Client(base_url=self.url, timeout=60)
         until(lambda: self._server.started)
 
+    def stop(self) -> None:
+        """Begin what SIGTERM begins."""
+        self._server.should_exit = True
+
     def close(self) -> None:
         self.client.close()
-        self._server.should_exit = True
+        self.stop()
         self._thread.join(20)
         self._socket.close()
         assert not self._thread.is_alive()
 
 
 @contextlib.contextmanager
-def serving(engine: Any, limits: Limits | None = None, name: str = "tiny") -> Iterator[Running]:
+def serving(
+    engine: Any, limits: Limits | None = None, name: str = "tiny", drain: int | None = None
+) -> Iterator[Running]:
     """A server for the time of a block."""
-    running = Running(Service([engine], name, limits))
+    running = Running(Service([engine], name, limits), drain)
     try:
         yield running
     finally:

@@ -92,6 +92,12 @@ def _chat(directory: Path) -> Check:
         if again != ids and "\ufffd" not in text:
             what = f"text of the self-test comes out as {len(again)} other ids than the {len(ids)} of training"
             return Check(name, "fail", what, WRONG, "put the tokenizer back that the model was trained with")
+    longest, saved = manifest.get("max_length"), chat.tokenizer.model_max_length
+    if longest is not None and longest != saved:
+        what = f"btrm.json says a max_length of {longest}, tokenizer_config.json one of {saved}"
+        return Check(
+            name, "fail", what, "longer conversations are cut elsewhere than in training", "copy the model anew"
+        )
     if difference := template_difference(manifest, chat):
         return Check(name, "warn", difference, "btrm uses the model's own template", "nothing, if that was meant")
     what = f"the template is that of training, pad {chat.pad.token!r} is none that ends anything"
@@ -161,6 +167,10 @@ def _self_test(model: str, dtype: str, opened: list[Scorer]) -> Check:
     opened.append(scorer)
     name = f"self-test in {dtype}"
     if not scorer.manifest.get("self_test"):
+        if "config" in scorer.manifest:  # every training writes some
+            return Check(
+                name, "fail", "btrm.json lost its self-test vectors", "nothing proves the rewards", "copy it anew"
+            )
         return Check(name, "skip", "btrm.json holds no self-test vectors")
     off, allowed = scorer.self_test(), tolerance(scorer.manifest, scorer.dtype)
     return compared(name, off, allowed)

@@ -92,11 +92,13 @@ def verify_url(url: str, scorer: Scorer, token: str | None = None) -> list[Check
         url: where it listens.
         scorer: the model that it should have loaded.
         token: its bearer token.
-
-    Raises:
-        ConfigError: it cannot be reached.
     """
-    server = Server(url, token)
+    try:
+        server = Server(url, token)
+    except ConfigError as error:
+        return [
+            Check("server", "fail", str(error), "it was not asked", "start the server, or give its --url and --token")
+        ]
     vectors = scorer.manifest.get("self_test") or [{"input_ids": scorer.chat.encode([_probe()])[0]}]
     ids = [list(vector["input_ids"]) for vector in vectors]
     rewards = scorer.sequence_rewards(ids, [None] * len(ids)).tolist()
@@ -126,19 +128,19 @@ def _probe() -> list[dict[str, str]]:
 
 def _judged(name: str, ask: Any, rewards: Sequence[float], allowed: float) -> Check:
     try:
-        found = ask()
+        found = [list(numbers) for numbers in ask()]
     except (ConfigError, KeyError, TypeError) as error:
         return Check(name, "fail", f"no answer: {first_line(error)}", WRONG, "start the server with this model")
     if len(found) != len(rewards) or any(len(numbers) != 1 for numbers in found):
         size = len(found[0]) if found else 0
         what = f"{size} numbers a conversation; expected one, the reward"
         return Check(name, "fail", what, "the server ignores the reward head", "use vLLM, or btrm serve")
-    values = [float("nan") if numbers[0] is None else float(numbers[0]) for numbers in found]
+    values = [float(n) if isinstance(n, int | float) else math.nan for (n,) in found]
     off = _largest(values, rewards)
     figures = {"largest_difference": off, "tolerance": allowed}
     if off <= allowed:
         return Check(name, "ok", f"rewards differ by up to {off:.2g}; allowed is {allowed:.2g}", figures=figures)
-    if _largest(values, [1 / (1 + math.exp(-reward)) for reward in rewards]) <= 0.02:
+    if _largest(values, [0.5 + 0.5 * math.tanh(reward / 2) for reward in rewards]) <= 0.02:
         return Check(
             name,
             "fail",

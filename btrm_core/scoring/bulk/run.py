@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 
 
 _OTHER_FORMATS = (".csv", ".tsv", ".json", ".arrow")
+_NOT_WRITTEN = (".csv", ".tsv", ".xlsx", ".arrow", ".feather")
 
 
 def score_file(
@@ -128,6 +129,8 @@ def _input(source: str) -> Path:
 
 
 def _check_target(path: Path, target: Path, overwrite: bool) -> None:
+    if target.suffix.lower() in _NOT_WRITTEN:
+        raise DataError(f"{target} would be a table of another kind; expected .jsonl, also packed, or .parquet")
     if target.exists() and (target.is_dir() or target.samefile(path)):
         raise DataError(f"cannot write to {target}: it is {'a directory' if target.is_dir() else 'the input'}")
     if target.exists() and not overwrite:

@@ -18,7 +18,9 @@ function grow(area) {
 
 function addTurn(role = "user", content = "") {
   const turn = $("turn-template").content.firstElementChild.cloneNode(true);
-  turn.querySelector("select").value = role;
+  const roles = turn.querySelector("select");
+  if (![...roles.options].some((option) => option.value === role)) roles.add(new Option(role));
+  roles.value = role;
   const area = turn.querySelector("textarea");
   area.value = content;
   turn.querySelector(".remove").onclick = () => { turn.remove(); changed(); };
@@ -96,12 +98,24 @@ function changed() {
   clearScores();
   number();
   say("");
-  history.replaceState(null, "", `#${toLink(state())}`);
+  clearTimeout(later);
+  later = setTimeout(remember, 400); // browsers take 100 links in 30 seconds, and people type faster
+}
+
+const LONGEST_LINK = 2_000_000; // browsers open none above 2 MiB
+let later = 0;
+
+function remember() {
+  clearTimeout(later);
+  const link = `#${toLink(state())}`;
+  if (link.length > LONGEST_LINK) return false;
+  history.replaceState(null, "", link);
+  return true;
 }
 
 function moved() {
   number();
-  history.replaceState(null, "", `#${toLink(state())}`);
+  remember();
   if (scored) matrix();
 }
 
@@ -240,16 +254,27 @@ async function introduce() {
   }
 }
 
+function conversation(start, end = []) {
+  const list = (value, role) => (typeof value === "string" ? [{ role, content: value }] : value);
+  const text = (content) => (Array.isArray(content) ? content.map((part) => part.text).join("") : content);
+  const all = [list(start, "user"), list(end, "assistant")];
+  const messages = (all[1]?.length > 1 ? all[1] : all.flat()).map((m) => ({ role: m.role, content: text(m.content) }));
+  if (!Array.isArray(all[0]) || !messages.every((m) => typeof m.role === "string" && typeof m.content === "string")) {
+    throw new Error("expected messages with role and content, or a prompt with chosen and rejected, or responses");
+  }
+  return messages;
+}
+
 function paste() {
   try {
     const value = JSON.parse($("paste-text").value);
-    const messages = Array.isArray(value) ? value : value.messages;
-    if (!Array.isArray(messages) || !messages.every((m) => typeof m.role === "string" && typeof m.content === "string")) {
-      throw new Error("expected a list of messages with role and content");
-    }
-    const last = messages.length && messages.at(-1).role === "assistant" ? [messages.at(-1).content] : [];
-    const kept = last.length ? messages.slice(0, -1) : messages;
-    show({ messages: kept, answers: last.length ? [...last, ...cards().map(textOf).filter(Boolean)] : cards().map(textOf) });
+    const row = Array.isArray(value) ? { messages: value } : value;
+    const sides = row.responses ?? (row.chosen === undefined ? null : [row.chosen, row.rejected]);
+    const [messages, ...more] = sides ? sides.map((side) => conversation(row.prompt ?? [], side)) : [conversation(row.messages)];
+    const ends = messages.length && messages.at(-1).role === "assistant";
+    const found = ends ? [messages, ...more].map((side) => side.at(-1).content) : [];
+    const others = sides ? [] : cards().map(textOf).filter((text) => text || !ends);
+    show({ messages: ends ? messages.slice(0, -1) : messages, answers: [...found, ...others] });
     $("paste-box").hidden = true;
     $("paste").setAttribute("aria-expanded", "false");
   } catch (error) {
@@ -274,7 +299,7 @@ $("sort").onclick = () => {
   moved();
 };
 $("link").onclick = async () => {
-  history.replaceState(null, "", `#${toLink(state())}`);
+  if (!remember()) { say("This is too long for a link.", true); return; }
   try {
     await navigator.clipboard.writeText(location.href);
     say("Link copied");
