@@ -103,12 +103,14 @@ class Reading:
         ties: "half" makes pairs of ties, with probability 0.5; "skip" refuses them.
         naming: the user's own names for columns and roles.
         own_prompts: make pairs also of two answers whose prompts differ, each after its own; else they are refused.
+        by_source: a subset that a row names is one of its source's: SOURCE/SUBSET.
     """
 
     scored: WhichPairs = "best-vs-worst"
     ties: Ties = "skip"
     naming: Naming = field(default_factory=Naming)
     own_prompts: bool = False
+    by_source: bool = False
 
 
 def convert_row(

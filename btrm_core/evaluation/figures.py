@@ -32,11 +32,13 @@ class Judged:
         longer_by_P: by how many tokens the chosen conversation is longer, int64.
         probability_P: that the chosen one is better; 0.5 is a tie.
         subset_P: the subset of every pair, empty for none.
+        sets: parts that are reported as a whole beside their subsets, which are called SET/SUBSET.
     """
 
     longer_by_P: NDArray[np.int64]
     probability_P: NDArray[np.floating[Any]]
     subset_P: Sequence[str]
+    sets: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.probability_P)
@@ -86,7 +88,7 @@ def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
     names = [judged.subset_P[int(i)] for i in np.flatnonzero(decided_P)]
     if len(set(names)) > 1:
         margin_P = (rewards_P2[:, 0] - rewards_P2[:, 1])[decided_P]
-        out["subsets"] = [vars(row) for row in by_subset(names, margin_P)]
+        out["subsets"] = [vars(row) for row in by_subset(names, margin_P, judged.sets)]
     return out
 
 
@@ -132,20 +134,21 @@ class SubsetResult:
     loss: float
 
 
-def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
+def by_subset(names: list[str], margin_P: FloatArray, sets: Sequence[str] = ()) -> list[SubsetResult]:
     """Accuracy per subset name from the reward margins of the pairs in the same order; ties count half.
 
     Args:
         names: subset of every pair.
         margin_P: reward margins [P].
+        sets: parts of which some subsets are subsets, as SET/SUBSET.
 
     Returns:
-        One result per subset, sorted by name; losses in nats.
+        One result per subset and part, sorted by name; losses in nats.
     """
     out = []
-    labels = np.array(names, dtype=object)
-    for name in sorted(set(names)):
-        margin = margin_P[labels == name]
+    for name in subset_names(names, sets):
+        part_P = [label == name or (name in sets and label.startswith(f"{name}/")) for label in names]
+        margin = margin_P[np.array(part_P)]
         accuracy, ties = float(wins(margin).mean()), int((margin == 0).sum())
         out.append(SubsetResult(name, len(margin), accuracy, ties, float(margin.mean()), float(loss_P(margin).mean())))
     return out
@@ -156,18 +159,30 @@ LOWER_IS_BETTER = {"loss": True, "brier": True, "ece": True, "accuracy": False, 
 OF_SUBSETS = ("accuracy", "loss", "reward_margin")
 
 
-def check_figure(name: str, subsets: Sequence[str]) -> None:
+def subset_names(names: Sequence[str], sets: Sequence[str] = ()) -> list[str]:
+    """Of which parts there are figures, in order.
+
+    Args:
+        names: the subset of every pair.
+        sets: parts of which some subsets are subsets, as SET/SUBSET.
+    """
+    there = set(names)
+    return sorted(there | {part for part in sets if any(name.startswith(f"{part}/") for name in there)})
+
+
+def check_figure(name: str, subsets: Sequence[str], sets: Sequence[str] = ()) -> None:
     """Refuse a figure that an evaluation on pairs of these subsets will not have.
 
     Args:
         name: a figure, or one of a subset, as "chat.accuracy".
         subsets: the subset of every pair.
+        sets: as for `subset_names`.
 
     Raises:
         ConfigError: says which there are.
     """
     known = list(LOWER_IS_BETTER)
-    names = sorted(set(subsets))
+    names = subset_names(subsets, sets)
     if len(names) > 1:
         known += [f"{subset}.{figure}" for subset in names for figure in OF_SUBSETS]
     if name not in known:

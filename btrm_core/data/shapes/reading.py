@@ -53,6 +53,8 @@ def read_pairs(
                 report.pairs += len(pairs)
                 report.used += number
                 report.observe(source.where, line, view.unused, view.remarks, number)
+                if reading.by_source:
+                    pairs = [_of_source(pair, source.subset) for pair in pairs]
                 yield from (_weighed(pair, source.weight) for pair in pairs)
         if issue:
             if strict and issue.bad:
@@ -64,6 +66,10 @@ def read_pairs(
             for name, column in reading.naming.columns
             if column not in found and not (name == "margin" and ("-" in column or column == "scores"))
         ]
+
+
+def _of_source(pair: Pair, source: str) -> Pair:
+    return pair if pair.subset == source else dataclasses.replace(pair, subset=f"{source}/{pair.subset}")
 
 
 def _named(
