@@ -150,7 +150,9 @@ def finished_before(job: Job, data: Data, runtime: Runtime) -> Outcome | None:
     made = read_manifest(there) if output.resume != "no" and runtime.is_main else {}
     settings, training = made.get("config", {}), made.get("training", {})
     others = settings_changed(settings, job.config) if made else []
-    if made and made.get("data", {}).get("fingerprint") != data.report["fingerprint"]:
+    before = made.get("data", {})
+    key = "training_pairs" if "training_pairs" in before else "fingerprint"  # which an earlier version knew alone
+    if made and before.get(key) != data.report[key]:
         others.insert(0, "the training data is another")
     now = job.config.train
     done = training.get("finished", False) and all(settings.get(f"train.{k}") == getattr(now, k) for k in LENGTH)

@@ -11,7 +11,7 @@ from btrm_core.data.inputs.spec import parse_spec
 from btrm_core.data.inputs.streams import PACKED, data_path, opened
 from btrm_core.data.inputs.tables import parquet_file_rows, parquet_length
 from btrm_core.data.issues import PROMPT_IN_EVALUATION, IssueReport, RowIssue, is_content
-from btrm_core.data.pairs import PairData, load_pairs, pairs_from_rows, raw_rows
+from btrm_core.data.pairs import PairData, load_evaluation, load_pairs, pairs_from_rows, raw_rows
 from btrm_core.data.quality import (
     Finding,
     Sharing,
@@ -64,6 +64,7 @@ __all__ = [
     "inspect_pairs",
     "is_content",
     "json_value",
+    "load_evaluation",
     "load_pairs",
     "longer_wins_characters",
     "opened",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from btrm_core.errors import DataError
+
 EXAMPLES_KEPT = 5
 _NAMES_SHOWN = 20
 _NAMES_KEPT = 200
@@ -243,3 +245,22 @@ def _count(number: int, noun: str) -> str:
 
 def _place(issue: RowIssue) -> str:
     return f"{issue.source}:{issue.line}" if issue.line else issue.source
+
+
+def nothing_left(report: IssueReport) -> DataError:
+    """Say that no pair is left, and what most rows are left out for.
+
+    Args:
+        report: what became of the rows.
+    """
+    counts = {**report.counts, **report.skipped, **report.files}
+    if not counts:
+        return DataError("no pairs: the data holds no rows.")
+    kind = max(counts, key=lambda name: counts[name])
+    number = sum(counts.values())
+    if number == 1:
+        return DataError(f"no pairs are left: {report.examples[kind][0]}.")
+    return DataError(
+        f"no pairs are left of {report.rows:,} rows: most are left out for '{kind}' ({counts[kind]:,}), "
+        f"such as {report.examples[kind][0]}."
+    )

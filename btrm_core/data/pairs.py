@@ -23,7 +23,7 @@ from btrm_core import cache, files
 from btrm_core.console import LongWork
 from btrm_core.data.convert import Message, Pair, Reading
 from btrm_core.data.formats import Ties, WhichPairs
-from btrm_core.data.issues import IssueReport, RowIssue
+from btrm_core.data.issues import IssueReport, RowIssue, nothing_left
 from btrm_core.data.readers import BATCH_ROWS, read_rows
 from btrm_core.data.shapes.naming import Naming
 from btrm_core.data.shapes.reading import read_pairs, strict_error
@@ -57,6 +57,7 @@ class PairData:
         fingerprint: SHA-256 of what the pairs are made from; equal on every machine for equal file contents.
         prompt_hash_P: the first 8 bytes of each pair's prompt hash, uint64.
         held: keeps the cache entry from being removed meanwhile; None for pairs in memory.
+        sets: the names of the sources that have one; a subset that their rows name is NAME/SUBSET.
     """
 
     dataset: datasets.Dataset
@@ -64,6 +65,7 @@ class PairData:
     fingerprint: str
     prompt_hash_P: np.ndarray = field(repr=False)
     held: Shared | None = field(default=None, repr=False)
+    sets: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -147,9 +149,45 @@ def load_pairs(
     Raises:
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
     """
-    root, reading = cache.cache_root(cache_dir), Reading(scored, ties, naming or Naming(), own_prompts)
+    return _load(sources, Reading(scored, ties, naming or Naming(), own_prompts), strict, cache_dir)
+
+
+def load_evaluation(
+    sources: Sequence[str],
+    *,
+    strict: bool = False,
+    cache_dir: str | None = None,
+    scored: WhichPairs = "best-vs-worst",
+    naming: Naming | None = None,
+) -> PairData:
+    """Pairs to evaluate on, as `load_pairs` reads them, also with prompts of their own; several sources stay apart.
+
+    Args:
+        sources: as for `load_pairs`. Of several, each has a name of its own: the user's, else its file's, with the
+            folder before it where two are called alike. A row's own subset is then NAME/SUBSET.
+        strict: as for `load_pairs`.
+        cache_dir: likewise.
+        scored: likewise.
+        naming: likewise.
+
+    Returns:
+        The pairs; their `sets` are the names of the sources that have one.
+
+    Raises:
+        DataError: as `load_pairs`.
+    """
+    several = not isinstance(sources, str) and len(sources) > 1
+    return _load(sources, Reading(scored, "skip", naming or Naming(), True), strict, cache_dir, apart=several)
+
+
+def _load(
+    sources: Sequence[str], reading: Reading, strict: bool, cache_dir: str | None, apart: bool = False
+) -> PairData:
+    root = cache.cache_root(cache_dir)
     resolved = resolve([sources] if isinstance(sources, str) else sources, root)
-    contents = [[source.name, source.content, source.weight] for source in resolved.sources]
+    if apart:
+        resolved = resolved.named_apart()
+    contents = [[source.name, source.label, source.content, source.weight] for source in resolved.sources]
     fingerprint = files.digest("pairs", FORMAT_VERSION, contents, dataclasses.asdict(reading))
     # Reports name the sources as the user spelled them, so the spelling is part of the entry, not of the data.
     key = files.digest(
@@ -161,8 +199,9 @@ def load_pairs(
     if strict and report.first_bad:
         raise strict_error(report.first_bad)
     if not report.pairs:
-        raise _nothing_left(report)
-    return _opened(entry, report, fingerprint)
+        raise nothing_left(report)
+    sets = tuple(dict.fromkeys(source.label for source in resolved.sources if source.label))
+    return dataclasses.replace(_opened(entry, report, fingerprint), sets=sets)
 
 
 def pairs_from_rows(
@@ -200,7 +239,7 @@ def pairs_from_rows(
     numbered = ((line, plain(row)) for line, row in enumerate(rows, start=1))
     pairs = list(read_pairs(source, numbered, report, reading, strict=False))
     if not pairs:
-        raise _nothing_left(report)
+        raise nothing_left(report)
     table = pyarrow.Table.from_batches([_record_batch(pairs)])
     hashes = np.array([prompt_hash(pair.prompt) for pair in pairs], dtype=np.uint64)
     content = files.digest("rows", [_values(pair) for pair in pairs])
@@ -317,17 +356,3 @@ def _opened(entry: Shared, report: IssueReport, fingerprint: str) -> PairData:
 
     dataset = datasets.Dataset.from_file(str(entry.path / "pairs.arrow"))
     return PairData(dataset, report, fingerprint, np.load(entry.path / "prompt_hash.npy"), entry)
-
-
-def _nothing_left(report: IssueReport) -> DataError:
-    counts = {**report.counts, **report.skipped, **report.files}
-    if not counts:
-        return DataError("no pairs: the data holds no rows.")
-    kind = max(counts, key=lambda name: counts[name])
-    number = sum(counts.values())
-    if number == 1:
-        return DataError(f"no pairs are left: {report.examples[kind][0]}.")
-    return DataError(
-        f"no pairs are left of {report.rows:,} rows: most are left out for '{kind}' ({counts[kind]:,}), "
-        f"such as {report.examples[kind][0]}."
-    )

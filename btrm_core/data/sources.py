@@ -26,7 +26,7 @@ from btrm_core import files
 from btrm_core.cache import file_sha256
 from btrm_core.data.inputs import hub
 from btrm_core.data.inputs.card import read_card
-from btrm_core.data.inputs.spec import Slice, Spec, expand, is_pattern, parse_spec
+from btrm_core.data.inputs.spec import Slice, Spec, apart, expand, is_pattern, parse_spec
 from btrm_core.data.inputs.streams import PACKED, STANDARD_INPUT, kind_of_file, local_path, spooled
 from btrm_core.data.shapes.values import clean_text
 from btrm_core.errors import DataError, did_you_mean
@@ -107,6 +107,12 @@ class Resolved:
 
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
+
+    def named_apart(self) -> Resolved:
+        """The same sources, each that the user has not named under a name of its own."""
+        folders = ["" if s.label or s.path is None else s.path.resolve().parent.name for s in self.sources]
+        names = apart([source.subset for source in self.sources], folders)
+        return replace(self, sources=tuple(replace(s, label=n) for s, n in zip(self.sources, names, strict=True)))
 
 
 def resolve(specs: Sequence[str], root: Path) -> Resolved:

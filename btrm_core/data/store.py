@@ -82,6 +82,7 @@ class TokenStore:
         self.group_P, self.chosen_P, self.rejected_P = (numbers(pairs, key) for key in ("group", "chosen", "rejected"))
         self.margin_P, self.weight_P, self.index_P = (numbers(pairs, key) for key in ("margin", "weight", "index"))
         self.probability_P, self.ranking_P = (numbers(pairs, key) for key in ("probability", "ranking"))
+        self.sets: tuple[str, ...] = ()
         self.first_pair_G = np.append(numbers(groups, "first_pair"), len(self.group_P))
 
     @classmethod
@@ -192,7 +193,7 @@ class TokenStore:
     def judged(self) -> Judged:
         """What the data says of the pairs, for an evaluation."""
         lengths_P2 = self.lengths_P2
-        return Judged(lengths_P2[:, 0] - lengths_P2[:, 1], self.probability_P, self.subsets())
+        return Judged(lengths_P2[:, 0] - lengths_P2[:, 1], self.probability_P, self.subsets(), self.sets)
 
     def group(self, index: int) -> Tree:
         """The distinct conversations of a group; its ids are a read-only view of the file.

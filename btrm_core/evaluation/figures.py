@@ -32,11 +32,13 @@ class Judged:
         longer_by_P: by how many tokens the chosen conversation is longer, int64.
         probability_P: that the chosen one is better; 0.5 is a tie.
         subset_P: the subset of every pair, empty for none.
+        sets: parts that are reported as a whole beside their subsets, which are called SET/SUBSET.
     """
 
     longer_by_P: NDArray[np.int64]
     probability_P: NDArray[np.floating[Any]]
     subset_P: Sequence[str]
+    sets: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.probability_P)
@@ -86,7 +88,7 @@ def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
     names = [judged.subset_P[int(i)] for i in np.flatnonzero(decided_P)]
     if len(set(names)) > 1:
         margin_P = (rewards_P2[:, 0] - rewards_P2[:, 1])[decided_P]
-        out["subsets"] = [vars(row) for row in by_subset(names, margin_P)]
+        out["subsets"] = [vars(row) for row in by_subset(names, margin_P, judged.sets)]
     return out
 
 
@@ -136,20 +138,21 @@ class SubsetResult:
     ece: float
 
 
-def by_subset(names: list[str], margin_P: FloatArray) -> list[SubsetResult]:
+def by_subset(names: list[str], margin_P: FloatArray, sets: Sequence[str] = ()) -> list[SubsetResult]:
     """Accuracy per subset name from the reward margins of the pairs in the same order; ties count half.
 
     Args:
         names: subset of every pair.
         margin_P: reward margins [P].
+        sets: parts of which some subsets are subsets, as SET/SUBSET.
 
     Returns:
-        One result per subset, sorted by name; losses in nats.
+        One result per subset and part, sorted by name; losses in nats.
     """
     out = []
-    labels = np.array(names, dtype=object)
-    for name in sorted(set(names)):
-        margin = margin_P[labels == name]
+    for name in subset_names(names, sets):
+        part_P = [label == name or (name in sets and label.startswith(f"{name}/")) for label in names]
+        margin = margin_P[np.array(part_P)]
         accuracy, ties, likely = float(wins(margin).mean()), int((margin == 0).sum()), reliability(margin)
         size = float(margin.mean())
         out.append(SubsetResult(name, len(margin), accuracy, ties, size, likely.loss, likely.brier, likely.ece))
@@ -160,21 +163,31 @@ LOWER_IS_BETTER = {"loss": True, "brier": True, "ece": True, "accuracy": False, 
 """Figures that can say which of two models is the better one."""
 
 
-def check_figure(name: str, subsets: Sequence[str]) -> None:
+def subset_names(names: Sequence[str], sets: Sequence[str] = ()) -> list[str]:
+    """Of which parts there are figures, in order.
+
+    Args:
+        names: the subset of every pair.
+        sets: parts of which some subsets are subsets, as SET/SUBSET.
+    """
+    there = set(names)
+    return sorted(there | {part for part in sets if any(name.startswith(f"{part}/") for name in there)})
+
+
+def check_figure(name: str, subsets: Sequence[str], sets: Sequence[str] = ()) -> None:
     """Refuse a figure that an evaluation on pairs of these subsets will not have.
 
     Args:
         name: a figure, or one of a subset or a named set, as "chat.accuracy".
-        subsets: the subset of every pair; SET/SUBSET where a named set has its own ones.
+        subsets: the subset of every pair.
+        sets: as for `subset_names`.
 
     Raises:
         ConfigError: says which there are.
     """
     known = list(LOWER_IS_BETTER)
-    names = sorted(set(subsets))
+    names = subset_names(subsets, sets)
     if names != [""]:
-        sets = sorted({subset.partition("/")[0] for subset in names} - set(names))
-        known += [f"{one}.{figure}" for one in sets for figure in LOWER_IS_BETTER if figure != "ece"]
         known += [f"{subset}.{figure}" for subset in names for figure in LOWER_IS_BETTER]
     if name not in known:
         some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
@@ -186,13 +199,11 @@ def badness(figures: Mapping[str, Any], name: str) -> float:
 
     Args:
         figures: an evaluation as JSON values.
-        name: a figure, SUBSET.FIGURE, or SET.FIGURE for all subsets of a named set.
+        name: a figure, SUBSET.FIGURE, or SET.FIGURE of a named set.
     """
     subset, _, figure = name.rpartition(".")
-    rows = [figures]
+    row = figures
     if subset and "subsets" in figures:  # else it is the only one
-        rows = [row for row in figures["subsets"] if row["name"] == subset]
-        rows = rows or [row for row in figures["subsets"] if row["name"].startswith(f"{subset}/")]
-    value = float(sum(row[figure] * row["pairs"] for row in rows) / sum(row["pairs"] for row in rows))
-    value = value if LOWER_IS_BETTER[figure] else -value
+        row = next(row for row in figures["subsets"] if row["name"] == subset)
+    value = float(row[figure]) if LOWER_IS_BETTER[figure] else -float(row[figure])
     return math.inf if math.isnan(value) else value

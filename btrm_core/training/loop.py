@@ -140,7 +140,8 @@ def _prepared_step(session: Session, step: StepBatches, seams: Seams, around: Ar
     for group in session.engine.optimizer.param_groups:
         group["lr"] = session.schedule.learning_rate(step.index)
     # what dropout draws follows from seed and step, so a resumed run draws the same
-    torch.manual_seed(session.config.train.seed * 1_000_003 + step.index * 1_009 + session.runtime.rank)
+    drawn = session.config.train.seed * 1_000_003 + step.index * 1_009 + session.runtime.rank
+    torch.manual_seed(drawn % 2**63)  # a seed may be as large as a number can be
     return train_step(session, step, around, stop=seams.stop_requested())
 
 

@@ -22,6 +22,7 @@ from btrm_core.data import (
     TokenStore,
     drop_overlap,
     encode_pairs,
+    load_evaluation,
     load_pairs,
     parse_naming,
     sample_path,
@@ -164,7 +165,8 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     rows = read(data.train, scored=scored, ties=ties, own_prompts=data.own_prompts)
     held_out: PairData | None = None
     if data.eval:
-        held_out = read(data.eval, scored=scored, own_prompts=True)
+        how = {"strict": data.strict, "cache_dir": data.cache_dir, "naming": names}
+        held_out = load_evaluation(data.eval, scored=scored, **how)
         rows, _ = drop_overlap(rows, held_out)
     issues = {"train": rows.issues, **({"eval": held_out.issues} if held_out is not None else {})}
     if not data.eval and data.held_out_fraction > 0:
@@ -187,13 +189,16 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
                 raise DataError(
                     f"{name} data: {encoded[name].describe()}; expected every message as the data has it (--strict)"
                 )
+    if "eval" in encoded and held_out is not None:
+        encoded["eval"].sets = held_out.sets
     if config_module.keeps_best(config):
         if "eval" not in encoded:
             asked = "--early-stopping" if config.train.early_stopping is not None else "--best-by"
             asked = "--keep-best" if config.output.keep_best else asked
             raise ConfigError(f"{asked} needs evaluation pairs: give --eval-data SRC, or hold some out")
         decided = encoded["eval"].probability_P > 0.5
-        check_figure(config.output.best_by, [s for s, ok in zip(encoded["eval"].subsets(), decided, strict=True) if ok])
+        subsets = [s for s, ok in zip(encoded["eval"].subsets(), decided, strict=True) if ok]
+        check_figure(config.output.best_by, subsets, encoded["eval"].sets)
     if not len(encoded.get("train", ())):
         raise DataError("no training pairs are left after encoding; see the counts above, or raise --max-length")
     if config.loss.ranking == "plackett-luce" and (encoded["train"].probability_P < 1).any():
@@ -202,6 +207,7 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
         "sources": list(data.train),
         "eval_sources": list(data.eval) or f"held out by prompt hash, {data.held_out_fraction:g} of the pairs",
         "fingerprint": rows.fingerprint,
+        "training_pairs": encoded["train"].digest,
         "rows": {name: issue.to_dict() for name, issue in issues.items()},
         "encoding": {name: part.report for name, part in encoded.items()},
     }

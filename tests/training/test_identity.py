@@ -343,6 +343,10 @@ def test_a_model_of_other_settings_or_data_is_not_begun_anew_unasked(
     assert anew.progress.step == 2
 
 
+def test_a_seed_may_be_as_large_as_a_number_can_be(root: Path, tmp_path: Path) -> None:
+    assert trajectories.train(root, tmp_path / "run", train__seed=2**63 - 1, train__max_steps=2).progress.step == 2
+
+
 def test_after_its_hours_a_run_goes_on(root: Path, tmp_path: Path) -> None:
     first = trajectories.train(root, tmp_path / "run", **ON, train__max_hours=1e-9)
     assert (first.progress.step, (first.directory or tmp_path).name) == (1, "model")

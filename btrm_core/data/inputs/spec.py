@@ -18,7 +18,7 @@ What exists under the whole text is taken as it stands, so that a file may have 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,3 +178,22 @@ def expand(place: str) -> list[Path]:
     anchor = Path(path.anchor) if path.anchor else Path()
     inner = path.relative_to(path.anchor) if path.anchor else path
     return sorted(anchor.glob(str(inner)))
+
+
+def apart(names: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Names of sources, those that are called alike with their folder before them, or else a number behind.
+
+    Args:
+        names: what each is called.
+        folders: the folder each is in; empty for one that keeps its name whatever the others are called.
+
+    >>> apart(["test", "test", "chat"], ["a", "b", "b"]), apart(["x", "x"], ["a", "a"]), apart(["x", "x"], ["", ""])
+    (['a/test', 'b/test', 'chat'], ['a/x', 'a/x-2'], ['x', 'x'])
+    """
+    found: list[str] = []
+    for name, folder in zip(names, folders, strict=True):
+        alike = names.count(name) > 1 and folder
+        whole = f"{folder}/{name}" if alike else name
+        times = found.count(whole) + sum(other.startswith(f"{whole}-") for other in found) if alike else 0
+        found.append(f"{whole}-{times + 1}" if times else whole)
+    return found
