@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,11 @@ from btrm_core import cache, files
 from btrm_core.console import LongWork
 from btrm_core.data.convert import Message, Pair, Reading
 from btrm_core.data.formats import Ties, WhichPairs
+from btrm_core.data.inputs.memory import memory_rows
 from btrm_core.data.issues import IssueReport, RowIssue
 from btrm_core.data.readers import BATCH_ROWS, read_rows
 from btrm_core.data.shapes.naming import Naming
 from btrm_core.data.shapes.reading import read_pairs, strict_error
-from btrm_core.data.shapes.values import plain
 from btrm_core.data.sources import Resolved, Source, resolve
 from btrm_core.errors import DataError
 from btrm_core.locks import Shared
@@ -118,7 +119,7 @@ class PairData:
 
 
 def load_pairs(
-    sources: Sequence[str],
+    sources: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     *,
     strict: bool = False,
     cache_dir: str | None = None,
@@ -146,7 +147,8 @@ def load_pairs(
         DataError: a source cannot be read, `strict` met a bad row, or no pair is left.
     """
     root, reading = cache.cache_root(cache_dir), Reading(scored, ties, naming or Naming(), own_prompts)
-    resolved = resolve([sources] if isinstance(sources, str) else sources, root)
+    specs = [sources] if isinstance(sources, str | os.PathLike) else sources
+    resolved = resolve([os.fspath(spec) for spec in specs], root)
     contents = [[source.name, source.content, source.weight] for source in resolved.sources]
     fingerprint = files.digest("pairs", FORMAT_VERSION, contents, dataclasses.asdict(reading))
     # Reports name the sources as the user spelled them, so the spelling is part of the entry, not of the data.
@@ -174,7 +176,8 @@ def pairs_from_rows(
     """Return pairs of rows that are already in memory, converted and checked like those of a file.
 
     Args:
-        rows: mappings (values of numpy and pandas are understood), or a pandas DataFrame or an Arrow table.
+        rows: mappings (values of numpy and pandas are understood), a table of pandas, Arrow or Polars, or a mapping of
+            columns.
         name: stands for the source in reports, ids and subsets.
         scored: as for `load_pairs`.
         ties: likewise.
@@ -191,12 +194,7 @@ def pairs_from_rows(
 
     report, reading = IssueReport(), Reading(scored, ties, naming or Naming())
     source = Source(name, name, "table", "")
-    if hasattr(rows, "to_pylist"):
-        rows = rows.to_pylist()
-    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        rows = rows.to_dict("records")
-    numbered = ((line, plain(row)) for line, row in enumerate(rows, start=1))
-    pairs = list(read_pairs(source, numbered, report, reading, strict=False))
+    pairs = list(read_pairs(source, memory_rows(rows, name), report, reading, strict=False))
     if not pairs:
         raise _nothing_left(report)
     table = pyarrow.Table.from_batches([_record_batch(pairs)])

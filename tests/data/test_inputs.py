@@ -377,6 +377,24 @@ def test_values_of_numpy_and_pandas() -> None:
     assert len(pairs_from_rows(pa.Table.from_pylist(ROWS))) == 10
 
 
+def test_rows_in_memory_of_every_kind(tmp_path: Path) -> None:
+    import numpy as np
+
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    itself: list[Any] = []
+    itself.append(itself)
+    structured = np.array([("q", "a", "b")], dtype=[(name, "U5") for name in row])
+    when = pa.array([2**62], pa.timestamp("us", tz="Mars/Olympus"))
+    table = pa.table({**{name: [text] for name, text in row.items()}, "when": when})
+    for given in (row, {name: [text] for name, text in row.items()}, structured, table, table.to_batches()[0]):
+        (pair,) = pairs_from_rows(given)
+        assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == ("q", "a", "b")
+    report = pairs_from_rows(["x", None, row, [1], {"x": itself}]).issues
+    assert (report.rows, report.used, report.counts) == (5, 1, {"not an object": 4})
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert len(load_pairs(tmp_path / "a.jsonl")) == len(load_pairs([tmp_path / "a.jsonl"])) == 1
+
+
 CARD = """---
 license: mit
 configs:
