@@ -10,7 +10,7 @@ import pytest
 
 from btrm_core.data.convert import Pair, Reading, conversations_of, pairs_of
 from btrm_core.data.shapes.naming import Naming, parse_naming
-from btrm_core.data.shapes.values import RowError
+from btrm_core.data.shapes.values import RowError, json_value
 from btrm_core.data.shapes.view import RowView
 from btrm_core.errors import ConfigError
 
@@ -378,6 +378,19 @@ def test_a_system_text_has_many_names(key: str) -> None:
         *Q,
     ]
     assert one({"prompt": "s\n\nUSER: q ASSISTANT:", **AB})[0] == [system("s"), *Q]
+
+
+def test_no_row_is_deeper_than_what_reads_it() -> None:
+    deep: Any = "y"
+    for _ in range(5000):
+        deep = [{"type": "tool_result", "content": deep}]
+    with pytest.raises(RowError, match="of type 'tool_result', expected text"):
+        read({"prompt": [{"role": "user", "content": deep}], **AB})
+    copied = json_value({"x": deep, "y": [float("nan"), {"z": float("-inf")}]})
+    assert copied["y"] == [None, {"z": None}]
+    for _ in range(5000):
+        deep, copied["x"] = deep[0]["content"], copied["x"][0]["content"]
+    assert deep == copied["x"] == "y"
 
 
 def test_a_tree_gives_the_ranked_answers_to_each_of_its_messages() -> None:

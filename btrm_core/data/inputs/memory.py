@@ -36,7 +36,7 @@ def memory_rows(rows: Iterable[Any], where: str) -> Iterator[Numbered]:
             yield line, RowIssue(where, line, reason, "not an object")
 
 
-def _each(rows: Any) -> Iterable[Any]:
+def _each(rows: Any) -> Any:
     if hasattr(rows, "to_dicts"):
         return rows.to_dicts()  # Polars
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):

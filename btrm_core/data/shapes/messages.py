@@ -31,6 +31,8 @@ _KNOWN = {"tool_calls", "function_call", "type"}
 _ROLE_KEYS = ("role", "from", "speaker", "sender")
 _CONTENT_KEYS = ("content", "value", "text", "parts", "refusal")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
+_DEEPEST = 9
+"""How many lists a part may be in: a result of a tool may hold parts, but no row goes deeper than Python can call."""
 _TURNS_OF_TWO = ({"input", "output"}, {"question", "answer"}, {"instruction", "response"})
 
 
@@ -193,7 +195,7 @@ def _part(part: Any, where: str, view: RowView) -> str:
     if kind == "tool_use":
         view.remark(CALLS_WRITTEN)
         return _written({"name": part.get("name"), "arguments": part.get("input")})
-    if kind == "tool_result":
+    if kind == "tool_result" and where.count("[") < _DEEPEST:
         return text_of(part.get("content") or "", f"{where}.content", view)
     if kind:
         raise RowError(
