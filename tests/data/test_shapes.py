@@ -338,6 +338,11 @@ REPR = "array([{'content': 'q', 'role': 'user'}\n {'content': 'VALUE', 'role': '
         # Text that is structure.
         {"prompt": "USER: q ASSISTANT:", "chosen": "a</s>", "rejected": "b</s>"},
         {"prompt": "User: q\nAssistant:", **AB},
+        {"prompt": "USER: q\nASSISTANT:", "chosen": "ASSISTANT: a", "rejected": " b</s>"},
+        {
+            side: f"<extra_id_0>System\n\n<extra_id_1>User\nq\n<extra_id_1>Assistant\n{t}\n<extra_id_1>"
+            for side, t in AB.items()
+        },
         {"prompt": "Human: q\nAssistant:", **AB},
         {side: f"\r\n\r\nHuman: q\r\n\r\nAssistant: {text}" for side, text in AB.items()},
         {side: f"Human: q\nAssistant: {text}" for side, text in AB.items()},
@@ -377,7 +382,8 @@ def test_a_system_text_has_many_names(key: str) -> None:
         system("s"),
         *Q,
     ]
-    assert one({"prompt": "s\n\nUSER: q ASSISTANT:", **AB})[0] == [system("s"), *Q]
+    for prompt in ("s\n\nUSER: q ASSISTANT:", "s\n\nHuman: q\n\nAssistant:", "\n\nSystem: s\n\nHuman: q\n\nAssistant:"):
+        assert one({"prompt": prompt, **AB}) == ([system("s"), *Q], "a", "b")
 
 
 def test_no_row_is_deeper_than_what_reads_it() -> None:
