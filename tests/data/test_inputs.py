@@ -147,6 +147,19 @@ def test_slices(tmp_path: Path, text: str, rows: range) -> None:
     assert issues == ([] if rows else [f"empty slice: the slice {text} holds no row"])
 
 
+@pytest.mark.parametrize(("text", "rows"), SLICES)
+def test_a_slice_of_a_split_is_one_of_all_its_files(tmp_path: Path, text: str, rows: range) -> None:
+    lines = LINES.splitlines(keepends=True)
+    for number, (start, stop) in enumerate(((0, 4), (4, 5), (5, 10))):
+        (tmp_path / f"train-{number:05}-of-00003.jsonl").write_bytes(b"".join(lines[start:stop]))
+    sources = resolve([f"{tmp_path}:train{text}"], tmp_path / "cache").sources
+    found = [row for source in sources for _, row in read_rows(source)]
+    assert [row for row in found if not isinstance(row, RowIssue)] == [ROWS[n] for n in rows]
+    assert sum(isinstance(row, RowIssue) for row in found) == (not rows)
+    with pytest.raises(DataError, match=r"'https://x\.org/a\.jsonl' is an address, expected a file"):
+        resolve(["https://x.org/a.jsonl"], tmp_path)
+
+
 def test_a_slice_is_other_data(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     whole, part = load_pairs([f"{tmp_path}/a.jsonl"]), load_pairs([f"{tmp_path}/a.jsonl[:5]"])
