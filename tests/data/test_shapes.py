@@ -317,7 +317,8 @@ REPR = "array([{'content': 'q', 'role': 'user'}\n {'content': 'VALUE', 'role': '
         {"question": "q", "answers": [{"pm_score": 0, "text": "b"}, {"pm_score": 3, "text": "a"}]},
         {"prompt": "q", "responses": ["b", "a", "b"], "scores": [False, True, False]},
         {"trajectory": [{"from": "user", "value": "q"}], **AB},
-        {"conversation": [{"input": "q", "output": None}], **AB},
+        {"conversation": [{"output": None, "input": "q"}], **AB},
+        {side: [{"answer": text, "question": "q"}] for side, text in AB.items()},
         {
             "contents": PARTS_Q,
             "chosen": {"role": "model", "parts": [{"text": "a"}]},
@@ -384,6 +385,11 @@ def test_a_system_text_has_many_names(key: str) -> None:
     ]
     for prompt in ("s\n\nUSER: q ASSISTANT:", "s\n\nHuman: q\n\nAssistant:", "\n\nSystem: s\n\nHuman: q\n\nAssistant:"):
         assert one({"prompt": prompt, **AB}) == ([system("s"), *Q], "a", "b")
+
+
+def test_what_stands_beside_a_turn_of_two_is_named() -> None:
+    _, view = read({"conversation": [{"input": "q", "output": None, "thought": "x"}], **AB})
+    assert view.unused == ["messages.thought"]
 
 
 def test_no_row_is_deeper_than_what_reads_it() -> None:
