@@ -15,8 +15,6 @@ from btrm_core.errors import ConfigError
 if TYPE_CHECKING:
     from btrm_core.chat import ChatFormat
 
-_EVERY_PROMPT: dict[str, Any] = {"ties": "half", "own_prompts": True}
-"""How data is read whose prompts are wanted and not its preferences."""
 _RULES = ("best-vs-worst", "best-vs-each", "all", "random")
 
 
@@ -60,7 +58,7 @@ def inspect(sources: tuple[str, ...], **flags: Any) -> None:
     if flags["report_dir"]:
         require_matplotlib()
     pairs = load_pairs(sources, naming=parse_naming(flags["names"]))
-    against = load_pairs(flags["against"], **_EVERY_PROMPT) if flags["against"] else None
+    against = curate.load_prompts(flags["against"], parse_naming(flags["names"])) if flags["against"] else None
     chat = _chat(flags["model"], flags["family"])
     with _progress() as told:
         found = curate.survey(pairs, chat=chat, against=against, near=flags["near"], progress=told)
@@ -117,7 +115,10 @@ def convert(sources: tuple[str, ...], **flags: Any) -> None:
         ties=flags["ties"],
         naming=parse_naming(flags["names"], flags["form"]),
     )
-    other = load_pairs(flags["decontaminate"], **_EVERY_PROMPT) if flags["decontaminate"] else None
+    naming = parse_naming(flags["names"])
+    other = curate.load_prompts(flags["decontaminate"], naming) if flags["decontaminate"] else None
+    if other is not None and other.without:
+        click.echo(f"{other.without:,} rows of --decontaminate hold no prompt", err=True)
     filters = curate.Filters(flags["min_margin"], flags["max_tokens"], flags["dedupe"], other, flags["sample"])
     with LongWork("filtering", len(pairs) if flags["max_tokens"] is not None else None, "pair") as work:
         pairs = curate.filtered(pairs, filters, chat, work.add)

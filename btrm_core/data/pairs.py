@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,11 @@ from btrm_core import cache, files
 from btrm_core.console import LongWork
 from btrm_core.data.convert import Message, Pair, Reading
 from btrm_core.data.formats import Ties, WhichPairs
+from btrm_core.data.inputs.memory import memory_rows
 from btrm_core.data.issues import IssueReport, RowIssue, nothing_left
 from btrm_core.data.readers import BATCH_ROWS, read_rows
 from btrm_core.data.shapes.naming import Naming
 from btrm_core.data.shapes.reading import read_pairs, strict_error
-from btrm_core.data.shapes.values import plain
 from btrm_core.data.sources import Resolved, Source, resolve
 from btrm_core.errors import DataError
 from btrm_core.locks import Shared
@@ -122,7 +123,7 @@ class PairData:
 
 
 def load_pairs(
-    sources: Sequence[str],
+    sources: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     *,
     strict: bool = False,
     cache_dir: str | None = None,
@@ -176,7 +177,7 @@ def load_evaluation(
     Raises:
         DataError: as `load_pairs`.
     """
-    several = not isinstance(sources, str) and len(sources) > 1
+    several = not isinstance(sources, str | os.PathLike) and len(sources) > 1
     return _load(sources, Reading(scored, "skip", naming or Naming(), True), strict, cache_dir, apart=several)
 
 
@@ -184,7 +185,8 @@ def _load(
     sources: Sequence[str], reading: Reading, strict: bool, cache_dir: str | None, apart: bool = False
 ) -> PairData:
     root = cache.cache_root(cache_dir)
-    resolved = resolve([sources] if isinstance(sources, str) else sources, root)
+    specs = [sources] if isinstance(sources, str | os.PathLike) else sources
+    resolved = resolve([os.fspath(spec) for spec in specs], root)
     if apart:
         resolved = resolved.named_apart()
     contents = [[source.name, source.label, source.content, source.weight] for source in resolved.sources]
@@ -215,7 +217,8 @@ def pairs_from_rows(
     """Return pairs of rows that are already in memory, converted and checked like those of a file.
 
     Args:
-        rows: mappings (values of numpy and pandas are understood), or a pandas DataFrame or an Arrow table.
+        rows: mappings (values of numpy and pandas are understood), a table of pandas, Arrow or Polars, or a mapping of
+            columns.
         name: stands for the source in reports, ids and subsets.
         scored: as for `load_pairs`.
         ties: likewise.
@@ -232,12 +235,7 @@ def pairs_from_rows(
 
     report, reading = IssueReport(), Reading(scored, ties, naming or Naming())
     source = Source(name, name, "table", "")
-    if hasattr(rows, "to_pylist"):
-        rows = rows.to_pylist()
-    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        rows = rows.to_dict("records")
-    numbered = ((line, plain(row)) for line, row in enumerate(rows, start=1))
-    pairs = list(read_pairs(source, numbered, report, reading, strict=False))
+    pairs = list(read_pairs(source, memory_rows(rows, name), report, reading, strict=False))
     if not pairs:
         raise nothing_left(report)
     table = pyarrow.Table.from_batches([_record_batch(pairs)])

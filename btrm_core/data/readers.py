@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import io
 import itertools
 import json
@@ -59,14 +60,38 @@ def read_rows(source: Source) -> Iterator[Numbered]:
     Raises:
         DataError: the file cannot be opened or the disk fails while reading.
     """
-    start, stop = source.rows.bounds(lambda: sum(1 for _ in _all_rows(source))) if source.rows else (0, None)
+    start, stop = _bounds(source)
     taken = False
     for numbered in itertools.islice(_all_rows(source), start, stop):
         taken = True
         yield numbered
-    if not taken:
+    if not taken and _is_empty(source):
         reason = f"the slice {source.rows} holds no row" if source.rows else "the file is empty"
         yield 0, RowIssue(source.where, 0, reason, "empty slice" if source.rows else "empty file")
+
+
+def _bounds(source: Source) -> tuple[int, int | None]:
+    """Where the rows of a source begin and end, from 0; of one file of several, its part of their slice."""
+    if source.rows is None:
+        return 0, None
+    whole = source.whole or (source,)
+    start, stop = source.rows.bounds(lambda: sum(map(_count, whole)))
+    first = sum(map(_count, itertools.takewhile(lambda other: other.path != source.path, source.whole)))
+    return max(start - first, 0), None if stop is None else max(stop - first, 0)
+
+
+def _is_empty(source: Source) -> bool:
+    """Whether no row is in the slice of a source without a row; of several files, the first one tells."""
+    if source.rows is None or not source.whole:
+        return True
+    start, stop = source.rows.bounds(lambda: sum(map(_count, source.whole)))
+    is_first = source.path == source.whole[0].path
+    return is_first and ((stop is not None and stop <= start) or start >= sum(map(_count, source.whole)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _count(source: Source) -> int:
+    return sum(1 for _ in _all_rows(source))
 
 
 def _all_rows(source: Source) -> Iterator[Numbered]:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow", "table"]
 
-
 _KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -48,7 +47,6 @@ _KINDS: dict[str, Kind] = {
     ".feather": "arrow",
 }
 ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet, .arrow or .feather"
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_ADDRESS = re.compile(r"(?:hf://datasets/|https?://huggingface\.co/datasets/)(.+)")
 _SPLIT_NAMES = ("train", "validation", "valid", "dev", "test", "eval")
@@ -70,6 +68,7 @@ class Source:
         table: the rows of a `save_to_disk` folder or a Hub data set, memory-mapped.
         content: SHA-256 of the content, or what stands for it.
         rows: the slice of the rows that is meant; None for all.
+        whole: the files of a split of which it is the slice, where they are several; this is one of them.
         weight: what every pair of it counts in the loss.
         label: the user's own name for it.
     """
@@ -81,6 +80,7 @@ class Source:
     path: Path | None = None
     table: datasets.Dataset | None = field(default=None, repr=False, compare=False)
     rows: Slice | None = None
+    whole: tuple[Source, ...] = field(default=(), repr=False)
     weight: float = 1.0
     label: str | None = None
 
@@ -145,11 +145,13 @@ def _resolve_one(text: str, root: Path) -> tuple[list[Source], list[str]]:
     spec = parse_spec(text, lambda place: kind_of_file(local_path(place), place) != "")
     made, notes = _found(spec, root)
     sources = []
+    whole = tuple(made) if spec.rows and len(made) > 1 and not is_pattern(spec.place) else ()
     for source in made:
-        content = files.digest(source.content, str(spec.rows)) if spec.rows else source.content
-        changed = replace(source, content=content, rows=spec.rows, weight=spec.weight, label=spec.name)
+        slice_of = (source.content, str(spec.rows), *(other.content for other in whole))
+        content = files.digest(*slice_of) if spec.rows else source.content
+        changed = replace(source, content=content, rows=spec.rows, whole=whole, weight=spec.weight, label=spec.name)
         sources.append(replace(changed, name=spec.name) if spec.name and len(made) == 1 else changed)
-    if spec.rows and len(sources) > 1:
+    if spec.rows and len(made) > 1 and not whole:
         notes = [*notes, f"{spec.text}: the slice is taken of each of the {len(sources)} files"]
     return sources, notes
 

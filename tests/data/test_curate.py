@@ -17,7 +17,7 @@ from btrm_core.cli import main
 from btrm_core.cli.data import held_out_name
 from btrm_core.config import apply
 from btrm_core.data import load_pairs
-from btrm_core.data.curate import overview, survey, write_pairs
+from btrm_core.data.curate import load_prompts, overview, survey, write_pairs
 from btrm_core.data.curate.select import token_lengths
 from btrm_core.data.curate.similar import has_passage, near_duplicates, ngrams, passages, signature, word_hashes
 from btrm_core.data.pairs import pairs_from_rows
@@ -274,20 +274,25 @@ def test_every_pair_left_out_has_a_counted_reason(tmp_path, model):
     assert "left out on purpose" in again.stdout or "not in the sample" in again.stdout
 
 
-def test_ties_and_conversations_of_their_own_count_as_contamination(tmp_path):
+def test_every_row_with_a_prompt_counts_as_contamination(tmp_path):
     turns = [[("user", "two"), ("assistant", x), ("user", "more"), ("assistant", x)] for x in "ab"]
     of_its_own = [[{"role": role, "content": text} for role, text in one] for one in turns]
     rows = [
         {"prompt": "one", "response_a": "a", "response_b": "b", "winner": "tie"},
         {"conversation_a": of_its_own[0], "conversation_b": of_its_own[1], "winner": "model_a"},
     ]
-    other = write(tmp_path / "test.jsonl", rows)
+    of_prompts = [{"turns": 3, "question": "four", "answer": "42"}, {"prompt": "five"}, {"x": 1}]
+    other = write(tmp_path / "test.jsonl", [*rows, *of_prompts])
     talk = {"prompt": of_its_own[0][:-1], "chosen": "x", "rejected": "y"}
-    source = write(tmp_path / "in.jsonl", [*rows_of(("one", "x", "y"), ("three", "x", "y")), talk])
+    source = write(tmp_path / "in.jsonl", [*rows_of(*[(p, "x", "y") for p in ("one", "three", "four", "five")]), talk])
     result = btrm("convert", source, "-o", tmp_path / "out.jsonl", "--decontaminate", other, "--json")
-    assert json.loads(result.stdout)["left_out"] == {"prompt also in the other data": 2}
+    assert json.loads(result.stdout)["left_out"] == {"prompt also in the other data": 4}
+    assert "1 rows of --decontaminate hold no prompt" in result.stderr
     against = btrm("inspect", source, "--against", other, "--json", "--no-near")
-    assert json.loads(against.stdout)["against"]["same prompt"] == 2
+    found = json.loads(against.stdout)["against"]
+    assert (found["prompts"], found["rows without a prompt"], found["same prompt"]) == (5, 1, 4)
+    with pytest.raises(DataError, match=r"no row of .* holds a prompt"):
+        load_prompts([str(write(tmp_path / "no.jsonl", [{"x": 1}]))])
 
 
 def test_names_that_are_no_text_are_told_as_text(tmp_path):

@@ -147,6 +147,19 @@ def test_slices(tmp_path: Path, text: str, rows: range) -> None:
     assert issues == ([] if rows else [f"empty slice: the slice {text} holds no row"])
 
 
+@pytest.mark.parametrize(("text", "rows"), SLICES)
+def test_a_slice_of_a_split_is_one_of_all_its_files(tmp_path: Path, text: str, rows: range) -> None:
+    lines = LINES.splitlines(keepends=True)
+    for number, (start, stop) in enumerate(((0, 4), (4, 5), (5, 10))):
+        (tmp_path / f"train-{number:05}-of-00003.jsonl").write_bytes(b"".join(lines[start:stop]))
+    sources = resolve([f"{tmp_path}:train{text}"], tmp_path / "cache").sources
+    found = [row for source in sources for _, row in read_rows(source)]
+    assert [row for row in found if not isinstance(row, RowIssue)] == [ROWS[n] for n in rows]
+    assert sum(isinstance(row, RowIssue) for row in found) == (not rows)
+    with pytest.raises(DataError, match=r"'https://x\.org/a\.jsonl' is an address, expected a file"):
+        resolve(["https://x.org/a.jsonl"], tmp_path)
+
+
 def test_a_slice_is_other_data(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     whole, part = load_pairs([f"{tmp_path}/a.jsonl"]), load_pairs([f"{tmp_path}/a.jsonl[:5]"])
@@ -375,6 +388,24 @@ def test_values_of_numpy_and_pandas() -> None:
         ]
         assert data[0].id == "7"
     assert len(pairs_from_rows(pa.Table.from_pylist(ROWS))) == 10
+
+
+def test_rows_in_memory_of_every_kind(tmp_path: Path) -> None:
+    import numpy as np
+
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    itself: list[Any] = []
+    itself.append(itself)
+    structured = np.array([("q", "a", "b")], dtype=[(name, "U5") for name in row])
+    when = pa.array([2**62], pa.timestamp("us", tz="Mars/Olympus"))
+    table = pa.table({**{name: [text] for name, text in row.items()}, "when": when})
+    for given in (row, {name: [text] for name, text in row.items()}, structured, table, table.to_batches()[0]):
+        (pair,) = pairs_from_rows(given)
+        assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == ("q", "a", "b")
+    report = pairs_from_rows(["x", None, row, [1], {"x": itself}]).issues
+    assert (report.rows, report.used, report.counts) == (5, 1, {"not an object": 4})
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert len(load_pairs(tmp_path / "a.jsonl")) == len(load_pairs([tmp_path / "a.jsonl"])) == 1
 
 
 CARD = """---

@@ -10,7 +10,7 @@ import pytest
 
 from btrm_core.data.convert import Pair, Reading, conversations_of, pairs_of
 from btrm_core.data.shapes.naming import Naming, parse_naming
-from btrm_core.data.shapes.values import RowError
+from btrm_core.data.shapes.values import RowError, json_value
 from btrm_core.data.shapes.view import RowView
 from btrm_core.errors import ConfigError
 
@@ -317,7 +317,8 @@ REPR = "array([{'content': 'q', 'role': 'user'}\n {'content': 'VALUE', 'role': '
         {"question": "q", "answers": [{"pm_score": 0, "text": "b"}, {"pm_score": 3, "text": "a"}]},
         {"prompt": "q", "responses": ["b", "a", "b"], "scores": [False, True, False]},
         {"trajectory": [{"from": "user", "value": "q"}], **AB},
-        {"conversation": [{"input": "q", "output": None}], **AB},
+        {"conversation": [{"output": None, "input": "q"}], **AB},
+        {side: [{"answer": text, "question": "q"}] for side, text in AB.items()},
         {
             "contents": PARTS_Q,
             "chosen": {"role": "model", "parts": [{"text": "a"}]},
@@ -338,6 +339,11 @@ REPR = "array([{'content': 'q', 'role': 'user'}\n {'content': 'VALUE', 'role': '
         # Text that is structure.
         {"prompt": "USER: q ASSISTANT:", "chosen": "a</s>", "rejected": "b</s>"},
         {"prompt": "User: q\nAssistant:", **AB},
+        {"prompt": "USER: q\nASSISTANT:", "chosen": "ASSISTANT: a", "rejected": " b</s>"},
+        {
+            side: f"<extra_id_0>System\n\n<extra_id_1>User\nq\n<extra_id_1>Assistant\n{t}\n<extra_id_1>"
+            for side, t in AB.items()
+        },
         {"prompt": "Human: q\nAssistant:", **AB},
         {side: f"\r\n\r\nHuman: q\r\n\r\nAssistant: {text}" for side, text in AB.items()},
         {side: f"Human: q\nAssistant: {text}" for side, text in AB.items()},
@@ -377,7 +383,26 @@ def test_a_system_text_has_many_names(key: str) -> None:
         system("s"),
         *Q,
     ]
-    assert one({"prompt": "s\n\nUSER: q ASSISTANT:", **AB})[0] == [system("s"), *Q]
+    for prompt in ("s\n\nUSER: q ASSISTANT:", "s\n\nHuman: q\n\nAssistant:", "\n\nSystem: s\n\nHuman: q\n\nAssistant:"):
+        assert one({"prompt": prompt, **AB}) == ([system("s"), *Q], "a", "b")
+
+
+def test_what_stands_beside_a_turn_of_two_is_named() -> None:
+    _, view = read({"conversation": [{"input": "q", "output": None, "thought": "x"}], **AB})
+    assert view.unused == ["messages.thought"]
+
+
+def test_no_row_is_deeper_than_what_reads_it() -> None:
+    deep: Any = "y"
+    for _ in range(5000):
+        deep = [{"type": "tool_result", "content": deep}]
+    with pytest.raises(RowError, match="of type 'tool_result', expected text"):
+        read({"prompt": [{"role": "user", "content": deep}], **AB})
+    copied = json_value({"x": deep, "y": [float("nan"), {"z": float("-inf")}]})
+    assert copied["y"] == [None, {"z": None}]
+    for _ in range(5000):
+        deep, copied["x"] = deep[0]["content"], copied["x"][0]["content"]
+    assert deep == copied["x"] == "y"
 
 
 def test_a_tree_gives_the_ranked_answers_to_each_of_its_messages() -> None:

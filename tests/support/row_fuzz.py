@@ -30,6 +30,19 @@ TEXTS = (
         '["q"]',
         "1e5",
     ),
+    *(
+        "USER: q ASSISTANT:",
+        "### Instruction:\nq\n### Response:",
+        "Human: q\nAssistant:",
+        "[null]",
+        "['a' 'b']",
+        "[1. nan]",
+    ),
+    *(
+        "array([{'role': 'user'}])",
+        "{'a': array(",
+        "[{'role': 'user', 'content': 'q'} {'role': 'bot', 'content': 'a'}]",
+    ),
     *("tie", "model_a", "B", "N/A", "A>B", "x" * 3000),
 )
 NUMBERS = (0, 1, -1, 2.5, 1e-46, 1e308, -1e300, math.nan, math.inf, True, 10**30, 3, "4", "nan", None)
@@ -40,6 +53,9 @@ KEYS = (
     *("response_a", "response_b", "winner", "response_0", "response_1", "better_response_id", "rejected_response"),
     *("human_ref_A", "human_ref_B", "labels", "winner_model_a", "winner_model_b", "winner_tie", "overall_preference"),
     *("system", "system_prompt", "margin", "weight", "probability", "id", "subset", "tools", "info", "error", "reward"),
+    *("chosen_response", "preferred_output", "non_preferred_output", "accepted", "response_j", "response_k", "\ud801"),
+    *("output_1", "output_2", "conv_A", "conv_B", "label", "preference", "turn", "model_a", "model_b", "candidates"),
+    *("trajectory", "contents", "system_message", "replies", "text", "role", "score_a", "score_b", "Chosen", " prompt"),
     *("rewards", "truncated", "btrm_reward", "overall_score", "context", "conversation_a", "conversation_b"),
 )
 SHAPES: tuple[tuple[str, ...], ...] = (
@@ -57,6 +73,15 @@ SOUND: tuple[dict[str, Any], ...] = (
     {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"},
     {"messages": TURNS, "rejected_response": "b"},
     {"prompt": "q", "chosen": ["a", "c"], "rejected": ["b"]},
+    {"conv_A": TURNS, "conv_B": [TURNS[0], {"role": "gpt", "content": "b"}], "winner": "model_a", "turn": 1},
+    {"input": {"messages": TURNS[:1]}, "preferred_output": TURNS[1:], "non_preferred_output": "b"},
+    {
+        "prompt": {
+            "role": "prompter",
+            "text": "q",
+            "replies": [{"role": "assistant", "text": x, "rank": x} for x in "01"],
+        }
+    },
 )
 
 
@@ -88,7 +113,7 @@ class Maker:
             key in ("chosen", "rejected", "prompt") and draw.random() < 0.4
         ):
             return self.messages()
-        if key in ("responses", "completions", "answers", "output", "summaries"):
+        if key in ("responses", "completions", "answers", "output", "summaries", "candidates"):
             return [self.response() for _ in range(draw.randint(0, 4))]
         if key in ("scores", "ranks"):
             return [draw.choice(NUMBERS) for _ in range(draw.randint(1, 4))]
@@ -122,7 +147,20 @@ class Maker:
             return self.draw.choice(TEXTS)
         if kind == 2:
             return [self.value(depth - 1) for _ in range(self.draw.randint(0, 3))]
-        keys = ("role", "content", "from", "value", "text", "type", "score", "a")
+        keys = (
+            "role",
+            "content",
+            "from",
+            "value",
+            "text",
+            "type",
+            "score",
+            "a",
+            "parts",
+            "messages",
+            "user",
+            "replies",
+        )
         return {self.draw.choice(keys): self.value(depth - 1) for _ in range(self.draw.randint(0, 3))}
 
     def line(self) -> bytes:

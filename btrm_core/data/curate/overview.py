@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core.data.curate.select import encoded, prompt_texts
-from btrm_core.data.curate.similar import has_passage, near_duplicates, passages
+from btrm_core.data.curate.prompts import Prompts, prompt_texts
+from btrm_core.data.curate.select import encoded
+from btrm_core.data.curate.similar import has_passage, near_duplicates
 from btrm_core.data.pairs import PairData
 from btrm_core.data.quality import inspect_pairs
 
@@ -78,7 +79,7 @@ def survey(
     data: PairData,
     *,
     chat: ChatFormat | None = None,
-    against: PairData | None = None,
+    against: Prompts | PairData | None = None,
     near: bool = True,
     progress: Progress = lambda what, done, of: None,
 ) -> Survey:
@@ -87,7 +88,7 @@ def survey(
     Args:
         data: the pairs.
         chat: how conversations become ids, for lengths in tokens.
-        against: other data that should not be in this one, such as a benchmark.
+        against: prompts of other data that should not be in this one, such as a benchmark.
         near: look for near-duplicate prompts, the slowest part.
         progress: told now and then what is done, how much of it, and of how much.
 
@@ -119,7 +120,7 @@ def survey(
         control_tokens=dict(control.most_common(20)),
         cycles=_cycles(data, basic["findings"]["contradictory pairs"]["count"]),
         near_duplicates=_near(data, progress) if near else None,
-        against=None if against is None else _overlap(data, against),
+        against=None if against is None else _overlap(data, Prompts.of(against)),
         tokens=None if chat is None else _tokens(data, chat, progress),
     )
 
@@ -152,13 +153,13 @@ def _near(data: PairData, progress: Progress) -> dict[str, Any]:
     return {"count": len(found), "prompts": len(places), "examples": examples}
 
 
-def _overlap(data: PairData, other: PairData) -> dict[str, Any]:
-    exact_P = np.isin(data.prompt_hash_P, other.prompt_hash_P)
-    known = passages(prompt_texts(other))
-    passage_P = np.fromiter(has_passage(prompt_texts(data), known), dtype=bool, count=len(data))
+def _overlap(data: PairData, other: Prompts) -> dict[str, Any]:
+    exact_P = np.isin(data.prompt_hash_P, other.hash_P)
+    passage_P = np.fromiter(has_passage(prompt_texts(data), other.passages), dtype=bool, count=len(data))
     examples = [str(data.dataset[int(i)]["id"]) for i in np.flatnonzero(exact_P | passage_P)[:5]]
     return {
-        "pairs": len(other),
+        "prompts": len(other.hash_P),
+        "rows without a prompt": other.without,
         "same prompt": int(exact_P.sum()),
         "13 words in a row": int((passage_P & ~exact_P).sum()),
         "examples": examples,

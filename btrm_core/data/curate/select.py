@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btrm_core.data.curate.similar import has_passage, passages
+from btrm_core.data.curate.prompts import Prompts, prompt_texts
+from btrm_core.data.curate.similar import has_passage
 from btrm_core.data.issues import IssueReport, RowIssue
 from btrm_core.data.pairs import PairData
 from btrm_core.data.quality import repeated_pairs
@@ -38,14 +39,14 @@ class Filters:
         min_margin: pairs whose margin is smaller, or not given.
         max_tokens: pairs of which a conversation is longer; needs a chat format.
         dedupe: pairs that repeat an earlier one.
-        decontaminate: sources whose prompts must not occur: the same prompt, or 13 consecutive words of one.
+        decontaminate: prompts that must not occur: the same prompt, or 13 consecutive words of one.
         sample: keep so many pairs, spread evenly by a hash of their place.
     """
 
     min_margin: float | None = None
     max_tokens: int | None = None
     dedupe: bool = False
-    decontaminate: PairData | None = None
+    decontaminate: Prompts | PairData | None = None
     sample: int | None = None
 
 
@@ -89,11 +90,10 @@ def _masks(
             raise DataError(f"--min-margin is {least:g}; expected a finite number")
         yield lambda left: _margin(left) >= least, f"margin below {least:g}, or none given"
     if filters.decontaminate is not None:
-        other = filters.decontaminate
-        yield lambda left: ~np.isin(left.prompt_hash_P, other.prompt_hash_P), "prompt also in the other data"
-        known = passages(prompt_texts(other))
+        other = Prompts.of(filters.decontaminate)
+        yield lambda left: ~np.isin(left.prompt_hash_P, other.hash_P), "prompt also in the other data"
         yield (
-            lambda left: ~np.fromiter(has_passage(prompt_texts(left), known), dtype=bool, count=len(left)),
+            lambda left: ~np.fromiter(has_passage(prompt_texts(left), other.passages), dtype=bool, count=len(left)),
             "prompt has 13 words in a row of the other data",
         )
     if filters.max_tokens is not None:
@@ -124,20 +124,6 @@ def kept(data: PairData, mask: Mask | Callable[[PairData], Mask], reason: str) -
     examples = [RowIssue(name, 0, reason, reason, bad=False) for name in ids]
     issues: IssueReport = data.issues.skip(reason, number, examples)
     return data.select(np.flatnonzero(is_kept_P), reason, issues)
-
-
-def prompt_texts(data: PairData) -> Iterator[str]:
-    """The contents of every prompt, as one text.
-
-    Args:
-        data: P pairs.
-
-    Yields:
-        P texts: the contents of the messages, with line breaks between.
-    """
-    for rows in data.batches(_TOGETHER):
-        for row in rows:
-            yield "\n".join(message["content"] for message in row["prompt"])
 
 
 def _margin(data: PairData) -> NDArray[np.float64]:

@@ -125,6 +125,10 @@ def parse_spec(text: str, exists: Callable[[str], bool]) -> Spec:
     >>> parse_spec("org/name@v1:test[:10%]*0.5", lambda path: False).split
     'test'
     """
+    if re.match(r"[a-z][a-z0-9+.-]*://", text):
+        raise DataError(
+            f"'{text}' is an address, expected a file or a folder here, or org/name of the Hub. Download it."
+        )
     place, name, rows, weight = text, None, None, 1.0
     while not exists(place):  # weight and slice, in either order
         if match := _WEIGHT.search(place):

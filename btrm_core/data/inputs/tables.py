@@ -61,7 +61,7 @@ def parquet_file_rows(path: Path, where: str | None = None) -> Iterator[Numbered
         with pyarrow.parquet.ParquetFile(path) as table:
             yield from table.iter_batches(batch_size=BATCH_ROWS)
 
-    yield from _rows(where or str(path), batches(), "Parquet")
+    yield from batch_rows(where or str(path), batches(), "Parquet")
 
 
 def parquet_length(path: Path) -> int:
@@ -111,7 +111,7 @@ def arrow_rows(source: Source) -> Iterator[Numbered]:
         for batch in batches(_path(source))
         for start in range(0, batch.num_rows, BATCH_ROWS)
     )
-    yield from _rows(source.where, sliced, "Arrow")
+    yield from batch_rows(source.where, sliced, "Arrow")
 
 
 def table_rows(source: Source) -> Iterator[Numbered]:
@@ -128,7 +128,7 @@ def table_rows(source: Source) -> Iterator[Numbered]:
     """
     assert source.table is not None
     tables = source.table.with_format("arrow").iter(batch_size=BATCH_ROWS)
-    yield from _rows(source.where, (batch for table in tables for batch in table.to_batches()), "Arrow")
+    yield from batch_rows(source.where, (batch for table in tables for batch in table.to_batches()), "Arrow")
 
 
 def _path(source: Source) -> Path:
@@ -136,7 +136,20 @@ def _path(source: Source) -> Path:
     return source.path
 
 
-def _rows(where: str, batches: Iterator[pyarrow.RecordBatch], name: str) -> Iterator[Numbered]:
+def batch_rows(where: str, batches: Iterator[pyarrow.RecordBatch], name: str) -> Iterator[Numbered]:
+    """Yield the rows of batches of Arrow.
+
+    Args:
+        where: what messages call their source.
+        batches: the batches, in order.
+        name: what they are stored as, for messages.
+
+    Yields:
+        As `parquet_rows`.
+
+    Raises:
+        OSError: the disk fails while reading.
+    """
     import pyarrow
 
     line = 0
@@ -223,8 +236,8 @@ def _decoder(kind: pyarrow.DataType) -> Decode | None:
         if inner:
             return lambda value: value and {k: inner[k](v) if k in inner else v for k, v in value.items()}
     elif pa.types.is_map(kind):
-        item = _decoder(kind.item_type) or (lambda value: value)
-        return lambda value: value and {key: item(inner) for key, inner in value}
+        of_item = _decoder(kind.item_type)
+        return lambda value: value and {key: of_item(inner) if of_item else inner for key, inner in value}
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         item = _decoder(kind.value_type)
         if item:

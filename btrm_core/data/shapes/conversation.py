@@ -182,6 +182,8 @@ def _text_answer(view: RowView, prompt: Prompt, side: Side) -> str | list[Messag
         raise RowError("missing key", reason)
     if prompt.form == texts.TRANSCRIPT:
         return value.strip().removeprefix("Assistant:").strip()
+    if prompt.form == texts.LABELS:
+        return texts.without_label(value)
     if prompt.form is not None:
         return texts.without_terminal(value).strip()
     if texts.ends_in_terminal(value):

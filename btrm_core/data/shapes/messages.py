@@ -31,7 +31,9 @@ _KNOWN = {"tool_calls", "function_call", "type"}
 _ROLE_KEYS = ("role", "from", "speaker", "sender")
 _CONTENT_KEYS = ("content", "value", "text", "parts", "refusal")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
-_TURNS_OF_TWO = ({"input", "output"}, {"question", "answer"}, {"instruction", "response"})
+_DEEPEST = 9
+"""How many lists a part may be in: a result of a tool may hold parts, but no row goes deeper than Python can call."""
+_TURNS_OF_TWO = (("input", "output"), ("question", "answer"), ("instruction", "response"))
 
 
 def messages(value: Any, where: str, view: RowView) -> list[Message]:
@@ -69,10 +71,10 @@ def messages(value: Any, where: str, view: RowView) -> list[Message]:
         raise RowError("wrong type", f"'{where}' is {shown(value)}, expected a list of messages")
     if not value:
         raise RowError("empty conversation", f"'{where}' is an empty list, expected messages")
-    return [_message(item, f"{where}[{index}]", view) for index, item in enumerate(_single_turns(value))]
+    return [_message(item, f"{where}[{index}]", view) for index, item in enumerate(_single_turns(value, view))]
 
 
-def _single_turns(items: list[Any]) -> list[Any]:
+def _single_turns(items: list[Any], view: RowView) -> list[Any]:
     """Messages of the forms that name no role: {"user": text}, [role, text], {"input": question, "output": answer}."""
     made: list[Any] = []
     for item in items:
@@ -80,8 +82,9 @@ def _single_turns(items: list[Any]) -> list[Any]:
             made.append({"role": item[0], "content": item[1]})
         elif isinstance(item, dict) and len(item) == 1 and (role := next(iter(item))).lower() in ROLE_NAMES:
             made.append({"role": role, "content": item[role]})
-        elif isinstance(item, dict) and (both := next((names for names in _TURNS_OF_TWO if names <= set(item)), None)):
-            question, answer = sorted(both, key=list(item).index)
+        elif isinstance(item, dict) and (both := next((two for two in _TURNS_OF_TWO if {*two} <= set(item)), None)):
+            question, answer = both
+            view.leave_parts("messages", item, both)
             made.append({"role": "user", "content": item[question]})
             made += [{"role": "assistant", "content": item[answer]}] if item[answer] is not None else []
         else:
@@ -193,7 +196,7 @@ def _part(part: Any, where: str, view: RowView) -> str:
     if kind == "tool_use":
         view.remark(CALLS_WRITTEN)
         return _written({"name": part.get("name"), "arguments": part.get("input")})
-    if kind == "tool_result":
+    if kind == "tool_result" and where.count("[") < _DEEPEST:
         return text_of(part.get("content") or "", f"{where}.content", view)
     if kind:
         raise RowError(

@@ -47,7 +47,7 @@ _BEGIN = re.compile(
 _TERMINALS = (
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<end_of_turn>", "<eos>", "</s>", "<|end|>"),
     *("<|endoftext|>", "<|eot|>", "<|return|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|end_of_turn|>"),
-    "[|endofturn|]",
+    *("[|endofturn|]", "<extra_id_1>"),
 )
 _HEADERS = tuple(
     re.compile(pattern)
@@ -73,12 +73,14 @@ _LABELS = tuple(
     for pattern in (
         r"(?:\A|(?<=\s)|(?<=</s>))(?P<user>USER):|(?:\A|(?<=\s)|(?<=</s>))(?P<assistant>ASSISTANT):",
         r"(?:\A|\n)#{2,3} (?P<user>Human|User|Instruction):|(?:\A|\n)#{2,3} (?P<assistant>Assistant|Response|Answer):",
+        r"(?:\A\s*|\n\n)(?P<user>Human):|\n\n(?P<assistant>Assistant):",
         r"(?:\A\s*|\n)(?P<user>User|Human):|(?:\n)(?P<assistant>Assistant|AI|Bot):",
         r"(?:\A|(?<=\s))(?P<user>prompter):|(?:\A|(?<=\s))(?P<assistant>assistant):",
     )
 )
-_AFTER_A_HEAD = _LABELS[:2]
-"""Those that may have a system text before them: Vicuna's and Alpaca's."""
+_AFTER_A_HEAD = _LABELS[:3]
+"""Those that may have a system text before them: Vicuna's, Alpaca's and Anthropic's."""
+_LABEL = re.compile(r"\s*(?:ASSISTANT|Assistant|assistant|AI|Bot|#{2,3} (?:Assistant|Response|Answer)):\s*")
 _ALPACA_INPUT = re.compile(r"\n#{2,3} Input:\s*")
 _EXTRA = re.compile(r"<extra_id_[01]>(System|User|Assistant)[ \t]*(?:\n|\Z)")
 
@@ -153,7 +155,7 @@ def labelled_turns(text: str, *, asks: bool) -> list[Turn]:
             (role, _ALPACA_INPUT.sub("\n", body) if role == "user" else without_terminal(body))
             for role, body in zip(roles, bodies, strict=True)
         ]
-        head = text[: found[0].start()].strip()
+        head = text[: found[0].start()].strip().removeprefix("System:").strip()
         if not head or labels in _AFTER_A_HEAD:
             return [("system", head), *turns] if head else turns
     return []
@@ -187,6 +189,18 @@ def without_terminal(text: str) -> str:
     while ending := next((token for token in _TERMINALS if bare.endswith(token)), None):
         text = bare = bare[: -len(ending)].rstrip()
     return text
+
+
+def without_label(text: str) -> str:
+    """Return an answer to labelled turns without the assistant's label at its beginning and a control token at its end.
+
+    Args:
+        text: the answer.
+
+    >>> without_label("ASSISTANT: a</s>")
+    'a'
+    """
+    return without_terminal(_LABEL.sub("", text, count=1) if _LABEL.match(text) else text).strip()
 
 
 def ends_in_terminal(text: str) -> bool:
@@ -277,7 +291,7 @@ def _inst_turns(text: str) -> list[Turn]:
 
 def _extra_id_turns(text: str) -> list[Turn]:
     head, *parts = _EXTRA.split(text)
-    turns = [(who, body.strip()) for who, body in zip(parts[::2], parts[1::2], strict=True)]
+    turns = [(who, without_terminal(body).strip()) for who, body in zip(parts[::2], parts[1::2], strict=True)]
     if not turns:
         return []
     if turns[0] == ("System", ""):

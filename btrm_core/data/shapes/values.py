@@ -243,10 +243,15 @@ def json_value(value: Any) -> Any:
     >>> json_value({"a": [float("inf"), 1.5]})
     {'a': [None, 1.5]}
     """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: json_value(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [json_value(inner) for inner in value]
-    return value
+    made: list[Any] = [value]
+    waiting: list[tuple[Any, Any]] = [(made, 0)]
+    while waiting:  # a row may be deeper than Python's own calls
+        holder, place = waiting.pop()
+        item = holder[place]
+        if isinstance(item, float):
+            holder[place] = item if math.isfinite(item) else None
+        elif isinstance(item, dict | list):
+            holder[place] = copy = item.copy()
+            places = list(copy) if isinstance(copy, dict) else range(len(copy))
+            waiting += [(copy, inner) for inner in places if isinstance(copy[inner], float | dict | list)]
+    return made[0]
