@@ -86,7 +86,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
-        why = hub_problem(error, str(model.name))
+        why = weights.no_tokenizer(Path(str(model.name))) or hub_problem(error, str(model.name))
         raise CheckpointError(why or f"cannot load the tokenizer of {model.name}: {first_line(error)}") from error
 
 
@@ -128,6 +128,8 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
         why = hub_problem(error, name)
         raise CheckpointError(why or f"cannot load the base model {name}: {first_line(error)}") from error
     settle(hf)
+    if getattr(hf, "_hf_peft_config_loaded", False):  # from the hub
+        raise adapters.no_base_model(name)
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise CheckpointError(f"{name}: {type(hf).__name__} has no linear head called `score`; btrm cannot train it")
     return BaseModel(hf, *weights.check_loaded(hf, info, name))
@@ -247,18 +249,17 @@ def _checked_name(model: ModelConfig) -> str:
     if looks_local and not path.is_dir():
         raise CheckpointError(f"the base model {name} is neither a directory nor a hub id of the form owner/name")
     if looks_local and not (path / "config.json").exists():
+        if (path / adapters.SETTINGS).exists():
+            raise adapters.no_base_model(name)
         raise CheckpointError(f"the base model directory {name} has no config.json")
     return name
 
 
 def _check_weights(path: Path) -> None:
+    if (path / adapters.SETTINGS).exists():  # transformers would load them onto whole weights beside them
+        raise adapters.no_base_model(str(path))
     if not path.is_dir() or any((path / file).exists() for file in WEIGHT_FILES):
         return
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path} holds adapters, which are no base model; expected whole weights: train on from a model that was "
-            "saved with --merge, or from the base model that its adapter_config.json names"
-        )
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
     found = f"only {', '.join(others)}, which may run code or lose precision" if others else "none"
     raise CheckpointError(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support.checkpoints import ZEPHYR, zephyr
 from transformers import AutoConfig, AutoTokenizer
 
 from btrm_core.chat.format import prepare_chat
 from btrm_core.cli import main
-from btrm_core.config import apply
+from btrm_core.config import apply, read_settings
 from btrm_core.data.sample import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load, require_claim
+from btrm_core.model.base import build_model
 from btrm_core.run import train
 from btrm_core.settings import RunConfig
 
@@ -89,6 +92,34 @@ def test_a_checkpoint_that_fails_a_check_is_refused_with_it(fault, tmp_path):
 def test_a_checkpoint_without_a_template_is_refused(tmp_path):
     with pytest.raises(FamilyError, match="there is no chat template"):
         chat_of(zephyr(tmp_path / "model", None))
+
+
+def test_a_template_that_the_run_names_stands_in_for_the_checkpoints(tmp_path):
+    """It is what the refusal advises."""
+    named = tmp_path / "template.jinja"
+    named.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    directory = zephyr(tmp_path / "model", None)
+    settings = read_settings(None, {"tokenizer.chat_template": str(named)})
+    config = AutoConfig.from_pretrained(directory)
+    chat = prepare_chat(AutoTokenizer.from_pretrained(directory), config, load("checkpoint", settings))
+    assert chat.template == named.read_text()
+    assert chat.answers["chat_template"] == "run settings"
+
+
+def test_a_pad_token_that_the_tokenizer_has_and_the_model_has_not_gets_a_row(model, tmp_path):
+    """A tokenizer adds the tokens that its configuration names; without a row the trained model could not be loaded."""
+    directory = shutil.copytree(model, tmp_path / "model")
+    named = directory / "tokenizer_config.json"
+    named.write_text(json.dumps({**json.loads(named.read_text()), "pad_token": "<|mine|>"}))
+    chat = chat_of(directory)
+    rows = AutoConfig.from_pretrained(directory).vocab_size
+    assert (chat.pad.token, chat.pad_id, chat.num_new_tokens) == ("<|mine|>", rows, 1)
+    settings = apply(RunConfig(), {"model.name": str(directory)})
+    reward_model, _ = build_model(settings, load("checkpoint"), chat, torch.float32, torch.device("cpu"))
+    assert reward_model.base_model.get_input_embeddings().num_embeddings == rows + 1
 
 
 def test_of_several_processes_the_first_checks(model, tmp_path, monkeypatch):
