@@ -159,7 +159,7 @@ def check_loaded(hf: Any, info: Mapping[str, Any], name: str) -> tuple[bool, str
     if missing - {HEAD}:
         some = ", ".join(sorted(missing - {HEAD})[:3])
         raise CheckpointError(f"the weights of {name} are incomplete: {some} missing; expected a whole base model")
-    left_out = sorted(key for key in info["unexpected_keys"] if not key.startswith("lm_head."))
+    left_out = sorted(key for key in info["unexpected_keys"] if not key.startswith(("lm_head.", "embed_out.")))
     if HEAD in missing and (place := head_among(dict.fromkeys(left_out, ()))) is not None:
         raise unread_head(name, place)
     outputs, width = mismatched.get(HEAD, (0, 0))

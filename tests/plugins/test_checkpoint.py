@@ -19,6 +19,7 @@ from btrm_core.data.sample import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load, require_claim
 from btrm_core.model.base import build_model
+from btrm_core.preflight.conformance.small import small_config
 from btrm_core.run import train
 from btrm_core.settings import RunConfig
 
@@ -120,6 +121,23 @@ def test_a_pad_token_that_the_tokenizer_has_and_the_model_has_not_gets_a_row(mod
     settings = apply(RunConfig(), {"model.name": str(directory)})
     reward_model, _ = build_model(settings, load("checkpoint"), chat, torch.float32, torch.device("cpu"))
     assert reward_model.base_model.get_input_embeddings().num_embeddings == rows + 1
+
+
+@pytest.mark.parametrize("pairs", [48, 4])
+def test_the_small_copy_of_a_long_rotary_embedding_has_small_lists(pairs):
+    """As that of Phi-3-mini-128k, with 48 factors for heads of 96."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
+    sizes = {"hidden_size": 2 * pairs, "num_attention_heads": 1, "original_max_position_embeddings": 64}
+    small = small_config(AutoConfig.for_model("phi3", rope_parameters={**rope, "rope_theta": 1e4}, **sizes), 99)
+    assert small.rope_parameters["long_factor"] == [2.0] * 8
+    assert (small.num_hidden_layers, small.vocab_size) == (2, 32_064)
+
+
+def test_the_small_copy_has_a_layer_of_each_kind():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    small = small_config(AutoConfig.for_model("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2), 99)
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    assert small_config(AutoConfig.for_model("falcon"), 99).head_dim == 16  # which is derived
 
 
 def test_of_several_processes_the_first_checks(model, tmp_path, monkeypatch):
