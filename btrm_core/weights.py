@@ -24,6 +24,7 @@ _OTHER_HEAD = re.compile(
     r"(^|\.)(v_head|value_head|reward_head|rm_head|regression_head|classifier|classification_head|score_head|rw_head)\."
 )
 _LIKE_A_HEAD = re.compile(r"(^|\.)((reward|value|regression|critic|rm|rw|score)(_\w+)?)\.")
+_TOKENIZER = re.compile(r"tokenizer\.json|vocab\.(json|txt)|tekken\.json|.*\.(model|tiktoken)(\.v\d+)?")
 _READ = re.compile(r"(\w+\.)?score\.weight")
 """transformers reads the head also where the prefix of the backbone stands before it."""
 _IN_A_LAYER = re.compile(r"\.\d+\.(?!weight$|bias$)")
@@ -37,18 +38,23 @@ _AGAIN = "download or copy it anew"
 
 
 def check_config(config: Any, name: str) -> None:
-    """Refuse a checkpoint whose weights are quantised: they cannot be trained, nor scored with as they stand.
+    """Refuse a checkpoint whose weights are quantised, or whose pad token has no embedding: neither can be used as is.
 
     Args:
         config: The checkpoint's transformers configuration.
         name: The checkpoint, for the error.
 
     Raises:
-        CheckpointError: names the method.
+        CheckpointError: names the method, or the pad token.
     """
-    settings = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise CheckpointError(
+            f"pad_token_id in config.json of {name} is {pad}, and there are embeddings for {rows:,} tokens; expected a "
+            "smaller number, or null: the pad token is chosen anew"
+        )
+    settings = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
     if not settings:
         return
     given = settings if isinstance(settings, dict) else settings.to_dict()
@@ -154,7 +160,7 @@ def check_loaded(hf: Any, info: Mapping[str, Any], name: str) -> tuple[bool, str
     if missing - {HEAD}:
         some = ", ".join(sorted(missing - {HEAD})[:3])
         raise CheckpointError(f"the weights of {name} are incomplete: {some} missing; expected a whole base model")
-    left_out = sorted(key for key in info["unexpected_keys"] if not key.startswith("lm_head."))
+    left_out = sorted(key for key in info["unexpected_keys"] if not key.startswith(("lm_head.", "embed_out.")))
     if HEAD in missing and (place := head_among(dict.fromkeys(left_out, ()))) is not None:
         raise unread_head(name, place)
     outputs, width = mismatched.get(HEAD, (0, 0))
@@ -272,6 +278,17 @@ def unread_head(name: str, place: str) -> CheckpointError:
         f"called {HEAD}: save it under this name in {WEIGHTS} without its bias, which is the same for all rewards, or "
         "remove it to start with a new head"
     )
+
+
+def no_tokenizer(directory: Path) -> str | None:
+    """That a directory has no file of a tokenizer, in words; None if there is one, or no such directory.
+
+    Args:
+        directory: The checkpoint.
+    """
+    if not directory.is_dir() or any(_TOKENIZER.fullmatch(file.name) for file in directory.iterdir()):
+        return None
+    return f"{directory} holds no tokenizer; expected tokenizer.json (or tokenizer.model): copy it there from its model"
 
 
 DIGESTED = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from btrm_core.cli import main
 from btrm_core.data.sample import sample_path
 from btrm_core.errors import CheckpointError
-from btrm_core.model.base import base_config, load_base
+from btrm_core.model.base import base_config, load_base, load_tokenizer
 from btrm_core.settings import ModelConfig
 from btrm_core.weights import check_config, check_files, head_among, other_head, tensors_of
 
@@ -119,6 +119,11 @@ QUANTISED: dict[str, dict[str, Any]] = {
 def test_weights_that_others_quantised_are_refused(method: str, base: Path) -> None:
     change_json(base / "config.json", quantization_config=QUANTISED[method])
     assert refusal(base).startswith(f"the weights of {base} are quantised ({method}); expected whole weights")
+
+
+def test_a_pad_token_without_an_embedding_is_told(base: Path) -> None:
+    change_json(base / "config.json", pad_token_id=99_999)
+    assert refusal(base).startswith(f"pad_token_id in config.json of {base} is 99999, and there are embeddings for ")
 
 
 def test_also_inside_a_text_config() -> None:
@@ -239,6 +244,13 @@ def test_weights_that_are_not_finite_are_refused_before_they_are_trained(value: 
 def test_a_configuration_that_is_none_is_told_in_one_line(content: str, base: Path) -> None:
     (base / "config.json").write_text(content)
     assert refusal(base).startswith(f"cannot read the configuration of the base model {base}: ")
+
+
+def test_a_directory_without_a_tokenizer_says_so(base: Path) -> None:
+    for file in base.glob("*token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer; expected tokenizer\.json \(or tokenizer\.model\)"):
+        load_tokenizer(ModelConfig(name=str(base)))
 
 
 def test_code_of_a_checkpoint_is_run_on_demand_only(base: Path) -> None:

@@ -70,7 +70,7 @@ class ChatFormat:
     control_ids: frozenset[int]
     """Ids that only the template may produce."""
     num_new_tokens: int
-    """Tokens that the pad policy added to the vocabulary (0 or 1)."""
+    """Tokens that the model has no embedding for yet: the pad token or none (0 or 1)."""
     answers: dict[str, str]
     """Hook name -> who gave the answer."""
     encoder: Encoder = field(repr=False)
@@ -271,6 +271,9 @@ def prepare_chat(tokenizer: Any, config: Any, family: Family) -> ChatFormat:
     tokenizer = self_contained(tokenizer if setup.value is None else setup.value)
     pad, template = family.pad_answer(tokenizer), family.template_answer(tokenizer)
     num_new_tokens = install_pad(tokenizer, pad.value, pad.given_by)
+    rows = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    if rows is not None and tokenizer.pad_token_id >= rows:  # the tokenizer has it already, and the model no row
+        num_new_tokens = 1
     answers = {"setup_tokenizer": setup.given_by, "pad_token": pad.given_by, "chat_template": template.given_by}
     with LongWork(f"trying the chat template ({template.given_by})"):
         return settle(tokenizer, template.value, pad.value, num_new_tokens, answers)
@@ -291,7 +294,7 @@ def settle(
         tokenizer: a fast tokenizer; it is changed.
         template: Jinja source.
         pad: the pad token, which the tokenizer has; an empty one where it is refused.
-        num_new_tokens: tokens that the pad policy added to the vocabulary (0 or 1).
+        num_new_tokens: tokens that the model has no embedding for yet: the pad token or none (0 or 1).
         answers: hook name -> who gave the answer.
         check: False demands nothing of the answers, to look at what a refused template writes.
         any_end: True allows conversations to end in any one token, as those of a model by another trainer may.

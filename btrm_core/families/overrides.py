@@ -55,6 +55,12 @@ class Overrides:
         return PadToken(token, reason="named by tokenizer.pad_token")
 
     @hookimpl
+    def setup_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Put the named template in the place of the checkpoint's own, for families that take that over; no answer."""
+        if (template := self.chat_template()) is not None:
+            tokenizer.chat_template = template
+
+    @hookimpl
     def chat_template(self) -> str | None:
         """The text of the named file.
 

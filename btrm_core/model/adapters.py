@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from btrm_core.errors import ConfigError, did_you_mean
+from btrm_core.errors import CheckpointError, ConfigError, did_you_mean
 from btrm_core.model.quantized import is_quantized, whole_weight
 from btrm_core.settings import LoraConfig
 
@@ -33,6 +33,18 @@ SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
 """What peft puts before the names of the model it wraps."""
+
+
+def no_base_model(name: str) -> CheckpointError:
+    """The error that says that a directory of adapters cannot be trained on as it is.
+
+    Args:
+        name: The directory or hub id.
+    """
+    return CheckpointError(
+        f"{name} holds adapters, which are no base model; expected whole weights: merge them (those of btrm with "
+        f"`btrm export --merge-adapter`), or name the base model of {SETTINGS}; beside merged weights remove that file"
+    )
 
 
 def add_adapters(hf: Any, lora: LoraConfig, seed: int) -> Any:

@@ -26,12 +26,10 @@ from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.hub import has_own_code, hub_problem
 from btrm_core.model import adapters
-from btrm_core.model.leakage import check_max_length, require_head_class, without_dropout
+from btrm_core.model.leakage import check_max_length, require_head_class, text_modules, towers, without_dropout
 from btrm_core.model.quantized import loading_options, settle
 from btrm_core.model.reward import RewardModel, choose_for, recompute_activations, use_kernels
 from btrm_core.settings import ModelConfig, RunConfig
-
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
-        why = hub_problem(error, str(model.name))
+        why = weights.no_tokenizer(Path(str(model.name))) or hub_problem(error, str(model.name))
         raise CheckpointError(why or f"cannot load the tokenizer of {model.name}: {first_line(error)}") from error
 
 
@@ -128,6 +126,8 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
         why = hub_problem(error, name)
         raise CheckpointError(why or f"cannot load the base model {name}: {first_line(error)}") from error
     settle(hf)
+    if getattr(hf, "_hf_peft_config_loaded", False):
+        raise adapters.no_base_model(name)
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise CheckpointError(f"{name}: {type(hf).__name__} has no linear head called `score`; btrm cannot train it")
     return BaseModel(hf, *weights.check_loaded(hf, info, name))
@@ -204,20 +204,28 @@ def freeze(hf: Any, model: ModelConfig) -> None:
 
     Args:
         hf: The model, without adapters.
-        model: `freeze_embeddings`, and `train_last_layers`, which freezes the embeddings too.
+        model: `freeze_embeddings`, and `train_last_layers`, which freezes all embeddings too.
 
     Raises:
-        ConfigError: more layers are to be trained than there are.
+        ConfigError: more layers are to be trained than there are, or they are in no list.
     """
-    backbone = getattr(hf, hf.base_model_prefix)
-    if model.freeze_embeddings or model.train_last_layers is not None:
+    for tower in towers(hf).values():  # no gradient reaches them, and weight decay would
+        tower.requires_grad_(False)
+    if model.freeze_embeddings:
         hf.get_input_embeddings().requires_grad_(False)
     if model.train_last_layers is None:
         return
-    layers = backbone.layers
-    if model.train_last_layers > len(layers):
-        raise ConfigError(f"model.train_last_layers = {model.train_last_layers}: the model has {len(layers)} layers")
-    for layer in layers[: len(layers) - model.train_last_layers]:
+    for _, module in text_modules(hf):
+        if isinstance(module, nn.Embedding):  # of tokens, and of positions where they are learned
+            module.requires_grad_(False)
+    count = hf.config.get_text_config().num_hidden_layers
+    lists = (module for _, module in text_modules(hf) if isinstance(module, nn.ModuleList) and len(module) == count)
+    layers = next(lists, None)
+    if layers is None:
+        raise ConfigError(f"model.train_last_layers: {type(hf).__name__} has no list of {count} layers; leave it out")
+    if model.train_last_layers > count:
+        raise ConfigError(f"model.train_last_layers = {model.train_last_layers}: the model has {count} layers")
+    for layer in layers[: count - model.train_last_layers]:
         layer.requires_grad_(False)
 
 
@@ -246,18 +254,17 @@ def _checked_name(model: ModelConfig) -> str:
     if looks_local and not path.is_dir():
         raise CheckpointError(f"the base model {name} is neither a directory nor a hub id of the form owner/name")
     if looks_local and not (path / "config.json").exists():
+        if (path / adapters.SETTINGS).exists():
+            raise adapters.no_base_model(name)
         raise CheckpointError(f"the base model directory {name} has no config.json")
     return name
 
 
 def _check_weights(path: Path) -> None:
-    if not path.is_dir() or any((path / file).exists() for file in WEIGHT_FILES):
+    if (path / adapters.SETTINGS).exists():  # transformers would load them onto whole weights beside them
+        raise adapters.no_base_model(str(path))
+    if not path.is_dir() or any((path / file).exists() for file in (weights.WEIGHTS, weights.INDEX)):
         return
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path} holds adapters, which are no base model; expected whole weights: train on from a model that was "
-            "saved with --merge, or from the base model that its adapter_config.json names"
-        )
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
     found = f"only {', '.join(others)}, which may run code or lose precision" if others else "none"
     raise CheckpointError(
@@ -292,8 +299,8 @@ def build_model(
         )
     if has_own_code(hf.config):
         notes.append(
-            "the base model comes with code of its own, which btrm does not run in a finished model: score, eval and "
-            "serve will not open it, transformers will with trust_remote_code=True"
+            "the base model comes with code of its own, which btrm does not run in a finished model: only transformers "
+            "will open that, with trust_remote_code=True"
         )
     set_reward_config(hf, chat.pad_id)
     if chat.num_new_tokens:

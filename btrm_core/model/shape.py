@@ -174,7 +174,7 @@ def read_shape(config: Any, lora_rank: int | None = None, four_bits: bool = Fals
         ) from error
     if not isinstance(getattr(hf, "score", None), nn.Linear):
         raise _unknown(kind, f"{type(hf).__name__} has no linear head called `score`")
-    layers = getattr(hf.base_model, "layers", None)
+    layers = getattr(getattr(hf.base_model, "language_model", hf.base_model), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise _unknown(kind, "it has no list `layers` of decoder layers")
     layer = layers[0]

@@ -259,9 +259,24 @@ def test_adapters_are_no_base_model(apart: Outcome) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_base(ModelConfig(name=str(apart.directory)), torch.float32)
     assert str(caught.value) == (
-        f"{apart.directory} holds adapters, which are no base model; expected whole weights: train on from a model "
-        "that was saved with --merge, or from the base model that its adapter_config.json names"
+        f"{apart.directory} holds adapters, which are no base model; expected whole weights: merge them (those of btrm "
+        "with `btrm export --merge-adapter`), or name the base model of adapter_config.json; beside merged weights "
+        "remove that file"
     )
+
+
+def test_nor_beside_whole_weights_or_without_a_configuration(apart: Outcome, tmp_path: Path) -> None:
+    """transformers would put them onto the weights beside them, and the reward model would be no peft model."""
+    from btrm_core.model.base import base_config, load_base
+    from btrm_core.settings import ModelConfig
+
+    both = shutil.copytree(apart.directory, tmp_path / "both")
+    (both / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"both holds adapters, .*; beside merged weights remove that file"):
+        load_base(ModelConfig(name=str(both)), torch.float32)
+    (both / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="both holds adapters, which are no base model"):
+        base_config(ModelConfig(name=str(both)))
 
 
 @pytest.mark.parametrize(

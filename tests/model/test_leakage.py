@@ -13,6 +13,7 @@ from support.tiny_models import SIZE, VOCAB
 from transformers import MambaConfig
 
 from btrm_core.errors import CheckpointError, ConfigError
+from btrm_core.model.base import freeze
 from btrm_core.model.leakage import (
     Use,
     architectures,
@@ -26,7 +27,9 @@ from btrm_core.model.leakage import (
     without_dropout,
 )
 from btrm_core.model.reward import RewardModel
+from btrm_core.model.shape import read_shape
 from btrm_core.packing import Batch, grow, pack_row, pad_rows
+from btrm_core.settings import ModelConfig
 
 LEAKING = ["qwen3_next", "qwen3_5_text", "jamba", "zamba", "zamba2", "minimax"]
 """Layers with a state that runs over the border between sequences."""
@@ -124,6 +127,10 @@ def test_a_tower_for_pictures_is_no_part_of_the_text() -> None:
     assert any(isinstance(module, torch.nn.Conv2d) for module in base.modules())
     assert check_max_length(base, 200) is None
     assert token_mixers(base) is None
+    freeze(base, ModelConfig())
+    frozen = {name for name, parameter in base.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in base.named_parameters() if ".vision_tower." in name}
+    assert read_shape(base.config)[1].windows == (9, None)
 
 
 @pytest.mark.parametrize("name", LEAKING)

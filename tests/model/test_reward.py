@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from support.architectures import tiny_reward_model
 from support.tiny_models import CONFIGS, SIZE, awkward_groups, group, tiny_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from btrm_core.errors import ConfigError
+from btrm_core.model.base import freeze
 from btrm_core.model.reward import RewardHead, RewardModel, choose_for
 from btrm_core.model.selfcheck import self_check
 from btrm_core.packing.forms import PADDED, collate
 from btrm_core.packing.rows import pack_row, pad_rows
 from btrm_core.packing.trees import grow
+from btrm_core.settings import ModelConfig
 
 
 def rewards(model: RewardModel, kernel: str = "varlen") -> torch.Tensor:
@@ -272,3 +275,15 @@ def test_attention_dropout_cannot_be_packed_in_training() -> None:
     check = self_check(model, awkward_groups())
     assert not check.ok
     assert check.reason == "the model cannot be packed: its config asks for attention dropout (0.5)"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "gemma3"])
+def test_the_last_layers_are_found_whatever_their_list_is_called(name: str) -> None:
+    base = tiny_reward_model(name).base_model
+    with pytest.raises(ConfigError, match=r"model.train_last_layers = 3: the model has 2 layers"):
+        freeze(base, ModelConfig(train_last_layers=3))
+    freeze(base, ModelConfig(train_last_layers=1))
+    trained = {key for key, parameter in base.named_parameters() if parameter.requires_grad}
+    assert any(".1." in key for key in trained)
+    assert not any(".0." in key or "wpe" in key or "embed_" in key for key in trained)
+    assert "score.weight" in trained

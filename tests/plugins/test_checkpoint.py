@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support.checkpoints import ZEPHYR, zephyr
 from transformers import AutoConfig, AutoTokenizer
 
 from btrm_core.chat.format import prepare_chat
 from btrm_core.cli import main
-from btrm_core.config import apply
+from btrm_core.config import apply, read_settings
 from btrm_core.data.sample import sample_path
 from btrm_core.errors import FamilyError
 from btrm_core.families.discovery import detect, load, require_claim
+from btrm_core.model.base import build_model
+from btrm_core.preflight.conformance.small import small_config
 from btrm_core.run import train
 from btrm_core.settings import RunConfig
 
@@ -89,6 +93,51 @@ def test_a_checkpoint_that_fails_a_check_is_refused_with_it(fault, tmp_path):
 def test_a_checkpoint_without_a_template_is_refused(tmp_path):
     with pytest.raises(FamilyError, match="there is no chat template"):
         chat_of(zephyr(tmp_path / "model", None))
+
+
+def test_a_template_that_the_run_names_stands_in_for_the_checkpoints(tmp_path):
+    """It is what the refusal advises."""
+    named = tmp_path / "template.jinja"
+    named.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    directory = zephyr(tmp_path / "model", None)
+    settings = read_settings(None, {"tokenizer.chat_template": str(named)})
+    config = AutoConfig.from_pretrained(directory)
+    chat = prepare_chat(AutoTokenizer.from_pretrained(directory), config, load("checkpoint", settings))
+    assert chat.template == named.read_text()
+    assert chat.answers["chat_template"] == "run settings"
+
+
+def test_a_pad_token_that_the_tokenizer_has_and_the_model_has_not_gets_a_row(model, tmp_path):
+    """A tokenizer adds the tokens that its configuration names; without a row the trained model could not be loaded."""
+    directory = shutil.copytree(model, tmp_path / "model")
+    named = directory / "tokenizer_config.json"
+    named.write_text(json.dumps({**json.loads(named.read_text()), "pad_token": "<|mine|>"}))
+    chat = chat_of(directory)
+    rows = AutoConfig.from_pretrained(directory).vocab_size
+    assert (chat.pad.token, chat.pad_id, chat.num_new_tokens) == ("<|mine|>", rows, 1)
+    settings = apply(RunConfig(), {"model.name": str(directory)})
+    reward_model, _ = build_model(settings, load("checkpoint"), chat, torch.float32, torch.device("cpu"))
+    assert reward_model.base_model.get_input_embeddings().num_embeddings == rows + 1
+
+
+@pytest.mark.parametrize("pairs", [48, 4])
+def test_the_small_copy_of_a_long_rotary_embedding_has_small_lists(pairs):
+    """As that of Phi-3-mini-128k, with 48 factors for heads of 96."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
+    sizes = {"hidden_size": 2 * pairs, "num_attention_heads": 1, "original_max_position_embeddings": 64}
+    small = small_config(AutoConfig.for_model("phi3", rope_parameters={**rope, "rope_theta": 1e4}, **sizes), 99)
+    assert small.rope_parameters["long_factor"] == [2.0] * 8
+    assert (small.num_hidden_layers, small.vocab_size) == (2, 32_064)
+
+
+def test_the_small_copy_has_a_layer_of_each_kind():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    small = small_config(AutoConfig.for_model("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2), 99)
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    assert small_config(AutoConfig.for_model("falcon"), 99).head_dim == 16  # which is derived
 
 
 def test_of_several_processes_the_first_checks(model, tmp_path, monkeypatch):

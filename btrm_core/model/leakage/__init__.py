@@ -9,6 +9,8 @@ from btrm_core.model.leakage.positions import (
     position_limit,
     positions_depend_on_batch,
     positions_problem,
+    text_modules,
+    towers,
 )
 from btrm_core.model.leakage.structure import architectures, require_head_class, token_mixers, without_dropout
 from btrm_core.model.leakage.trust import Trust, Use, trusted
@@ -24,7 +26,9 @@ __all__ = [
     "positions_depend_on_batch",
     "positions_problem",
     "require_head_class",
+    "text_modules",
     "token_mixers",
+    "towers",
     "trusted",
     "without_dropout",
 ]

@@ -148,22 +148,29 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
             _restore(module)
 
 
-def text_modules(hf: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that text passes through, with their names: those of a picture's or a sound's tower are left out.
+def towers(hf: Any) -> dict[str, nn.Module]:
+    """The towers for pictures and sounds of a multimodal model, by name: text does not pass through them.
 
     Args:
         hf: a transformers model; a tower in it is a model with a configuration of another type.
     """
     own = {hf.config.model_type, hf.config.get_text_config().model_type}
-    towers: list[str] = []
+    found: dict[str, nn.Module] = {}
     for name, module in hf.named_modules():
-        if any(name.startswith(tower) for tower in towers):
-            continue
-        config = getattr(module, "config", None)
-        if hasattr(module, "get_input_embeddings") and getattr(config, "model_type", None) not in own:
-            towers.append(f"{name}.")
-            continue
-        yield name, module
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if hasattr(module, "get_input_embeddings") and kind not in own and not name.startswith(tuple(found)):
+            found[f"{name}."] = module
+    return found
+
+
+def text_modules(hf: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that text passes through, with their names.
+
+    Args:
+        hf: a transformers model.
+    """
+    apart = tuple(towers(hf))
+    return ((name, module) for name, module in hf.named_modules() if not f"{name}.".startswith(apart))
 
 
 def position_limit(hf: Any) -> tuple[int | None, bool]:

@@ -8,7 +8,8 @@ from btrm_core import families
 from btrm_core.chat import ONE, TWO
 from btrm_core.errors import FamilyError
 from btrm_core.families import PROJECT, Family
-from btrm_core.preflight.conformance.subject import SMALL, Subject
+from btrm_core.preflight.conformance.small import SMALL
+from btrm_core.preflight.conformance.subject import Subject
 from btrm_core.preflight.conformance.verdict import Missing, NotConforming, require
 
 CONVERSATIONS = [ONE, TWO]

@@ -22,6 +22,7 @@ from typing import Any
 from btrm_core import families
 from btrm_core.errors import first_line
 from btrm_core.families import Family, TinyShape
+from btrm_core.preflight.conformance.small import SMALL, small_config
 from btrm_core.preflight.conformance.verdict import Missing
 
 LONG = 160
@@ -34,14 +35,7 @@ _ROWS = 6
 _STEPS = 3
 
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
+_LONGEST = 4096
 
 
 class Subject:
@@ -287,6 +281,7 @@ class Subject:
             "origin": self.family.origin,
             "template_sha256": chat.template_sha256,
             "terminal_token": chat.terminal_token,
+            "max_length": _LONGEST,  # not what the checkpoint has positions for, which the copy has not seen either
         }
         state = {name.removeprefix("hf."): value for name, value in self.model.state_dict().items()}
         write_model(directory, self.model.hf, state, chat, manifest, card="")
@@ -304,11 +299,7 @@ class Subject:
 
         tokenizer = self.fresh_tokenizer()
         if self._loaded is not None or self._checkpoint is not None:
-            original = self.config.get_text_config()
-            values = {**original.to_dict(), **SMALL}
-            values["layer_types"] = (values.get("layer_types") or [None])[:2] if values.get("layer_types") else None
-            values["vocab_size"] = max(len(tokenizer), original.vocab_size)
-            config = type(original)(**{k: v for k, v in values.items() if v is not None or k.endswith("token_id")})
+            config = small_config(self.config.get_text_config(), len(tokenizer))
         else:
             shape = self._require_shape()
             config = AutoConfig.for_model(

@@ -287,7 +287,8 @@ def _saved(patient: Patient, directory: Path) -> np.ndarray:
     own_code = has_own_code(hf.config)  # which the user has allowed
     loaded = AutoModelForSequenceClassification.from_pretrained(directory, dtype=hf.dtype, trust_remote_code=own_code)
     loaded = loaded.to(hf.device)
-    return _classify(loaded.eval(), AutoTokenizer.from_pretrained(directory), patient)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=own_code)
+    return _classify(loaded.eval(), tokenizer, patient)
 
 
 def _classify(hf: Any, tokenizer: Any, patient: Patient) -> np.ndarray:
