@@ -17,7 +17,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from btrm_core.errors import ConfigError, did_you_mean
+from btrm_core.errors import ConfigError, did_you_mean, printable
 from btrm_core.marks import OneOf, Setting
 from btrm_core.settings import LoraConfig, RunConfig, declared
 
@@ -34,9 +34,11 @@ def read_settings(path: str | None = None, overrides: Mapping[str, Any] | None =
     Raises:
         ConfigError: the file cannot be read, a key is unknown, a value is wrong, or settings contradict each other.
     """
-    values = _flatten(_read_toml(path)) if path else {}
-    values.update(overrides or {})
-    config = apply(RunConfig(), values)
+    try:
+        config = apply(RunConfig(), _flatten(_read_toml(path)) if path else {})
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    config = apply(config, overrides or {})
     check(config)
     return config
 
@@ -57,8 +59,12 @@ def apply(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     known = declared()
     changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
+        if key in _SECTIONS:
+            raise ConfigError(f"{key} is a section: write [{key}] on a line of its own, and its settings below")
         if key not in known:
-            raise ConfigError(f"unknown setting '{key}'.{did_you_mean(key, known)} Known sections: {_sections()}")
+            raise ConfigError(
+                f"unknown setting '{key}'.{did_you_mean(key, known)} Known sections: {', '.join(_SECTIONS)}"
+            )
         section, _, name = key.rpartition(".")
         changes.setdefault(section, {})[name] = _convert(known[key], value)
     for section, change in changes.items():
@@ -166,27 +172,29 @@ def settled(value: Number | None, key: str) -> Number:
     return value
 
 
-def _sections() -> str:
-    return ", ".join(f.name for f in fields(RunConfig) if f.name not in ("family", "force_family"))
+_SECTIONS = tuple(f.name for f in fields(RunConfig) if f.name not in ("family", "force_family"))
 
 
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of Windows write a mark in front
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text, as TOML must be: save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out.update({f"{key}.{name}": inner for name, inner in value.items()})
-        else:
-            out[key] = value
+        out |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, Mapping) else {key: value}
     return out
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _convert(setting: Setting, value: Any) -> Any:
@@ -194,14 +202,13 @@ def _convert(setting: Setting, value: Any) -> Any:
         return None
     try:
         converted = _to_kind(value, setting.kind)
-    except (TypeError, ValueError, OverflowError):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-            setting.kind, "a list"
-        )
-        raise ConfigError(f"{setting.key} = {value!r}: expected {wanted}") from None
-    texts = converted if isinstance(converted, tuple) else (converted,)
-    if any(isinstance(text, str) and "\0" in text for text in texts):
+    except (TypeError, ValueError, OverflowError, KeyError):
+        raise ConfigError(f"{setting.key} = {value!r}: expected {_WANTED.get(setting.kind, 'a list')}") from None
+    text = "".join(converted) if isinstance(converted, tuple) else str(converted)
+    if "\0" in text:
         raise ConfigError(f"{setting.key} holds a character of value 0, which no name or path can have")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{setting.key} holds '{printable(text)}': expected UTF-8; rename the file or folder")
     _check_value(setting, converted)
     return converted
 
@@ -210,21 +217,14 @@ def _to_kind(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if isinstance(value, Mapping):
             value = [f"{name}={inner}" for name, inner in _flatten(value).items()]
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(str(item).strip() for item in items)
+        return tuple(str(item).strip() for item in (value.split(",") if isinstance(value, str) else value))
     if kind is bool:
-        return value if isinstance(value, bool) else _to_bool(str(value).lower())
+        return _TRUTH[str(value).lower()]
     if isinstance(value, bool):
         raise TypeError("a truth value is not a number or text")
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError("not whole")
     return kind(value)
-
-
-def _to_bool(text: str) -> bool:
-    if text not in ("true", "yes", "1", "false", "no", "0"):
-        raise ValueError(text)
-    return text in ("true", "yes", "1")
 
 
 LARGEST_WHOLE = 2**63 - 1

@@ -65,6 +65,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+LONGEST_LINE = 1000
+"""Letters of another's message that are shown."""
+
+
 def one_line(error: BaseException) -> str:
     """The type and the first line of an exception; of btrm's own the line alone, since it is written to be read.
 
@@ -75,7 +79,9 @@ def one_line(error: BaseException) -> str:
         line = printable(first_line(error))
     except Exception:  # an exception of a stranger's may fail even at this
         line = "an error that cannot be shown"
-    return line if isinstance(error, BtrmError) else f"{type(error).__name__}: {line}"
+    if isinstance(error, BtrmError):
+        return line
+    return f"{type(error).__name__}: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + '...'}"
 
 
 def first_line(error: BaseException) -> str:

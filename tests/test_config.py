@@ -30,6 +30,7 @@ def test_unknown_key_is_an_error_with_a_suggestion():
         ({"train.learning_rate": "fast"}, "train.learning_rate = 'fast': expected a number"),
         ({"train.learning_rate": 0}, "train.learning_rate = 0.0: expected a number above 0"),
         ({"train.weight_decay": -1}, "train.weight_decay = -1.0: expected 0 or more"),
+        ({"output.dir": "o\udce4t"}, r"output.dir holds 'o\udce4t': expected UTF-8; rename the file or folder"),
         ({"data.strict": "perhaps"}, "data.strict = 'perhaps': expected true or false"),
         (
             {"model.attention": "flesh"},
@@ -57,6 +58,32 @@ def test_a_broken_file_is_one_line(tmp_path):
         read_settings(str(path))
     with pytest.raises(ConfigError, match=r"cannot read the configuration file .*: No such file or directory"):
         read_settings(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[train]\nmax_steps = [1]\n", "{path}: train.max_steps = [1]: expected a whole number"),
+        (b"[trian]\nseed = 1\n", "{path}: unknown setting 'trian.seed'. Did you mean 'train.seed'? Known sections: "),
+        (b"train = 5\n", "{path}: train is a section: write [train] on a line of its own, and its settings below"),
+        (b"[[train]]\nseed = 5\n", "{path}: train is a section: write [train]"),
+        ('family = "llama3"'.encode("utf-16"), "{path} is not UTF-8 text, as TOML must be: save it as UTF-8"),
+        (b"family = 'caf\xe9'", "{path} is not UTF-8 text, as TOML must be: save it as UTF-8"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_of_that_file(tmp_path, text, message):
+    path = tmp_path / "run ä.toml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError) as caught:
+        read_settings(str(path), {"train.seed": 1})
+    assert str(caught.value).startswith(message.format(path=path))
+
+
+def test_a_file_as_editors_of_windows_write_it(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b'\xef\xbb\xbffamily = "llama3"\r\n[train]\r\nseed = 3\r\n')
+    config = read_settings(str(path))
+    assert (config.family, config.train.seed) == ("llama3", 3)
 
 
 def test_toml_round_trip(tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import time
 import traceback
 from importlib import import_module
@@ -20,7 +21,7 @@ from typing import Any
 
 import click
 
-from btrm_core.errors import BtrmError
+from btrm_core.errors import BtrmError, printable
 from btrm_core.families import strangers_here, unreadable_package
 from btrm_core.signals import Stopped
 
@@ -97,6 +98,9 @@ class Commands(click.Group):
             if isinstance(error, UnicodeDecodeError) and (culprit := unreadable_package()):
                 click.echo(f"btrm: {culprit}", err=True)
                 raise SystemExit(2) from None
+            if isinstance(error, UnicodeEncodeError) and (name := _not_utf8()):
+                click.echo(f"btrm: '{name}' is no UTF-8, which libraries take alone; rename it", err=True)
+                raise SystemExit(2) from None
             if isinstance(error, OSError) and error.errno is not None and not ctx.params.get("debug"):
                 if error.errno == errno.EPIPE:  # whoever was reading has seen enough
                     raise SystemExit(128 + signal.SIGPIPE) from None
@@ -108,6 +112,11 @@ class Commands(click.Group):
             blame = f", of btrm or of {others}, whose code runs in the same process" if others else ""
             click.echo(f"btrm: this is a bug{blame}; please report it with the lines above", err=True)
             raise SystemExit(1) from None
+
+
+def _not_utf8() -> str | None:
+    """What on the command line is no UTF-8: names that came from another system, with letters of its own."""
+    return next((printable(text) for text in sys.argv if any("\ud800" <= c <= "\udfff" for c in text)), None)
 
 
 def _own_line() -> str:

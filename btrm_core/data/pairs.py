@@ -29,6 +29,7 @@ from btrm_core.data.issues import IssueReport, RowIssue, nothing_left
 from btrm_core.data.readers import BATCH_ROWS, read_rows
 from btrm_core.data.shapes.naming import Naming
 from btrm_core.data.shapes.reading import read_pairs, strict_error
+from btrm_core.data.shapes.values import clean_text
 from btrm_core.data.sources import Resolved, Source, resolve
 from btrm_core.errors import DataError
 from btrm_core.locks import Shared
@@ -346,7 +347,9 @@ def _record_batch(pairs: Sequence[Pair]) -> pyarrow.RecordBatch:
 
 
 def _values(pair: Pair) -> dict[str, Any]:
-    return {name: getattr(pair, name) for name in Pair.__dataclass_fields__}
+    """The fields of a pair; id and subset may hold the name of a file, which need not be UTF-8."""
+    names = {"id": clean_text(pair.id), "subset": pair.subset and clean_text(pair.subset)}
+    return {name: getattr(pair, name) for name in Pair.__dataclass_fields__} | names
 
 
 def _opened(entry: Shared, report: IssueReport, fingerprint: str) -> PairData:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, version
 
-from btrm_core.errors import FamilyError, one_line, printable
+from btrm_core.errors import BtrmError, FamilyError, one_line, printable
 from btrm_core.families.family import Family, assemble
 from btrm_core.families.guard import guarded
 from btrm_core.families.hookspecs import PROJECT
@@ -37,10 +37,16 @@ def open_family(name: str, points: Sequence[EntryPoint], settings: object | None
     plugin = import_plugin(point)
     if inspect.isclass(plugin):
         raise FamilyError(f"{point.value} is a class; the entry point must name a module or an instance")
-    assemble(plugin, name)
     if entry_of(point).distribution != PROJECT:
         strangers_here.add(f"family '{name}' ({origin})")
-    return plugin, Family(name, origin, plugin, settings)
+    try:
+        with guarded(f"family '{name}' ({origin})"):
+            assemble(plugin, name)
+            return plugin, Family(name, origin, plugin, settings)
+    except BtrmError:
+        raise
+    except Exception as error:  # an object that fails at being looked at
+        raise FamilyError(f"it fails when its hooks are looked for: {one_line(error)}") from error
 
 
 def import_plugin(point: EntryPoint) -> object:
@@ -52,6 +58,8 @@ def import_plugin(point: EntryPoint) -> object:
     Raises:
         FamilyError: says the cause in a few words; the exception that the plugin raised is the `__cause__`.
     """
+    if EntryPoint.pattern.match(point.value) is None:
+        raise FamilyError(f"its entry point names {printable(point.value)!r}; expected a module, or MODULE:INSTANCE")
     try:
         with guarded(f"the import of family '{point.name}' ({entry_of(point).origin})"):
             plugin: object = point.load()
@@ -95,9 +103,12 @@ def _check_requirement(point: EntryPoint) -> None:
 
 
 def summary(plugin: object) -> str:
-    """The first line of a plugin's docstring.
+    """The first line of a plugin's docstring, of a long one the beginning.
 
     Args:
         plugin: what its entry point names.
     """
-    return printable((inspect.getdoc(plugin) or "").strip().partition("\n")[0])
+    line = ""
+    with contextlib.suppress(Exception):  # it fails at being asked: then it has none
+        line = printable((inspect.getdoc(plugin) or "").strip().partition("\n")[0])
+    return line if len(line) <= 200 else f"{line[:197]}..."

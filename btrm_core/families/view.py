@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from btrm_core import families
 from btrm_core.console import table
-from btrm_core.errors import CheckpointError, FamilyError, one_line
+from btrm_core.errors import CheckpointError, FamilyError, one_line, printable
 from btrm_core.families.family import Family
 from btrm_core.families.hookspecs import PadToken, text_config
 from btrm_core.families.installed import FamilyEntry
@@ -161,7 +161,7 @@ def format_description(description: Mapping[str, Any]) -> str:
     ]
     if "answers" in description:
         lines += ["", f"answers for {description['model']}", *_answer_lines(description["answers"])]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _answer_lines(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -369,6 +369,16 @@ def test_what_cannot_be_is_one_line_and_code_2(arguments, told):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_name_that_is_not_utf8_and_a_library_refuses_is_one_line(monkeypatch, capsys):
+    name = "e\udce4"
+    monkeypatch.setattr(sys, "argv", ["btrm", "data", "inspect", name])
+    monkeypatch.setattr("btrm_core.data.load_pairs", lambda *_, **__: name.encode())
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "inspect", name])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "btrm: 'e\\udce4' is no UTF-8, which libraries take alone; rename it\n"
+
+
 def test_standard_output_that_is_full_or_closed_is_no_bug():
     command = [sys.executable, "-m", "btrm_core", "families"]
     with Path("/dev/full").open("w") as full:

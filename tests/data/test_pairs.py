@@ -68,6 +68,12 @@ def test_pairs_and_columns(tmp_path):
     assert not data.issues.noteworthy
 
 
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/p\xe4irs.jsonl")  # as Latin-1 systems name files
+    data = load_pairs([write(Path(path), [row(1)])])
+    assert (ids(data), data[0].subset) == (["p\ufffdirs.jsonl:1"], "p\ufffdirs")
+
+
 def test_several_sources_are_mixed_in_order(tmp_path):
     import datasets
 

@@ -303,6 +303,49 @@ def test_what_strangers_write_cannot_command_a_terminal(install):
     assert found["bar"].cause == "ValueError: \\x1b]0;title\\x07"
 
 
+def test_neither_can_what_they_answer(install):
+    from btrm_core.families import describe, format_description
+
+    install(
+        "from btrm_core import Recipe, hookimpl\n@hookimpl\ndef recipe(): return Recipe(example_model='\\x1b[2J')\n"
+    )
+    text = format_description(describe("foo"))
+    assert "example_model   \\x1b[2J" in text
+    assert text.replace("\n", "").isprintable()
+
+
+def test_what_strangers_write_without_end_is_cut(install):
+    install(f"{'A family ' * 10**5!r}\n{PLAIN}")
+    install(f"raise ValueError({'no ' * 10**5!r})", name="bar")
+    found = {entry.name: entry for entry in list_families()}
+    assert (found["foo"].status, len(found["foo"].summary)) == ("ok", 200)
+    assert len(found["bar"].cause) < 1100
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["def __getattr__(self, name): raise RuntimeError('odd')", "def __dir__(self): raise RuntimeError('odd')",
+     "__hash__ = None\n    def __eq__(self, other): raise RuntimeError('odd')"],
+)  # fmt: skip
+def test_an_object_that_fails_at_being_looked_at_is_broken(install, fault):
+    hook = "@hookimpl\n    def recipe(self): return None"
+    install(f"from btrm_core import hookimpl\nclass Odd:\n    {fault}\n    {hook}\nodd = Odd()\n", value="btrm_foo:odd")
+    cause = "it fails when its hooks are looked for: RuntimeError: odd"
+    assert {entry.name: entry.cause for entry in list_families()}["foo"] == cause
+    with pytest.raises(FamilyError) as caught:
+        load("foo")
+    assert str(caught.value) == f"family 'foo' (btrm-foo 1.0) is broken: {cause}. Update, repair or uninstall btrm-foo"
+
+
+@pytest.mark.parametrize("value", ["btrm foo !!", "a-b", "-"])
+def test_an_entry_point_that_names_nothing_says_so(install, value):
+    install(PLAIN, value=value)
+    with pytest.raises(
+        FamilyError, match=r"is broken: its entry point names '.*'; expected a module, or MODULE:INSTANCE"
+    ):
+        load("foo")
+
+
 # metadata that cannot be read
 
 
