@@ -204,5 +204,5 @@ def badness(figures: Mapping[str, Any], name: str) -> float:
     rows = rows or [row for row in figures["subsets"] if row["name"].startswith(f"{subset}/")]
     if not rows:  # none of its pairs has rewards
         return math.inf
-    value = sum(row[figure] * row["pairs"] for row in rows) / sum(row["pairs"] for row in rows)
+    value = float(sum(row[figure] * row["pairs"] for row in rows) / sum(row["pairs"] for row in rows))
     return value if LOWER_IS_BETTER[figure] else -value
