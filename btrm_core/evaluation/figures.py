@@ -16,7 +16,7 @@ import numpy as np
 
 from btrm_core.errors import ConfigError, DataError, did_you_mean
 from btrm_core.evaluation.calibration import reliability
-from btrm_core.evaluation.statistics import standard_error, wilson, wins
+from btrm_core.evaluation.statistics import LARGEST, standard_error, wilson, wins
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,32 +63,39 @@ def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
     The loss is plain Bradley-Terry; `accuracy_interval` is Wilson's, as if all pairs were independent.
 
     `longer_wins_tokens` is the accuracy of always preferring the conversation with more tokens, on the same pairs.
-    Pairs whose answers the data calls equally good decide nothing: they are left out and counted as `undecided`.
+    Pairs whose answers the data calls equally good decide nothing: they are left out and counted as `undecided`, and
+    those without two finite rewards as `unscored`.
 
     Args:
         judged: what the data says of the pairs.
         rewards_P2: their rewards, chosen and rejected.
 
     Raises:
-        DataError: all pairs are ties.
+        DataError: all pairs are ties, or none that is not has two finite rewards.
     """
     decided_P = np.asarray(judged.probability_P) > 0.5
     if not decided_P.any():
         raise DataError(
             "every evaluation pair is a tie (probability 0.5); expected pairs of which one answer is better"
         )
-    out = _reward_figures(np.asarray(rewards_P2, dtype=np.float64)[decided_P])
+    kept_P = decided_P & (np.abs(rewards_P2) < LARGEST).all(axis=1)
+    if not kept_P.any():
+        raise DataError(
+            f"none of the {int(decided_P.sum()):,} evaluation pairs has two finite rewards; the model is broken, which "
+            "a lower --learning-rate or --dtype fp32 may prevent"
+        )
+    rewards_K2 = np.asarray(rewards_P2, dtype=np.float64)[kept_P]
+    out = _reward_figures(rewards_K2)
     out["accuracy_standard_error"] = standard_error(out["accuracy"], out["pairs"])
     interval = wilson(out["accuracy"] * out["pairs"], out["pairs"])
     out["accuracy_interval"] = [interval.low, interval.high]
-    longer = judged.longer_by_P[decided_P]
+    longer = judged.longer_by_P[kept_P]
     out["longer_wins_tokens"] = float(((longer > 0) + 0.5 * (longer == 0)).mean())
-    if not decided_P.all():
-        out["undecided"] = int((~decided_P).sum())
-    names = [judged.subset_P[int(i)] for i in np.flatnonzero(decided_P)]
-    if len(set(names)) > 1:
-        margin_P = (rewards_P2[:, 0] - rewards_P2[:, 1])[decided_P]
-        out["subsets"] = [vars(row) for row in by_subset(names, margin_P, judged.sets)]
+    left_out = {"undecided": int((~decided_P).sum()), "unscored": int((decided_P & ~kept_P).sum())}
+    out |= {why: number for why, number in left_out.items() if number}
+    names = [judged.subset_P[int(i)] for i in np.flatnonzero(kept_P)]
+    if len({judged.subset_P[int(i)] for i in np.flatnonzero(decided_P)}) > 1:
+        out["subsets"] = [vars(row) for row in by_subset(names, rewards_K2[:, 0] - rewards_K2[:, 1], judged.sets)]
     return out
 
 
@@ -202,8 +209,10 @@ def badness(figures: Mapping[str, Any], name: str) -> float:
         name: a figure, SUBSET.FIGURE, or SET.FIGURE of a named set.
     """
     subset, _, figure = name.rpartition(".")
-    row = figures
+    row: Mapping[str, Any] | None = figures
     if subset and "subsets" in figures:  # else it is the only one
-        row = next(row for row in figures["subsets"] if row["name"] == subset)
+        row = next((row for row in figures["subsets"] if row["name"] == subset), None)
+    if row is None:  # none of its pairs has rewards
+        return math.inf
     value = float(row[figure]) if LOWER_IS_BETTER[figure] else -float(row[figure])
     return math.inf if math.isnan(value) else value

@@ -18,6 +18,7 @@ from btrm_core.cache import cache_root
 from btrm_core.errors import DataError
 from btrm_core.scoring.bulk.partial import header_file, part_of, partial_lines
 from btrm_core.scoring.scorer import Scorer
+from btrm_core.signals import Stopped
 
 FORMAT_VERSION = 1
 
@@ -88,7 +89,7 @@ class Kept:
                 chunks = []
             try:
                 yield Part(chunks, stream)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Stopped):
                 if stream is not None:
                     print(f"{called} keeps what is scored; the same command goes on from there", file=sys.stderr)
                 raise

@@ -379,7 +379,10 @@ def test_intervals_are_resampled_within_subsets():
 
 
 def test_strangers_bring_their_own(monkeypatch):
-    good = SimpleNamespace(NAME="mine", SOURCES=(), items=None, score=None, results=None)
+    def items(row, where):
+        yield from [] if row["known"] else load_suite("rewardbench").items({}, where)
+
+    good = SimpleNamespace(NAME="mine", SOURCES="org/name", items=items, score=None, results=None)
     bad = SimpleNamespace(NAME="half")
 
     def points(group):
@@ -395,7 +398,12 @@ def test_strangers_bring_their_own(monkeypatch):
     assert suite_names() == [
         "rewardbench", "rewardbench2", "rm-bench", "judgebench", "llmbar", "ppe", "broken", "half", "mine"
     ]  # fmt: skip
-    assert load_suite("mine") is good
+    mine = load_suite("mine")
+    assert (mine.NAME, mine.SOURCES, mine.items({"known": True}, "file")) == ("mine", ["org/name"], [])
+    with pytest.raises(ConfigError, match=r"suite 'mine' \(tests_good\) fails in items\(\): KeyError: 'known'"):
+        mine.items({}, "file")
+    with pytest.raises(DataError, match="'subset' is NoneType"):
+        mine.items({"known": False}, "file")
     assert load_suite("ppe").NAME == "ppe"
     with pytest.raises(ConfigError, match="has no SOURCES, items, score, results"):
         load_suite("half")

@@ -29,6 +29,7 @@ from btrm_core.scoring.kept import Kept, Part
 from btrm_core.scoring.results import report_of
 from btrm_core.scoring.scorer import Scorer
 from btrm_core.serving.service import Calibration
+from btrm_core.signals import Stopped
 
 
 @pytest.fixture(scope="session")
@@ -324,7 +325,11 @@ def test_a_killed_evaluation_goes_on_where_it_was(model: Path, tmp_path: Path) -
 
 
 class Interrupted(Kept):
-    """Ctrl-C after the second chunk."""
+    """Ctrl-C, or what another process sent, after the second chunk."""
+
+    def __init__(self, stop: BaseException | None = None) -> None:
+        super().__init__()
+        self.stop = stop or KeyboardInterrupt()
 
     @contextlib.contextmanager
     def part(self, scorer: Scorer, name: str, of: str) -> Iterator[Part]:
@@ -335,7 +340,7 @@ class Interrupted(Kept):
     def count(self) -> None:
         self.number = getattr(self, "number", 0) + 1
         if self.number == 2:
-            raise KeyboardInterrupt
+            raise self.stop
 
 
 def test_a_changed_model_or_other_data_is_noticed(
@@ -367,10 +372,12 @@ def test_a_changed_model_or_other_data_is_noticed(
 def test_best_of_n_goes_on_too(scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"Say {n}.", "responses": [f"{n}", "no"], "gold": [1, 0]} for n in range(300)]
     request = Request(best_of_n=[write(tmp_path / "best.jsonl", rows)])
-    with pytest.raises(KeyboardInterrupt):
-        judge(scorer, request, Interrupted())
+    with pytest.raises(Stopped):
+        judge(scorer, request, Interrupted(Stopped(signal.SIGTERM)))
     found = judge(scorer, request, Kept())
-    assert "goes on after 512 rewards" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "keeps what is scored; the same command goes on from there" in said
+    assert "goes on after 512 rewards" in said
     assert found.best_of_n[0][1] == judge(scorer, request).best_of_n[0][1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from support import trajectories
 
 from btrm_core.data import load_evaluation
-from btrm_core.errors import ConfigError
+from btrm_core.errors import ConfigError, DataError
 from btrm_core.evaluation import badness, check_figure, figures_of
 from btrm_core.evaluation.figures import Judged, by_subset
 from btrm_core.model import read_manifest
@@ -51,6 +52,17 @@ def test_lower_is_better_once_a_figure_is_turned() -> None:
     for figure in ("loss", "brier", "ece", "accuracy", "reward_margin"):
         check_figure(f"chat.{figure}", judged.subset_P, sets)
         assert badness(figures, f"chat.{figure}") == pytest.approx(badness(chat, figure))
+
+
+def test_rewards_that_are_no_numbers_are_left_out_and_counted() -> None:
+    judged = Judged(np.array([1, 1, -1, 1]), np.array([1, 1, 1, 0.5]), ["a", "a", "b", "b"])
+    rewards = np.array([[np.nan, 0.0], [0.0, 2.0], [3.0, -np.inf], [1.0, 0.0]])
+    figures = figures_of(judged, rewards)
+    assert (figures["pairs"], figures["unscored"], figures["undecided"], figures["accuracy"]) == (1, 2, 1, 0.0)
+    json.dumps(figures, allow_nan=False)
+    assert (badness(figures, "a.accuracy"), badness(figures, "b.accuracy")) == (0.0, math.inf)
+    with pytest.raises(DataError, match="none of the 3 evaluation pairs has two finite rewards"):
+        figures_of(judged, np.full((4, 2), np.nan))
 
 
 def test_an_accuracy_has_its_interval() -> None:

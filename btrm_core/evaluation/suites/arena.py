@@ -62,7 +62,8 @@ def order_of_models(games: Sequence[tuple[str, str, float, float]]) -> dict[str,
     if (rows := row_wise_pearson(wins_2MM)) is not None:
         found["row-wise Pearson of models"] = rows
     total = int(counts_U33.sum())
-    drawn = np.random.default_rng(SEED).multinomial(total, counts_U33.ravel() / total, size=DRAWS)
+    chances = counts_U33.ravel() / total
+    drawn = np.random.default_rng(SEED).multinomial(total, chances, size=DRAWS).astype(np.float64)
     drawn_2BM = strengths(_wins(drawn.reshape(DRAWS, *counts_U33.shape), pairs_U2, len(names)))
     return found | sureness(by_votes, drawn_2BM)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import cast
+from typing import Any, cast
 
-from btrm_core.errors import ConfigError, did_you_mean
+from btrm_core.errors import BtrmError, ConfigError, did_you_mean
 from btrm_core.evaluation.suites.base import Suite
 
 GROUP = "btrm.suites"
@@ -42,7 +43,37 @@ def load_suite(name: str) -> Suite:
     missing = [part for part in _PARTS if not hasattr(suite, part)]
     if missing:
         raise ConfigError(f"{origin} has no {', '.join(missing)}; a suite has {', '.join(_PARTS)}")
-    return cast(Suite, suite)
+    return cast(Suite, _Guarded(suite, origin))
+
+
+class _Guarded:
+    """A stranger's suite: whatever it raises names it.
+
+    Args:
+        suite: the module.
+        origin: what it is called, and where it is.
+    """
+
+    def __init__(self, suite: Any, origin: str) -> None:
+        self.NAME = suite.NAME
+        self.SOURCES = [suite.SOURCES] if isinstance(suite.SOURCES, str) else list(suite.SOURCES)
+        self._suite, self._origin = suite, origin
+
+    def __getattr__(self, part: str) -> Callable[..., Any]:
+        call = getattr(self._suite, part)
+
+        def guarded(*arguments: Any) -> Any:
+            try:
+                found = call(*arguments)
+                return list(found) if isinstance(found, Iterator) else found  # a generator fails here or nowhere
+            except BtrmError:
+                raise
+            except Exception as error:
+                raise ConfigError(
+                    f"{self._origin} fails in {part}(): {type(error).__name__}: {error}; ask its author"
+                ) from error
+
+        return guarded
 
 
 def _others() -> dict[str, EntryPoint]:
