@@ -171,13 +171,16 @@ async def rewards(asked: RewardsRequest, request: Request, service: Serving) -> 
     if asked.normalize:
         scale = service.calibration.normalized
         normalized = [[None if reward is None else scale(reward) for reward in a.rewards] for a in answers]
+    read = None
+    if asked.return_tokens:
+        read = await service.apart(lambda: [_placed(a, _read(service, a.prepared)) for a in answers])
     return RewardsResponse(
         rewards=[answer.rewards for answer in answers],
         normalized=normalized,
         errors=[answer.errors for answer in answers],
         tokens=[_placed(answer, [len(ids) for ids in answer.prepared.sequences]) for answer in answers],
         truncated=[answer.prepared.truncated for answer in answers],
-        read=[_placed(a, _read(service, a.prepared)) for a in answers] if asked.return_tokens else None,
+        read=read,
         usage=Usage(total_tokens=sum(len(ids) for a in answers for ids in a.prepared.sequences)),
         model=_info(service),
     )
@@ -254,4 +257,5 @@ def _placed(answer: Answered, values: list[Any]) -> list[Any]:
 
 def _read(service: Service, prepared: Prepared) -> list[Read]:
     decode = service.chat.tokenizer.decode
-    return [Read(ids=ids, tokens=[str(decode([i])) for i in ids], reward_at=len(ids) - 1) for ids in prepared.sequences]
+    texts = {i: str(decode([i])) for i in {i for ids in prepared.sequences for i in ids}}
+    return [Read(ids=ids, tokens=[texts[i] for i in ids], reward_at=len(ids) - 1) for ids in prepared.sequences]

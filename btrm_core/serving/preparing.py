@@ -117,7 +117,8 @@ class Preparer:
         """
         ids, bos = list(ids), self.chat.bos_id
         known = len(self.chat.tokenizer)
-        if unknown := next((i for i in ids if not 0 <= i < known), None):
+        if ids and not (min(ids) >= 0 and max(ids) < known):
+            unknown = next(i for i in ids if not 0 <= i < known)
             raise Refused(422, "bad_ids", f"{which} holds {unknown}; expected ids from 0 to {known - 1}")
         if not ids:
             raise Refused(422, "bad_ids", f"{which} is empty; expected at least one token")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from starlette.requests import Request
@@ -28,6 +28,7 @@ from btrm_core.serving.metrics import Metrics
 from btrm_core.serving.preparing import Prepared, Preparer
 
 _log = logging.getLogger("btrm.serving")
+T = TypeVar("T")
 CLIENT_GONE = 499
 """The status, for logs and metrics alone, of a request whose client left."""
 
@@ -215,8 +216,16 @@ class Service:
         since: float = request.scope.get("btrm_since", time.monotonic())
         return max(0.0, since + self.limits.deadline_seconds - time.monotonic())
 
+    async def apart(self, work: Callable[[], T]) -> T:
+        """Return what the tokenizing thread makes, in which nobody but the tokenizer waits.
+
+        Args:
+            work: needs the tokenizer, or takes long.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
     async def _answer(self, batcher: Batcher, prepare: Callable[[Preparer], list[Prepared]]) -> list[Answered]:
-        prepared = await asyncio.get_running_loop().run_in_executor(self._pool, prepare, self.preparer)
+        prepared = await self.apart(lambda: prepare(self.preparer))
         works = [Work(p.sequences, p.key) for p in prepared]
         asked = [work for work in works if work.sequences]
         try:

@@ -45,7 +45,9 @@ class Pooling(BaseModel):
     model: str | None = None
     input: Texts | None = None
     messages: list[Turn] | None = None
-    truncate_prompt_tokens: int | None = Field(None, description="keep so many tokens at the end; -1: the model's")
+    truncate_prompt_tokens: StrictInt | None = Field(
+        None, description="keep so many tokens at the end; -1: the model's"
+    )
 
 
 class Classify(Pooling):

@@ -505,6 +505,7 @@ def test_directories_that_are_no_checkpoint_are_refused(tmp_path):
     (tmp_path / "btrm.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"btrm\.json is not valid JSON"):
         chat_from_checkpoint(tmp_path)
+    (tmp_path / "btrm.json").write_text("{}")
     (tmp_path / "chat_template.jinja").write_text("{{ nonsense( }}")
     with pytest.raises(CheckpointError, match=r"chat template \(checkpoint\) does not render"):
         chat_from_checkpoint(tmp_path)

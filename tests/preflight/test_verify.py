@@ -20,6 +20,7 @@ from btrm_core.model import read_manifest
 from btrm_core.preflight.verify import verify, verify_url
 from btrm_core.preflight.verify.server import Server
 from btrm_core.scoring import Scorer
+from btrm_core.serving import Limits
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,16 @@ def test_a_server_that_has_loaded_the_model(whole: Path) -> None:
         result = CliRunner().invoke(main, ["verify", str(whole), "--url", server.url])
     assert result.exit_code == 0, result.output
     assert result.output.count("\n") == 11
+
+
+def test_a_refusal_of_the_server_is_shown_in_its_own_words(whole: Path) -> None:
+    scorer = Scorer(str(whole), device="cpu")
+    with serving(scorer, Limits(max_length=5, token="a-secret")) as server:
+        (found,) = verify_url(server.url, scorer)
+        assert "status 401" in found.what
+        assert "Authorization: Bearer TOKEN" in found.what
+        checks = verify_url(server.url, scorer, "a-secret")
+    assert all(check.verdict == "fail" and "the limit is 5" in check.what for check in checks)
 
 
 def test_a_server_that_applies_a_sigmoid(whole: Path) -> None:

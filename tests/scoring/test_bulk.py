@@ -262,12 +262,14 @@ def test_refused_inputs_and_outputs(scorer: Scorer, tmp_path: Path) -> None:
         (source, str(tmp_path / "out.csv")): r"out.csv would be a table of another kind; expected .jsonl",
         (write(tmp_path / "empty.jsonl", []), out): r"empty\.jsonl holds no lines",
         (str(tmp_path / "wide.jsonl"), out): r"wide\.jsonl is UTF-16, expected UTF-8",
+        (write(tmp_path / "plain.jsonl.gz", pairs(1)), out): r"cannot be read after line 0 .* may be cut short$",
         (wrong, out): r"none of the 2 lines of .*wrong\.jsonl could be scored; line 1: expected 'messages', ",
     }
     for (given, wanted), reason in cases.items():
         with pytest.raises(DataError, match=reason):
             score_file(scorer, given, wanted)
     assert not Path(out).exists()
+    assert not list(tmp_path.glob("*.partial*"))
     score_file(scorer, source, out)
     with pytest.raises(
         DataError, match=r"out\.jsonl exists already; name another output, or replace it with --overwrite"

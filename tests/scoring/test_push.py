@@ -132,7 +132,7 @@ def refused(hub: Hub, monkeypatch: pytest.MonkeyPatch, why: str) -> str:
     """Make the hub refuse; returns the name to ask for."""
     if why == "no token":
         monkeypatch.delenv("HF_TOKEN")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent/token")
     elif why == "a wrong token":
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     elif why == "another's name":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, say
 from support.serving import Held, Running, serving
 
 from btrm_core.scoring import Scorer
-from btrm_core.serving import Limits
+from btrm_core.serving import Limits, native
 
 LONG = [{"role": "user", "content": "Tell me about tea. " * 60}]
 
@@ -41,6 +42,17 @@ def test_the_tokens_that_were_read_and_the_place_of_the_reward(server: Running, 
         assert one["ids"] == scorer.chat.encode([say("Hi", answer)])[0]
         assert one["tokens"][one["reward_at"]] == scorer.chat.terminal_token
         assert len(one["tokens"]) == len(one["ids"])
+
+
+def test_tokens_are_read_apart_from_where_requests_are_answered(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    own = native._read
+    monkeypatch.setattr(native, "_read", lambda *a: threads.append(threading.current_thread().name) or own(*a))
+    body = {"items": [{"messages": CONVERSATIONS[0]}] * 2, "return_tokens": True}
+    assert server.client.post("/v1/rewards", json=body).status_code == 200
+    assert [name.rpartition("_")[0] for name in threads] == ["btrm-tokens"] * 2
 
 
 def test_a_conversation_that_cannot_be_scored_costs_only_itself(server: Running) -> None:

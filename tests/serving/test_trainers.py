@@ -214,6 +214,7 @@ def test_slime(server: Running, scorer: Scorer) -> None:
         ("/classify", {}),
         ("/classify", {"input": []}),
         ("/classify", {"input": [True, False]}),
+        ("/classify", {"input": "x", "truncate_prompt_tokens": True}),
         ("/classify", {"input": [[1, 2], "x"]}),
         ("/classify", {"input_ids": ["1", "2"]}),
         ("/classify", {"messages": CONVERSATIONS[0], "add_generation_prompt": True}),

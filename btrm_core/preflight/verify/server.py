@@ -43,7 +43,8 @@ class Server:
     def _asked(self, method: str, path: str, body: Any = None) -> Any:
         try:
             response = self._client.request(method, path, json=body)
-            response.raise_for_status()
+            if not response.is_success:
+                raise ValueError(f"status {response.status_code}, {response.text[:300]}")
             return response.json()
         except (httpx.HTTPError, ValueError) as error:
             raise ConfigError(f"{self.url}{path}: {first_line(error)}") from error

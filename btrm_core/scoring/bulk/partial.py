@@ -139,7 +139,14 @@ def partial_lines(
             print(f"{called} {what}", file=sys.stderr)
         stream.truncate(size)
         known.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        yield stream
+        try:
+            yield stream
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if not Path(stream.name).stat().st_size:  # there is nothing to go on from
+                    Path(stream.name).unlink()
+                    known.unlink()
+            raise
 
 
 def _whole_lines(stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -171,8 +171,8 @@ def characters(value: Any) -> int:
 
 def _cut_short(path: Path, number: int, problem: str) -> DataError:
     return DataError(
-        f"{path} cannot be read after line {number} ({problem}); the file may be cut short. The rewards up to "
-        "there are kept in the partial output"
+        f"{path} cannot be read after line {number} ({problem}); the file may be cut short"
+        + (". The rewards up to there are kept in the partial output" if number else "")
     )
 
 
