@@ -41,9 +41,9 @@ Equal scores and declared ties hold no preference: they are skipped and counted,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from btrm_core.data.formats import Shape, Ties, WhichPairs, find_shape
 from btrm_core.data.shapes.conversation import Conversation, finished
@@ -51,8 +51,11 @@ from btrm_core.data.shapes.messages import Message
 from btrm_core.data.shapes.naming import ROLES, Naming
 from btrm_core.data.shapes.preference import Compared, compared
 from btrm_core.data.shapes.tree import branches
-from btrm_core.data.shapes.values import RowError, bounded_margin, bounded_weight, label, shown
+from btrm_core.data.shapes.values import RowError, bounded_margin, bounded_weight, clean_text, label, shown
 from btrm_core.data.shapes.view import RowView
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["ROLES", "Message", "Pair", "Reading", "conversations_of", "convert_row", "pairs_of"]
 
@@ -279,3 +282,45 @@ def _label(view: RowView, key: str) -> str:
     if isinstance(value, str) and found != value:
         view.remark(f"'{key}' with half a surrogate pair, replaced")
     return found
+
+
+def text_schema() -> pyarrow.Schema:
+    """A row per pair as text."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("subset", pa.string()),
+            ("prompt", pa.list_(message)),
+            ("chosen", pa.string()),
+            ("rejected", pa.string()),
+            ("margin", pa.float64()),
+            ("weight", pa.float64()),
+            ("probability", pa.float64()),
+            ("group", pa.int64()),
+            ("rejected_prompt", pa.list_(message)),
+        ]
+    )
+
+
+def text_batch(pairs: Sequence[Pair]) -> pyarrow.RecordBatch:
+    """Pairs as rows of text.
+
+    Args:
+        pairs: id and subset may hold the name of a file, which need not be UTF-8.
+    """
+    import pyarrow
+
+    return pyarrow.RecordBatch.from_pylist([text_values(pair) for pair in pairs], schema=text_schema())
+
+
+def text_values(pair: Pair) -> dict[str, Any]:
+    """The columns of one pair.
+
+    Args:
+        pair: likewise.
+    """
+    names = {"id": clean_text(pair.id), "subset": pair.subset and clean_text(pair.subset)}
+    return {name: getattr(pair, name) for name in pair.__dataclass_fields__} | names

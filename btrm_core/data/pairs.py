@@ -22,21 +22,19 @@ import numpy as np
 
 from btrm_core import cache, files
 from btrm_core.console import LongWork
-from btrm_core.data.convert import Message, Pair, Reading
+from btrm_core.data.convert import Message, Pair, Reading, text_batch, text_schema, text_values
 from btrm_core.data.formats import Ties, WhichPairs
 from btrm_core.data.inputs.memory import memory_rows
 from btrm_core.data.issues import IssueReport, RowIssue, nothing_left
 from btrm_core.data.readers import BATCH_ROWS, read_rows
 from btrm_core.data.shapes.naming import Naming
 from btrm_core.data.shapes.reading import read_pairs, strict_error
-from btrm_core.data.shapes.values import clean_text
 from btrm_core.data.sources import Resolved, Source, resolve
 from btrm_core.errors import DataError
 from btrm_core.locks import Shared
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow
 
 FORMAT_VERSION = 5
 """Part of every fingerprint: raised when equal files give other pairs than before."""
@@ -155,7 +153,7 @@ def load_pairs(
 
 
 def load_evaluation(
-    sources: Sequence[str],
+    sources: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     *,
     strict: bool = False,
     cache_dir: str | None = None,
@@ -183,7 +181,11 @@ def load_evaluation(
 
 
 def _load(
-    sources: Sequence[str], reading: Reading, strict: bool, cache_dir: str | None, apart: bool = False
+    sources: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    reading: Reading,
+    strict: bool,
+    cache_dir: str | None,
+    apart: bool = False,
 ) -> PairData:
     root = cache.cache_root(cache_dir)
     specs = [sources] if isinstance(sources, str | os.PathLike) else sources
@@ -239,9 +241,9 @@ def pairs_from_rows(
     pairs = list(read_pairs(source, memory_rows(rows, name), report, reading, strict=False))
     if not pairs:
         raise nothing_left(report)
-    table = pyarrow.Table.from_batches([_record_batch(pairs)])
+    table = pyarrow.Table.from_batches([text_batch(pairs)])
     hashes = np.array([prompt_hash(pair.prompt) for pair in pairs], dtype=np.uint64)
-    content = files.digest("rows", [_values(pair) for pair in pairs])
+    content = files.digest("rows", [text_values(pair) for pair in pairs])
     return PairData(datasets.Dataset(table), report, content, hashes)
 
 
@@ -299,7 +301,7 @@ def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading, wor
     hashes: list[np.ndarray] = []
     with (
         pyarrow.OSFile(str(folder / "pairs.arrow"), "wb") as file,
-        pyarrow.ipc.new_stream(file, _schema()) as writer,
+        pyarrow.ipc.new_stream(file, text_schema()) as writer,
     ):
         for source in resolved.sources:
             held: list[Pair] = []
@@ -315,41 +317,9 @@ def _build(folder: Path, resolved: Resolved, strict: bool, reading: Reading, wor
 
 def _write(writer: Any, held: list[Pair], hashes: list[np.ndarray]) -> None:
     if held:
-        writer.write_batch(_record_batch(held))
+        writer.write_batch(text_batch(held))
         hashes.append(np.array([prompt_hash(pair.prompt) for pair in held], dtype=np.uint64))
         held.clear()
-
-
-def _schema() -> pyarrow.Schema:
-    import pyarrow as pa
-
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("subset", pa.string()),
-            ("prompt", pa.list_(message)),
-            ("chosen", pa.string()),
-            ("rejected", pa.string()),
-            ("margin", pa.float64()),
-            ("weight", pa.float64()),
-            ("probability", pa.float64()),
-            ("group", pa.int64()),
-            ("rejected_prompt", pa.list_(message)),
-        ]
-    )
-
-
-def _record_batch(pairs: Sequence[Pair]) -> pyarrow.RecordBatch:
-    import pyarrow
-
-    return pyarrow.RecordBatch.from_pylist([_values(pair) for pair in pairs], schema=_schema())
-
-
-def _values(pair: Pair) -> dict[str, Any]:
-    """The fields of a pair; id and subset may hold the name of a file, which need not be UTF-8."""
-    names = {"id": clean_text(pair.id), "subset": pair.subset and clean_text(pair.subset)}
-    return {name: getattr(pair, name) for name in Pair.__dataclass_fields__} | names
 
 
 def _opened(entry: Shared, report: IssueReport, fingerprint: str) -> PairData:

@@ -27,6 +27,7 @@ from btrm_core.cache import file_sha256
 from btrm_core.data.inputs import hub
 from btrm_core.data.inputs.card import read_card
 from btrm_core.data.inputs.spec import Slice, Spec, apart, expand, is_pattern, parse_spec
+from btrm_core.data.inputs.splits import choose_split, split_of
 from btrm_core.data.inputs.streams import PACKED, STANDARD_INPUT, kind_of_file, local_path, spooled
 from btrm_core.data.shapes.values import clean_text
 from btrm_core.errors import DataError, did_you_mean
@@ -49,10 +50,6 @@ _KINDS: dict[str, Kind] = {
 ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .zst, .bz2 or .xz), .parquet, .arrow or .feather"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_ADDRESS = re.compile(r"(?:hf://datasets/|https?://huggingface\.co/datasets/)(.+)")
-_SPLIT_NAMES = ("train", "validation", "valid", "dev", "test", "eval")
-_SPLIT_WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLIT_NAMES)})(?=[-_./]|$)", re.IGNORECASE)
-_NAMED_SPLIT = re.compile(rf"((?:{'|'.join(_SPLIT_NAMES)})[-_][A-Za-z]\w*?)[-_]?\d*", re.IGNORECASE)
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?=\.)")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
@@ -223,7 +220,7 @@ def _described(where: str, folder: Path, spec: Spec) -> tuple[str, list[Path]] |
     if splits is None:
         chosen, files_ = _by_name(where, folder, card.base(config), split)
         return f"{chosen} of the configuration '{config}'", files_
-    name = _choose(where, list(splits), split)
+    name = choose_split(where, list(splits), split)
     return f"the split '{name}' of the configuration '{config}'", card.files(config, name, splits[name])
 
 
@@ -232,10 +229,10 @@ def _by_name(where: str, folder: Path, base: Path, split: str | None) -> tuple[s
     by_split: dict[str, list[Path]] = {}
     for path in _data_files(where, folder):
         if path.is_relative_to(base):
-            by_split.setdefault(_split_of(path.relative_to(base)), []).append(path)
+            by_split.setdefault(split_of(path.relative_to(base)), []).append(path)
     if not by_split:
         raise DataError(f"the folder '{where}' holds no data: expected files ending in {ACCEPTED}.")
-    chosen = _choose(where, list(by_split), split)
+    chosen = choose_split(where, list(by_split), split)
     return f"the split '{chosen}'", by_split[chosen]
 
 
@@ -270,7 +267,7 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
         raise DataError(f"cannot load the data set folder '{where}': {hub.sentence(error)}") from error
     notes = []
     if isinstance(loaded, datasets.DatasetDict):
-        chosen = _choose(where, list(loaded), split)
+        chosen = choose_split(where, list(loaded), split)
         if left := [name for name in loaded if name != chosen]:
             notes.append(f"{where}: the split '{chosen}' is used; left out: {_shorten(left)}")
         loaded, folder = loaded[chosen], folder / chosen
@@ -279,40 +276,6 @@ def _saved(where: str, folder: Path, split: str | None, root: Path) -> tuple[lis
     parts = sorted(path for path in folder.rglob("*") if path.is_file())
     content = files.digest([[path.name, file_sha256(path, root)] for path in parts])
     return [Source(where, local_path(where).resolve().name, "table", content, table=loaded)], notes
-
-
-def _choose(where: str, splits: list[str], wanted: str | None) -> str:
-    """Pick the wanted split, else "train", else the only one, or the only one of that beginning (`train_data`)."""
-    named = ", ".join(sorted(name for name in splits if name)) or "none"
-    if wanted is not None:
-        if wanted in splits:
-            return wanted
-        if len(near := _beginning(wanted, splits)) == 1:
-            return near[0]
-        raise DataError(f"'{where}' has no split '{wanted}': it has {named}.{did_you_mean(wanted, splits)}")
-    if "train" in splits:
-        return "train"
-    if len(splits) == 1:
-        return splits[0]
-    if len(near := _beginning("train", splits)) == 1:
-        return near[0]
-    example = sorted(name for name in splits if name)[0]
-    raise DataError(f"'{where}' has no split 'train': it has {named}. Name one, for example '{where}:{example}'.")
-
-
-def _beginning(word: str, splits: list[str]) -> list[str]:
-    return [split for split in splits if split.startswith((f"{word}_", f"{word}-"))]
-
-
-def _split_of(path: Path) -> str:
-    """The split a file belongs to by its name or its folder's, or an empty string."""
-    if shard := _SHARD.match(path.name):
-        return shard.group(1)
-    for part in reversed([*path.parent.parts, path.name.partition(".")[0]]):
-        if named := _NAMED_SPLIT.fullmatch(part):  # train_prefs and train_sft are two splits, train_0 and train_1 one
-            return named.group(1).lower()
-    words = _SPLIT_WORD.findall(path.as_posix())
-    return words[-1].lower() if words else ""
 
 
 def _kind(path: Path) -> Kind | None:

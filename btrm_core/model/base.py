@@ -200,7 +200,7 @@ def init_head(hf: Any, initialise: Callable[[Tensor], None], seed: int, who: str
 
 
 def freeze(hf: Any, model: ModelConfig) -> None:
-    """Freeze what the settings say: embeddings, or all but the last layers; final norm and head always train.
+    """Freeze what the settings say; the final norm and the head always train.
 
     Args:
         hf: The model, without adapters.
@@ -219,13 +219,12 @@ def freeze(hf: Any, model: ModelConfig) -> None:
         if isinstance(module, nn.Embedding):  # of tokens, and of positions where they are learned
             module.requires_grad_(False)
     count = hf.config.get_text_config().num_hidden_layers
-    lists = (module for _, module in text_modules(hf) if isinstance(module, nn.ModuleList) and len(module) == count)
-    layers = next(lists, None)
-    if layers is None:
+    lists = [module for _, module in text_modules(hf) if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
         raise ConfigError(f"model.train_last_layers: {type(hf).__name__} has no list of {count} layers; leave it out")
     if model.train_last_layers > count:
         raise ConfigError(f"model.train_last_layers = {model.train_last_layers}: the model has {count} layers")
-    for layer in layers[: count - model.train_last_layers]:
+    for layer in lists[0][: count - model.train_last_layers]:
         layer.requires_grad_(False)
 
 
@@ -314,8 +313,7 @@ def build_model(
     freeze(hf, config.model)
     if config.model.gradient_checkpointing:
         recompute_activations(hf)
-    allowed = family.recipe().attention
-    kernel = choose_for(hf, config.model.attention, device.type, allowed)
+    kernel = choose_for(hf, config.model.attention, device.type, family.recipe().attention)
     if config.lora.rank is not None:
         hf = adapters.add_adapters(hf, config.lora, config.train.seed)
         if config.model.gradient_checkpointing:

@@ -19,22 +19,15 @@ from btrm_core.errors import CheckpointError, first_line
 from btrm_core.files import explained, whole_directory
 from btrm_core.hub import hub_problem
 from btrm_core.model.adapters import save_adapters
+from btrm_core.model.older import write_for_older_readers
 from btrm_core.outputs import whole_file
 
 MANIFEST = "btrm.json"
 CALIBRATION = "calibration"
 """The key of `btrm.json` that an evaluation writes."""
-
-
 SHARD_SIZE = "5GB"
-
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-
-
 _NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights again, in other forms
 
 
@@ -288,79 +281,3 @@ def find_model(name: str) -> Path:
             hub_problem(error, name)
             or f"there is no model directory {name}, and the Hugging Face hub does not give it: {first_line(error)}"
         ) from error
-
-
-_ROPE_ELSEWHERE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
-"""Keys of `rope_parameters` that 4.x keeps beside `rope_scaling`, or writes of itself."""
-_SESSION = ("is_local", "local_files_only", "backend")
-"""Keys that say how the tokenizer was loaded this time, which is nobody else's concern."""
-
-
-def write_for_older_readers(directory: Path) -> None:
-    """Add to `config.json` and `tokenizer_config.json` of a directory what transformers 4.x looks for.
-
-    transformers 5 moved the rotary base and its scaling into `rope_parameters`, renamed `torch_dtype`, and gave the
-    generic fast tokenizer another name. A 4.x that does not know these takes its defaults without a word, and with a
-    rotary base of 10000 every reward is another one. Both ways of saying it stand side by side; they say the same.
-
-    Args:
-        directory: A model directory that is still being written; a file that is not there is passed over.
-    """
-    config, tokenizer = directory / "config.json", directory / "tokenizer_config.json"
-    if config.is_file():
-        _rewrite(config, _older_config)
-    if tokenizer.is_file():
-        _rewrite(tokenizer, _older_tokenizer)
-
-
-def _rewrite(file: Path, change: Any) -> None:
-    values = json.loads(file.read_text(encoding="utf-8"))
-    text = json.dumps(change(values), indent=2, sort_keys=True, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
-
-
-def _older_config(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config and of the configs in it, with the names of 4.x beside those of 5.x."""
-    made = {
-        key: _older_config(value) if key.endswith("_config") and isinstance(value, dict) else value
-        for key, value in values.items()
-    }
-    if "dtype" in made:
-        made["torch_dtype"] = made["dtype"]
-    parameters = made.get("rope_parameters")
-    if not isinstance(parameters, dict):
-        return made
-    whole = parameters.get("full_attention")
-    local = parameters.get("sliding_attention")
-    if isinstance(local, dict) and "rope_theta" in local:
-        made["rope_local_base_freq"] = local["rope_theta"]
-    return {**made, **_rope(whole if isinstance(whole, dict) else parameters)}
-
-
-def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """One set of rotary parameters as 4.x spells it."""
-    made: dict[str, Any] = {
-        key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters
-    }
-    kind = parameters.get("rope_type", "default")
-    rest = {key: value for key, value in parameters.items() if key not in _ROPE_ELSEWHERE and value is not None}
-    if kind == "longrope":  # it takes these three keys and no other
-        made |= {"original_max_position_embeddings": rest.get("original_max_position_embeddings")}
-        rest = {key: rest[key] for key in ("short_factor", "long_factor") if key in rest}
-        made["rope_scaling"] = {"type": kind, **rest}
-    else:
-        made["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rest}
-    return {key: value for key, value in made.items() if value is not None or key == "rope_scaling"}
-
-
-def _older_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer's settings under names that both versions know."""
-    made = {key: value for key, value in values.items() if key not in _SESSION}
-    if made.get("tokenizer_class") == "TokenizersBackend":
-        made["tokenizer_class"] = "PreTrainedTokenizerFast"
-    extra = made.pop("extra_special_tokens", None)
-    if isinstance(extra, list):  # 4.x knows a mapping under this name
-        made["additional_special_tokens"] = extra
-    elif extra is not None:
-        made["extra_special_tokens"] = extra
-    return made

@@ -14,8 +14,8 @@ from support.environments import HANGS
 from support.scorer_samples import CONVERSATIONS, FAMILIES, reference, reward_model
 from transformers import AutoConfig, AutoTokenizer
 
-from btrm_core.model.directory import write_for_older_readers
 from btrm_core.model.load import chat_from_checkpoint
+from btrm_core.model.older import write_for_older_readers
 from btrm_core.scoring import export
 
 HALVES = [1.0, 2.0, 3.0, 4.0]
