@@ -158,8 +158,7 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     rows = read(data.train, scored=scored, ties=ties, own_prompts=data.own_prompts)
     held_out: PairData | None = None
     if data.eval:
-        how = {"strict": data.strict, "cache_dir": data.cache_dir, "naming": names}
-        held_out = load_evaluation(data.eval, scored=scored, **how)
+        held_out = load_evaluation(data.eval, scored=scored, strict=data.strict, cache_dir=data.cache_dir, naming=names)
         rows, _ = drop_overlap(rows, held_out)
     issues = {"train": rows.issues, **({"eval": held_out.issues} if held_out is not None else {})}
     if not data.eval and data.held_out_fraction > 0:
