@@ -43,6 +43,9 @@ def _older_config(values: dict[str, Any]) -> dict[str, Any]:
     }
     if "dtype" in made:
         made["torch_dtype"] = made["dtype"]
+    for older, name in _renamed(made.get("model_type")).items():
+        if "experts" in older and name in made:  # Qwen 3 MoE: a 4.x would take its default number of experts
+            made.setdefault(older, made[name])
     parameters = made.get("rope_parameters")
     if not isinstance(parameters, dict):
         return made
@@ -51,6 +54,14 @@ def _older_config(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(local, dict) and "rope_theta" in local:
         made["rope_local_base_freq"] = local["rope_theta"]
     return {**made, **_rope(whole if isinstance(whole, dict) else parameters)}
+
+
+def _renamed(model_type: Any) -> dict[str, str]:
+    """Other names of settings of a configuration -> the names that this transformers writes them under."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = model_type in CONFIG_MAPPING
+    return dict(getattr(CONFIG_MAPPING[model_type], "attribute_map", {})) if known else {}
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nested": ("gemma3", {"text_config": {"rope_parameters": None, "num_hidden_layers": 2}}),
     "without rotary": ("gpt2", {}),
+    "experts": ("qwen3_moe", {"num_experts": 6}),
 }
 
 
@@ -93,6 +94,8 @@ def test_both_ways_of_saying_it_say_the_same(name, tmp_path):
         assert text["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     if name == "long":
         assert set(text["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+    if name == "experts":
+        assert (text["num_experts"], again.num_experts) == (6, 6)
     if name in ("plain", "nested"):
         assert text["rope_scaling"] is None
 

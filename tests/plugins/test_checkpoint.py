@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from support.architectures import ARCHITECTURES
 from support.checkpoints import ZEPHYR, zephyr
-from transformers import AutoConfig, AutoTokenizer
+from support.tiny_models import SIZE
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from btrm_core.chat.format import prepare_chat
 from btrm_core.cli import main
@@ -138,6 +140,15 @@ def test_the_small_copy_has_a_layer_of_each_kind():
     small = small_config(AutoConfig.for_model("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2), 99)
     assert small.layer_types == ["sliding_attention", "full_attention"]
     assert small_config(AutoConfig.for_model("falcon"), 99).head_dim == 16  # which is derived
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "minicpm3", "falcon", "gpt2", "qwen3_next"])
+def test_the_small_copy_computes(name):
+    """Latent attention, derived sizes, names of their own, and layers of several kinds."""
+    of = ARCHITECTURES[name]
+    config = AutoConfig.for_model(of.model_type, **{**SIZE, **of.config})
+    hf = AutoModelForSequenceClassification.from_config(small_config(config.get_text_config(), 61))
+    assert hf(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
 def test_of_several_processes_the_first_checks(model, tmp_path, monkeypatch):

@@ -372,6 +372,13 @@ def test_a_base_model_without_weights(base: Path, tmp_path: Path) -> None:
 def test_weights_that_are_not_finite(base: Path, tmp_path: Path) -> None:
     broken = copied(base, tmp_path / "model", lambda weights: weights["model.norm.weight"].fill_(math.nan))
     found = diagnosis(broken, "--data", sample_path("held_out"), exit_code=1)
+    assert "model.norm.weight is not finite everywhere" in found["model"]["what"]
+    assert {found[name]["verdict"] for name in MODEL_CHECKS[1:]} == {"skip"}
+
+
+def test_rewards_that_are_not_finite(base: Path, tmp_path: Path) -> None:
+    broken = copied(base, tmp_path / "model", lambda weights: weights["model.norm.weight"].fill_(3e38))
+    found = diagnosis(broken, "--data", sample_path("held_out"), exit_code=1)
     assert {found[name]["verdict"] for name in MODEL_CHECKS[2:]} == {"fail"}
     assert found["first loss"]["what"] == "32 of 32 pairs have a reward that is not finite"
     assert "rewards are not finite" in found["packed = separate"]["what"]

@@ -26,10 +26,13 @@ def small_config(original: Any, num_tokens: int) -> Any:
     other = (n for n in range(1, layers) if any(kinds[n] != kinds[0] for kinds in by_layer.values()))
     second = next(other, 1)
     derived = {key for key in SMALL if getattr(getattr(type(original), key, None), "fset", key) is None}
-    small = {key: value for key, value in SMALL.items() if key not in derived}
+    latent = bool(given.get("qk_rope_head_dim"))  # its heads have dimensions of their own, and all have keys
+    small = {key: value for key, value in SMALL.items() if key not in derived and not (latent and key == "head_dim")}
+    if latent:
+        small["num_key_value_heads"] = small["num_attention_heads"]
     values = {**given, **small, **{key: [kinds[0], kinds[second]] for key, kinds in by_layer.items()}}
     values["vocab_size"] = max(num_tokens, original.vocab_size)
-    if not given.get("qk_rope_head_dim"):  # rotary dimensions apart from those of the heads stay as they are
+    if not latent:
         _fit_factors(values, float(getattr(original, "partial_rotary_factor", None) or 1.0))
     return type(original)(**{k: v for k, v in values.items() if v is not None or k.endswith("token_id")})
 
