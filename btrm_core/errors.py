@@ -76,7 +76,7 @@ def one_line(error: BaseException) -> str:
         error: what was raised.
     """
     try:
-        line = printable(first_line(error))
+        line = printable(first_line(error)).removeprefix(f"{type(error).__name__}: ")
     except Exception:  # an exception of a stranger's may fail even at this
         line = "an error that cannot be shown"
     if isinstance(error, BtrmError):

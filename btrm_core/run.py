@@ -13,7 +13,7 @@ from pathlib import Path
 from btrm_core.config import keeps_best
 from btrm_core.console import say
 from btrm_core.errors import CheckpointError
-from btrm_core.evaluation import badness
+from btrm_core.evaluation import NoRewardsError, badness
 from btrm_core.files import disk_is_full, explained, output_lock, probe
 from btrm_core.hub import prepare_upload
 from btrm_core.model import build_model, is_finished, read_manifest, refuse_overwrite
@@ -254,13 +254,15 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     runtime, output = session.runtime, session.job.output
     if session.reporter is not None:
         session.reporter.close_bar()
-    evaluation = None
+    evaluation, broken = None, None
     if progress.stopped != "signal":
         try:  # also of a run that was stopped between two evaluations
             evaluation = evaluate_now(session, progress.step, interrupt.requested)
         except AskedToStop:
             progress.stopped = "signal"
             seams(session, interrupt).save(progress)
+        except NoRewardsError as error:
+            broken = error
     if progress.stopped == "signal":
         say(runtime, f"stopped after step {progress.step}; go on with the same command and --resume")
         return Outcome(None, None, progress, interrupt.signal or 0)
@@ -268,12 +270,16 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     rewards_P2 = None if session.evaluated is None else session.evaluated[1]
     directory, best = output / "model", output / "best"
     by, done = session.config.output.best_by, progress.is_done(session.schedule.total_steps)
-    earlier = keeps_best(session.config) and evaluation is not None and progress.best_loss < badness(evaluation, by)
-    if earlier and runtime.any(runtime.is_main and is_finished(best)):  # the others need not see the directory
+    worse = broken or (evaluation is not None and progress.best_loss < badness(evaluation, by))
+    if (
+        keeps_best(session.config) and worse and runtime.any(runtime.is_main and is_finished(best))
+    ):  # the others need not see the directory
         shown, rewards_P2 = session.best_examples, session.best_rewards_P2
         if runtime.is_main:
             evaluation = publish_best(best, directory, done=done)
         runtime.barrier()
+    elif broken:
+        raise broken
     else:
         save_run(session, progress, evaluation, directory, interrupt.requested)
         if runtime.is_main and done:

@@ -57,6 +57,10 @@ class Judged:
         )
 
 
+class NoRewardsError(DataError):
+    """The model that is evaluated gives no pair two finite rewards."""
+
+
 def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
     """The cheap figures of an evaluation, as often as training asks; equal rewards count half and are reported.
 
@@ -71,7 +75,8 @@ def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
         rewards_P2: their rewards, chosen and rejected.
 
     Raises:
-        DataError: all pairs are ties, or none that is not has two finite rewards.
+        DataError: all pairs are ties.
+        NoRewardsError: none that is no tie has two finite rewards.
     """
     decided_P = np.asarray(judged.probability_P) > 0.5
     if not decided_P.any():
@@ -80,7 +85,7 @@ def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
         )
     kept_P = decided_P & (np.abs(rewards_P2) < LARGEST).all(axis=1)
     if not kept_P.any():
-        raise DataError(
+        raise NoRewardsError(
             f"none of the {int(decided_P.sum()):,} evaluation pairs has two finite rewards; the model is broken, which "
             "a lower --learning-rate or --dtype fp32 may prevent"
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
-from btrm_core.data import text_of
+from btrm_core.data import RowView, text_of
 from btrm_core.serving.limits import Refused
 from btrm_core.serving.preparing import Prepared, Preparer
 from btrm_core.serving.service import Answered, Service
@@ -28,7 +28,7 @@ async def service_of(request: Request) -> Service:
 Serving = Annotated[Service, Depends(service_of)]
 
 
-Content = Annotated[str, BeforeValidator(lambda content: text_of(content, "content"))]
+Content = Annotated[str, BeforeValidator(lambda content: text_of(content, "content", RowView({})))]
 """Text, or parts of type text as OpenAI's clients send them, joined as rows of training are."""
 
 

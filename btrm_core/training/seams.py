@@ -8,7 +8,7 @@ from typing import Any
 
 from btrm_core.config import keeps_best
 from btrm_core.console import LongWork, say
-from btrm_core.evaluation import figures_of
+from btrm_core.evaluation import NoRewardsError, figures_of
 from btrm_core.model import device_name, mfu_per_token_rate
 from btrm_core.training import resume
 from btrm_core.training.loop import Seams
@@ -39,7 +39,13 @@ def seams(session: Session, interrupt: Interrupt) -> Seams:
         say(runtime, f"step {progress.step}: checkpoint saved in {path}")
 
     def evaluate(step: int) -> dict[str, Any] | None:
-        figures = evaluate_now(session, step, interrupt.requested)
+        try:
+            figures = evaluate_now(session, step, interrupt.requested)
+        except NoRewardsError as error:
+            if not keeps_best(config):
+                raise
+            say(runtime, f"step {step}: {error}")  # a better one may have been kept
+            return None
         if figures is not None:
             _log(session, "eval", step, figures)
         return figures
@@ -114,6 +120,7 @@ def evaluate_now(session: Session, step: int, stop: Callable[[], bool] = bool) -
 
     Raises:
         AskedToStop: a process was asked to stop meanwhile: save first.
+        NoRewardsError: the model gives no pair two finite rewards.
     """
     pairs = session.data.eval
     if pairs is None:

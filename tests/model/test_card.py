@@ -86,7 +86,7 @@ def test_it_says_what_the_run_knows(trained: Path, made: dict[str, Any]) -> None
     for row, subset in zip(evaluation[2:], figures["subsets"], strict=True):
         low, high = (float(end) for end in row[3].split(" to "))
         assert 0 <= low < subset["accuracy"] < high <= 1
-        assert high - low > 0.25  # twenty to thirty pairs say little
+        assert high - low > (0.25 if subset["pairs"] < 40 else 0.1)  # twenty to thirty pairs say little
     assert ["loss", f"{figures['loss']:.4f}"] in others
     assert "389 training pairs of 389 prompts" in card
     assert set(re.findall(r"^## (.+)$", card, re.MULTILINE)) == {

@@ -167,7 +167,7 @@ def test_what_is_no_list_of_conversations_is_named(scorer: Scorer, arguments: An
             "group 2 is .*, expected a prompt and a list",
         ),
         ([PROMPT], "group 1 is .*, expected a prompt"),
-        ([([{"role": "user", "text": "Hi"}], ["a"])], r"group 1: missing key 'content' in 'prompt\[0\]'"),
+        ([([{"role": "user", "said": "Hi"}], ["a"])], r"group 1: missing key 'content' in 'prompt\[0\]'"),
         ([(PROMPT, [{"role": "assistant", "content": "a"}])], "group 1 of 1: a message is not text"),
     ],
 )
