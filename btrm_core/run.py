@@ -270,10 +270,9 @@ def finish(session: Session, progress: Progress, interrupt: Interrupt) -> Outcom
     rewards_P2 = None if session.evaluated is None else session.evaluated[1]
     directory, best = output / "model", output / "best"
     by, done = session.config.output.best_by, progress.is_done(session.schedule.total_steps)
-    worse = broken or (evaluation is not None and progress.best_loss < badness(evaluation, by))
-    if (
-        keeps_best(session.config) and worse and runtime.any(runtime.is_main and is_finished(best))
-    ):  # the others need not see the directory
+    worse = broken is not None or (evaluation is not None and progress.best_loss < badness(evaluation, by))
+    kept = keeps_best(session.config) and worse
+    if kept and runtime.any(runtime.is_main and is_finished(best)):  # the others need not see the directory
         shown, rewards_P2 = session.best_examples, session.best_rewards_P2
         if runtime.is_main:
             evaluation = publish_best(best, directory, done=done)
