@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from btrm_core.config import read_settings
@@ -103,6 +104,11 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(finished, tmp_path):
     first = load_file(outcome.directory / "model.safetensors")
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["score.weight"], other["score.weight"])
+
+
+def test_what_another_trainer_left_of_accelerate_does_not_matter(finished, tmp_path):
+    Accelerator(cpu=True)  # as TRL's trainers make one: within a process group it would wrap models for DDP
+    assert run(tmp_path / "run").progress.step == finished[0].progress.step
 
 
 def test_a_finished_model_is_not_overwritten_unless_asked(finished):

@@ -127,20 +127,27 @@ def start(config: RunConfig, trackers: list[str] | None = None, project_dir: str
         ConfigError: the DeepSpeed setting is unknown, or its file contradicts what btrm derives; the processes cannot
             share rows as asked; or bitsandbytes is asked for and missing.
     """
+    _reset()  # another trainer of this process may have left Accelerate set up for itself
     try:
         runtime = _runtime(config, trackers, project_dir)
         yield runtime
         if runtime.share is not None:  # after a failure the others may not be there to agree
             torch.distributed.destroy_process_group(runtime.share.processes)
     finally:
-        from accelerate.state import AcceleratorState, GradientState, PartialState
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-        GradientState._reset_state()
+        _reset()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def _reset() -> None:
+    """Take down what Accelerate keeps for the whole process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    GradientState._reset_state()
 
 
 def _runtime(config: RunConfig, trackers: list[str] | None, project_dir: str | None) -> Runtime:
