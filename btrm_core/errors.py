@@ -76,7 +76,7 @@ def one_line(error: BaseException) -> str:
         error: what was raised.
     """
     try:
-        line = printable(first_line(error)).removeprefix(f"{type(error).__name__}: ")
+        line = printable(_said(error))
     except Exception:  # an exception of a stranger's may fail even at this
         line = "an error that cannot be shown"
     if isinstance(error, BtrmError):
@@ -97,6 +97,9 @@ def first_line(error: BaseException) -> str:
     >>> first_line(ValueError("Validation error for field 'hidden_size':\n    TypeError: expected int"))
     "Validation error for field 'hidden_size': TypeError: expected int"
     """
+    return f"KeyError: {_said(error)}" if isinstance(error, KeyError) else _said(error)  # alone it is only a name
+
+
+def _said(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return f"KeyError: {said}" if isinstance(error, KeyError) else said
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -2,7 +2,8 @@
 
 Decides which directories are refused because their weights are no weights (a pointer of Git LFS, half a download, an
 index without its files), are packed by somebody else's quantisation, or hold a trained head that nothing would read.
-Only headers are read: the look costs milliseconds for a model of any size.
+Only headers are read for that: the look costs milliseconds for a model of any size. What the values alone show (NaN),
+or what a model has no place for, `check_loaded` looks at once they are there.
 """
 
 from __future__ import annotations

@@ -94,3 +94,8 @@ def real_tokenizers() -> Path:
 def real_model() -> Path:
     """Directory of a real small language model (for tests marked `hub("model")`)."""
     return Path(os.environ[FETCHED["model"]])
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes go by their place: packed ones hold the second they were made in, and all workers must collect alike."""
+    return argname if isinstance(val, bytes) else None

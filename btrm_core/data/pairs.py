@@ -134,7 +134,7 @@ def load_pairs(
     """Read, convert and check all rows of all sources, in order.
 
     Args:
-        sources: files, folders and Hub ids (one alone may be a plain string); `sources.py` says which.
+        sources: files, folders and Hub ids (one alone needs no list); `sources.py` says which.
         strict: raise at the first bad row instead of going on without it. Ties and other sound rows that hold
             no preference are not bad.
         cache_dir: where the pairs are kept; default `cache.cache_root()`.

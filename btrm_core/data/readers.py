@@ -149,9 +149,8 @@ def parse_json_line(raw: bytes, line: int = 0) -> Any:
         RowError: it is not UTF-8, not JSON, or an object has a key twice.
     """
     try:
-        text = (
-            raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip().removesuffix(",")
-        )  # of an array without brackets
+        text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+        text = text.rstrip().removesuffix(",")  # a line of an array
         return json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         place = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"

@@ -161,10 +161,12 @@ def by_subset(names: list[str], margin_P: FloatArray, sets: Sequence[str] = ()) 
     Returns:
         One result per subset and part, sorted by name; losses in nats.
     """
-    out = []
+    out, labels = [], np.array(names, dtype=object)
     for name in subset_names(names, sets):
-        part_P = [label == name or (name in sets and label.startswith(f"{name}/")) for label in names]
-        margin = margin_P[np.array(part_P)]
+        part_P = labels == name
+        if name in sets:
+            part_P |= np.array([label.startswith(f"{name}/") for label in names])
+        margin = margin_P[part_P]
         accuracy, ties, likely = float(wins(margin).mean()), int((margin == 0).sum()), reliability(margin)
         size = float(margin.mean())
         out.append(SubsetResult(name, len(margin), accuracy, ties, size, likely.loss, likely.brier, likely.ece))

@@ -129,9 +129,9 @@ def parse_spec(text: str, exists: Callable[[str], bool]) -> Spec:
         raise DataError(
             f"'{text}' is an address, expected a file or a folder here, or org/name of the Hub. Download it."
         )
-    place, name, rows, weight = text, None, None, 1.0
+    place, name, rows, weight = text, None, None, None
     while not exists(place):  # weight and slice, in either order
-        if match := _WEIGHT.search(place):
+        if weight is None and (match := _WEIGHT.search(place)):
             weight = float(match.group(1) or match.group(2))
             if not SMALLEST_WEIGHT <= weight <= LARGEST:
                 raise DataError(f"the mixing weight of '{text}' is {weight:g}, expected above 0, at most {LARGEST:g}.")
@@ -157,7 +157,7 @@ def parse_spec(text: str, exists: Callable[[str], bool]) -> Spec:
             parts.insert(0, part)
     if not exists(place) and (match := _REVISION.fullmatch(place)):
         place, options["revision"] = match.group(1), match.group(2)
-    return Spec(text, place, name, tuple(parts), tuple(options.items()), rows, weight)
+    return Spec(text, place, name, tuple(parts), tuple(options.items()), rows, 1.0 if weight is None else weight)
 
 
 def is_pattern(place: str) -> bool:

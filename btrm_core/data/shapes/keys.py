@@ -63,10 +63,5 @@ VERSUS = dict(
     ]
 )
 """Two answers, and elsewhere in the row which is the better one: `response_a` and `response_b`, `output_1` and ..."""
-ANSWERS = frozenset(
-    [
-        *itertools.chain(*PAIR, *VERSUS.items(), LISTS, SINGLE),
-        *("summaries",),
-    ]
-)
+ANSWERS = frozenset(itertools.chain(*PAIR, *VERSUS.items(), LISTS, SINGLE, ["summaries"]))
 """Every key that says what the answers are."""

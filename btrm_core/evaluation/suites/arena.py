@@ -6,8 +6,8 @@ each. Strengths are those of the Bradley-Terry model, and votes are drawn with r
 Shapes: M models, U pairs of models that met, B draws.
 
 Reference:
-    Frick et al., How to Evaluate Reward Models for RLHF, arXiv:2410.14872; separability, agreement and Brier score as
-    in section 3 of Li et al., From Crowdsourced Data to High-Quality Benchmarks, arXiv:2406.11939.
+    Frick et al., How to Evaluate Reward Models for RLHF, arXiv:2410.14872, whose code was not at hand; separability,
+    agreement and Brier score as others quote section 3 of Li et al., arXiv:2406.11939. No published value was compared.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
-from btrm_core.errors import BtrmError, ConfigError, did_you_mean
+from btrm_core.errors import BtrmError, ConfigError, did_you_mean, one_line
 from btrm_core.evaluation.suites.base import Suite
 
 GROUP = "btrm.suites"
@@ -69,9 +69,7 @@ class _Guarded:
             except BtrmError:
                 raise
             except Exception as error:
-                raise ConfigError(
-                    f"{self._origin} fails in {part}(): {type(error).__name__}: {error}; ask its author"
-                ) from error
+                raise ConfigError(f"{self._origin} fails in {part}(): {one_line(error)}; ask its author") from error
 
         return guarded
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from btrm_core.cache import cache_root, code_digest, keep_value, kept_value
-from btrm_core.errors import ConfigError, first_line
+from btrm_core.errors import ConfigError, first_line, one_line
 from btrm_core.model.attention import KERNELS, calls_noted, choose_kernel, uses_softcap
 from btrm_core.model.leakage.exact import Leak, examine
 from btrm_core.model.leakage.positions import positions_depend_on_batch
@@ -214,7 +214,7 @@ def _attempt(model: RewardModel, groups: Sequence[Tree], case: Use, *, check_rea
     except NotImplementedError as error:
         return Leak(False, first_line(error), math.inf, 0.0)
     except Exception as error:  # whatever it is, the next choice does without
-        return Leak(False, f"{type(error).__name__}: {first_line(error)}", math.inf, 0.0)
+        return Leak(False, one_line(error), math.inf, 0.0)
 
 
 def _examined(model: RewardModel, groups: Sequence[Tree], case: Use) -> Leak:

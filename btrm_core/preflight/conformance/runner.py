@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from btrm_core.console import LongWork, quiet_libraries
-from btrm_core.errors import first_line
+from btrm_core.errors import one_line
 from btrm_core.preflight import Check
 from btrm_core.preflight.conformance.contract import ContractChecks
 from btrm_core.preflight.conformance.model import ModelChecks
@@ -158,6 +158,5 @@ def _run(checks: FamilyConformance, name: str) -> Check:
     except Missing as reason:
         return Check(title, "skip", str(reason))
     except Exception as error:  # an error nobody foresaw is a failure of the family until it is understood
-        what = f"{type(error).__name__}: {first_line(error)}"
-        return Check(title, "fail", what, "a run would meet it too", "look at the family's hooks first")
+        return Check(title, "fail", one_line(error), "a run would meet it too", "look at the family's hooks first")
     return Check(title, "ok", proves)
