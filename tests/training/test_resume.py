@@ -144,7 +144,7 @@ def _newest(output: Path) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_says_how_to_go_on(
     root: Path, tmp_path: Path, whole: Trajectory, number: int, code: int
 ) -> None:
