@@ -175,7 +175,7 @@ def test_a_weight_and_a_name(tmp_path: Path) -> None:
         *(("chat:1", "chat", 0.5), ("chat:2", "chat", 0.5), ("a.jsonl:3", "a", 1.0)),
     ]
     assert [p.weight for p in load_pairs([f"{tmp_path}/a.jsonl[:1]:0.3", f"{tmp_path}/a.jsonl:.5[:1]"])] == [0.3, 0.5]
-    with pytest.raises(DataError, match="Drop .:0.5"):  # which of two weights was meant?
+    with pytest.raises(DataError, match=r"Drop ':0\.5'"):  # which of two weights was meant?
         load_pairs([f"{tmp_path}/a.jsonl:0.5*0.3"])
     with pytest.raises(DataError, match=r"the mixing weight of .* is 0, expected above 0"):
         load_pairs([f"{tmp_path}/a.jsonl*0"])
