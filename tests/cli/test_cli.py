@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from support import processes
 
 from btrm_core.cli import main
 from btrm_core.cli.preflight import _echo, doctor
@@ -269,17 +271,6 @@ def test_a_file_that_is_no_model_is_not_overwritten(tmp_path):
     assert line == f"{tmp_path / 'model'} exists and is no btrm model; choose another --output or remove it"
 
 
-def start(*arguments, **environment):
-    command = [sys.executable, "-m", "btrm_core", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
 def wait_for_steps(output: Path, count: int, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -293,40 +284,41 @@ def wait_for_steps(output: Path, count: int, seconds: float = 120) -> None:
 @pytest.mark.timeout(240)
 def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(tmp_path):
     arguments = ("train", "--family", "llama3", "--output", tmp_path, "--pairs-per-step", 4, "--eval-every", 10_000)
-    process = start(*arguments)
+    log = tmp_path / "log"
+    started = processes.start(processes.command, *map(str, arguments), log=log)
     wait_for_steps(tmp_path, 3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(started[0].pid, signal.SIGINT)
+    assert processes.wait(started) == [130]
+    errors = log.read_text()
     assert "go on with the same command and --resume" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "model").exists()
     assert list((tmp_path / "resume").glob("step-*/COMPLETE"))
 
 
+def on_a_small_disk(*arguments):
+    """`btrm` in a child that cannot write files larger than 300 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    processes.command(*arguments)
+
+
 @pytest.mark.timeout(240)
 def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-        "from btrm_core.cli import main; main(sys.argv[1:])"
-    )
     warm = invoke("train", "--family", "llama3", "--dry-run")
     assert warm.exit_code == 0
     arguments = ["train", "--family", "llama3", "--output", str(tmp_path), "--max-steps", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2, done.stderr
-    assert f"the disk is full while saving {tmp_path / 'model'}; nothing was left behind" in done.stderr
+    log = tmp_path / "log"
+    assert processes.wait(processes.start(on_a_small_disk, *arguments, log=log)) == [2], log.read_text()
+    assert f"the disk is full while saving {tmp_path / 'model'}; nothing was left behind" in log.read_text()
     assert not [p for p in tmp_path.iterdir() if "model" in p.name]
 
 
 @pytest.mark.timeout(240)
-def test_wandb_offline_and_tensorboard_get_the_figures(tmp_path):
-    process = start(
-        "train", "--family", "llama3", "--output", tmp_path, "--max-steps", 2, "--report-to", "wandb,tensorboard",
-        WANDB_MODE="offline",
-    )  # fmt: skip
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+def test_wandb_offline_and_tensorboard_get_the_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    arguments = ("--family", "llama3", "--output", str(tmp_path), "--max-steps", "2")
+    done = processes.btrm("train", *arguments, "--report-to", "wandb,tensorboard")
+    assert done.returncode == 0, done.stderr
     runs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(runs) == 1
     assert runs[0].stat().st_size > 1000

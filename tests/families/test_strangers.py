@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from support import processes
 
 from btrm_core.errors import FamilyError
 from btrm_core.families import HOOKS, guard, probe
@@ -49,7 +50,7 @@ def config(model_type):
 
 
 def btrm(*arguments):
-    """The command as a user calls it, with the plugins of this test installed."""
+    """The command as a user calls it, from its first import on, with the plugins of this test installed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "btrm_core", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
@@ -91,7 +92,7 @@ def test_another_familys_claims_that_exits_does_not_end_a_run(install, tmp_path)
     install(ASKED.format(hook="claims", ending="sys.exit(0)"))
     (tmp_path / "model").mkdir()
     config("mistral").save_pretrained(tmp_path / "model")
-    done = btrm("train", "--model", str(tmp_path / "model"), "--data", "nothing.jsonl")
+    done = processes.btrm("train", "--model", str(tmp_path / "model"), "--data", "nothing.jsonl")
     assert done.returncode == 2
     assert done.stdout == ""
     assert "holds no tokenizer" in done.stderr  # mistral was found, and the run went on
@@ -99,7 +100,7 @@ def test_another_familys_claims_that_exits_does_not_end_a_run(install, tmp_path)
 
 def test_a_named_family_that_exits_is_an_error_of_the_user(install):
     install(ASKED.format(hook="recipe", ending="os._exit(0)"))
-    done = btrm("train", "--family", "foo")
+    done = processes.btrm("train", "--family", "foo")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "btrm: family 'foo' (btrm-foo 1.0): hook recipe failed: it tries to end the process with os._exit(0)\n"
@@ -110,7 +111,7 @@ def test_a_named_family_that_exits_is_an_error_of_the_user(install):
 def test_the_checks_of_a_family_that_exits_say_so(install, line):
     code = package_files("foo")["btrm_foo/__init__.py"]
     install(code.replace("from __future__ import annotations\n", f"from __future__ import annotations\n{line}\n"))
-    done = btrm("families", "foo", "--check", "--json")
+    done = processes.btrm("families", "foo", "--check", "--json")
     assert done.returncode == 1
     first = json.loads(done.stdout)[0]
     assert (first["name"], first["verdict"]) == ("entry point resolves", "fail")

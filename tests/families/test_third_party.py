@@ -2,6 +2,7 @@
 
 `third_party/btrm-smollm2` is of an architecture that btrm's own families have too, with a tokenizer full of traps;
 `third_party/btrm-phi3` is of another one. Nothing in btrm knows either.
+A third one is as `btrm new-family` writes it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.environments import Environment, build_wheel
+
+from btrm_core.families.new_family import write_family
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -30,10 +34,16 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> Environment:
-    """An environment in which both stay installed."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package as `btrm new-family` leaves it."""
+    return write_family("sea-dog", tmp_path_factory.mktemp("written") / "btrm-sea-dog")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path], written: Path) -> Environment:
+    """An environment in which all three stay installed."""
     made = Environment(tmp_path_factory.mktemp("third_party"))
-    made.install(*wheels.values())
+    made.install(*wheels.values(), build_wheel(written, tmp_path_factory.mktemp("written_wheel")))
     return made
 
 
@@ -48,11 +58,28 @@ def listed(environment: Environment) -> dict[str, str]:
     return {e["name"]: f"{e['distribution']} {e['version']} {e['status']}" for e in entries}
 
 
-def scored(environment: Environment, model: Path, source: Path) -> list[dict[str, Any]]:
-    """The lines that `btrm score` writes for an input file."""
-    output = source.with_name(f"{model.name}.scored.jsonl")
-    done_well(environment.btrm("score", str(model), str(source), "-o", str(output)))
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+SEVERAL = """
+import sys
+from btrm_core.cli import main
+for command in sys.argv[1].splitlines():
+    try:
+        main(command.split("\\t"))
+    except SystemExit as ended:
+        assert not ended.code, command
+"""
+
+
+def several(environment: Environment, *commands: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """`btrm` with several command lines one after another, in one process: imports take longest."""
+    return environment.run("-c", SEVERAL, "\n".join("\t".join(command) for command in commands))
+
+
+def scored(environment: Environment, models: Sequence[Path], source: Path) -> list[list[dict[str, Any]]]:
+    """The lines that `btrm score` writes for an input file, by each model."""
+    outputs = [source.with_name(f"{model.name}.scored.jsonl") for model in models]
+    commands = [("score", str(m), str(source), "-o", str(o)) for m, o in zip(models, outputs, strict=True)]
+    done_well(several(environment, *commands))
+    return [[json.loads(line) for line in o.read_text(encoding="utf-8").splitlines()] for o in outputs]
 
 
 def manifest_of(run: Path) -> dict[str, Any]:
@@ -60,8 +87,8 @@ def manifest_of(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_their_own_tests_pass(environment, tmp_path):
-    directories = [str(PACKAGES / f"btrm-{name}" / "tests") for name in NAMES]
+def test_their_own_tests_pass(environment, written, tmp_path):
+    directories = [str(PACKAGES / f"btrm-{name}" / "tests") for name in NAMES] + [str(written)]
     options = ["-q", "-rs", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(tmp_path)]
     # The packages lie below this repository's settings and conftest, which are none of theirs.
     done = environment.run("-m", "pytest", "-c", "/dev/null", "--noconftest", *options, *directories, cwd=tmp_path)
@@ -84,15 +111,17 @@ def test_installed_they_train_and_evaluate_and_uninstalled_their_models_score_th
     environment = Environment(tmp_path / "environment")
     environment.install(*wheels.values())
     assert {name: listed(environment)[name] for name in NAMES} == {name: f"{NAMES[name]} ok" for name in NAMES}
+    models = [str(tmp_path / name) for name in NAMES]
     for name in NAMES:
-        done = environment.btrm("train", "--family", name, "--max-steps", "2", "--output", str(tmp_path / name))
+        train = ("train", "--family", name, "--max-steps", "2", "--output", str(tmp_path / name))
+        after = [("eval", *models, "--data", str(SAMPLE), "--json")] if name == "phi3" else []
+        done = several(environment, train, *after)
         assert f"family {name} ({NAMES[name]})" in " ".join((done_well(done) + done.stderr).split())
         manifest = manifest_of(tmp_path / name)
         assert (manifest["family"], manifest["origin"]) == (name, NAMES[name])
         assert (manifest["terminal_token"], manifest["pad_token"]) == TOKENS[name]
         assert manifest["answers"] == dict.fromkeys(("setup_tokenizer", "pad_token", "chat_template"), f"family {name}")
-    models = [str(tmp_path / name) for name in NAMES]
-    evaluated = json.loads(done_well(environment.btrm("eval", *models, "--data", str(SAMPLE), "--json")))
+    evaluated = json.loads(done.stdout[done.stdout.index("\n{") :])
     assert [one["accuracy"]["pairs"] for one in evaluated["evaluations"]] == [131, 131]
 
     environment.uninstall(*(f"btrm-{name}" for name in NAMES))
@@ -101,8 +130,7 @@ def test_installed_they_train_and_evaluate_and_uninstalled_their_models_score_th
     assert (gone.returncode, gone.stderr.startswith("btrm: unknown family 'phi3'.")) == (2, True)
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
-    for name in NAMES:
-        lines = scored(environment, tmp_path / name, source)
+    for name, lines in zip(NAMES, scored(environment, [tmp_path / name for name in NAMES], source), strict=True):
         after = [line[key] for line in lines for key in ("chosen_reward", "rejected_reward")]
         expected = [vector["reward"] for vector in manifest_of(tmp_path / name)["self_test"]]
         assert after == pytest.approx(expected, abs=1e-5)
@@ -138,7 +166,7 @@ def test_smollm2_with_its_real_weights(environment, real_model, tmp_path):
     done_well(environment.btrm(*train))
     manifest = manifest_of(output)
     assert (manifest["family"], manifest["origin"], manifest["pad_token_id"]) == ("smollm2", NAMES["smollm2"], 0)
-    lines = scored(environment, output, source)
+    (lines,) = scored(environment, [output], source)
     assert len(lines) == 40
     assert all(line["chosen_reward"] != line["rejected_reward"] for line in lines)
 

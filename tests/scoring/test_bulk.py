@@ -6,7 +6,6 @@ import json
 import lzma
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow
 import pytest
 from click.testing import CliRunner, Result
+from support import processes
 from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES, base_model, reward_model, say
 
 from btrm_core.cli import main
@@ -447,18 +447,24 @@ def test_a_pipe_is_written_to(scorer: Scorer, tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def fed(file: str, *arguments: str) -> None:
+    """`btrm` in a child that reads a pipe with the lines of a file."""
+    reading, writing = os.pipe()
+    os.write(writing, Path(file).read_bytes())
+    os.close(writing)
+    os.dup2(reading, 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    processes.command(*arguments)
+
+
 def test_standard_input_and_output(model: Path, scorer: Scorer, tmp_path: Path) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in pairs(2))
-    command = [sys.executable, "-m", "btrm_core", "score", str(model), "-"]
-    done = subprocess.run([*command, "-o", "/dev/stdout"], input=lines, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert len([json.loads(line) for line in done.stdout.splitlines()]) == 2
-    assert "2 pairs scored" in done.stderr
-    target = tmp_path / "out.jsonl"
-    with target.open("w") as file:
-        done = subprocess.run([*command, "-o", "-"], input=lines, stdout=file, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(read(target)) == 2
+    lines = write(tmp_path / "in.jsonl", pairs(2))
+    for target in ("/dev/stdout", "-"):
+        output, errors = tmp_path / f"output {len(target)}", tmp_path / f"errors {len(target)}"
+        started = processes.start(fed, lines, "score", str(model), "-", "-o", target, log=output, errors=errors)
+        assert processes.wait(started) == [0], errors.read_text()
+        assert len(read(output)) == 2, "results only"
+        assert "2 pairs scored" in errors.read_text()
 
 
 @pytest.mark.parametrize("ending", [".bz2", ".xz", ".zst"])

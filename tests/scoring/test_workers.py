@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from support import processes
 from support.scorer_samples import base_model, reward_model
 from support.serving import until
 
@@ -139,31 +138,38 @@ def test_a_model_that_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:
         Workers(str(base), ["cpu"], **OPTIONS)
 
 
+def leading(*arguments: str) -> None:
+    """`btrm` in a child that leads a process group, as one that a shell starts."""
+    os.setpgid(0, 0)
+    processes.command(*arguments)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_all_processes_end_with_the_command(model: Path, tmp_path: Path, end: signal.Signals) -> None:
     """Ctrl-C reaches all of them, as from a terminal; a kill the command alone."""
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"Say {n}.", "response": "Yes"}) + "\n" for n in range(100_000)))
-    command = [sys.executable, "-m", "btrm_core", "score", str(model), str(source), "-o", str(tmp_path / "out.jsonl")]
-    called = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.PIPE, process_group=0)
-    partial = tmp_path / "out.jsonl.partial"
+    arguments = ("score", str(model), str(source), "-o", str(tmp_path / "out.jsonl"), "--processes", "2")
+    partial, log = tmp_path / "out.jsonl.partial", tmp_path / "log"
+    (called,) = processes.start(leading, *arguments, log=log, with_children=True)
+    pid = int(called.pid or 0)
     try:
         until(lambda: partial.exists() and partial.stat().st_size > 0, 400)
-        children = [int(pid) for pid in Path(f"/proc/{called.pid}/task/{called.pid}/children").read_text().split()]
+        children = [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         assert len(children) >= 2
         if end == signal.SIGINT:
-            os.killpg(called.pid, end)
+            os.killpg(pid, end)
         else:
-            called.send_signal(end)
-        _, errors = called.communicate(timeout=100)
+            os.kill(pid, end)
+        called.join(100)
     finally:
         called.kill()
-    assert called.returncode == (130 if end == signal.SIGINT else -end)
-    assert b"Traceback" not in errors
+    assert called.exitcode == (130 if end == signal.SIGINT else -end)
+    assert "Traceback" not in log.read_text()
     until(lambda: all(gone(pid) for pid in children), 60)
     if end == signal.SIGINT:
-        assert b"the same command goes on from there" in errors
+        assert "the same command goes on from there" in log.read_text()
     assert partial.read_bytes().endswith(b"\n")
 
 
@@ -176,9 +182,9 @@ def test_what_is_asked_for_must_make_sense(model: Path, tmp_path: Path) -> None:
         ("1", None, "sees no GPU"),
         ("x", None, "sees no GPU"),
     ]
-    for gpus, processes, reason in cases:
+    for gpus, count, reason in cases:
         with pytest.raises(ConfigError, match=reason):
-            devices(gpus, processes)
+            devices(gpus, count)
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "Hi", "response": "Yes"}\n')
     for flags in (["--processes", "0"], ["--engine", "ray"], ["--engine", "ray", "--processes", "0"]):

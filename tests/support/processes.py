@@ -6,11 +6,14 @@ one that has done so takes none. What a child prints goes to a file. A child tha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
@@ -20,6 +23,7 @@ from typing import Any
 
 import pytest
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -33,20 +37,31 @@ def _server() -> None:
 
 
 def start(
-    function: Callable[..., Any], *arguments: Any, log: Path, world: int = 1, **keywords: Any
+    function: Callable[..., Any],
+    *arguments: Any,
+    log: Path,
+    world: int = 1,
+    errors: Path | None = None,
+    with_children: bool = False,
+    **keywords: Any,
 ) -> list[ForkServerProcess]:
-    """Start `function` in a process, or in `world` processes of one group as a launcher would."""
+    """Start `function` in a process, or in `world` processes of one group as a launcher would.
+
+    What it prints goes to `log`, its standard error to `errors` if that is given. A process that starts others itself
+    needs `with_children`; the caller ends it then whatever happens.
+    """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if world > 1 else {}
     _server()
     processes = []
     for rank in range(world):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
-        own = {
-            "BTRM_CACHE": os.environ["BTRM_CACHE"]
-        }  # the server children come from may have been started with another
-        variables = {key: str(value) for key, value in {**own, **address, **group}.items()}
+        # the server that children come from may have been started with other variables; those of a launcher are what
+        # libraries leave in this process after a run
+        own = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        variables = {**own, **{key: str(value) for key, value in {**address, **group}.items()}}
+        files = (str(log), str(errors or log))
         process = _context.Process(
-            target=_child, args=(variables, str(log), function, arguments, keywords), daemon=True
+            target=_child, args=(variables, files, function, arguments, keywords), daemon=not with_children
         )
         process.start()
         processes.append(process)
@@ -73,6 +88,23 @@ def command(*arguments: str) -> None:
     main()
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What `btrm` printed, and how it ended (negative: the signal)."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def btrm(*arguments: str, timeout: float = 200) -> Ended:
+    """`btrm ARGUMENTS` in a child with the environment and the `sys.path` of this process."""
+    with tempfile.TemporaryDirectory() as place:
+        output, errors = Path(place, "stdout"), Path(place, "stderr")
+        (code,) = wait(start(command, *arguments, log=output, errors=errors), timeout)
+        return Ended(code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8"))
+
+
 def until(condition: Callable[[], bool], processes: Sequence[ForkServerProcess], timeout: float = 60) -> None:
     """Wait until `condition` holds; fails if it does not in time, or all processes have ended."""
     end = time.monotonic() + timeout
@@ -84,19 +116,22 @@ def until(condition: Callable[[], bool], processes: Sequence[ForkServerProcess],
 
 def _child(
     variables: dict[str, str],
-    log: str,
+    files: tuple[str, str],
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     keywords: dict[str, Any],
 ) -> None:
     import torch
 
+    os.environ.clear()
     os.environ.update(variables)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    # as from a terminal: the tests may run under nohup, or in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    for name, stream in zip(files, (1, 2), strict=True):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     torch.set_num_threads(1)
     function(*arguments, **keywords)

@@ -36,7 +36,8 @@ def launch(arguments: list[str], gpus: str | None, processes: int | None) -> int
         processes: A number of processes.
 
     Returns:
-        0 if all finished; else the code of the first that failed, or 128 plus the signal that stopped them.
+        0 if all finished; else the code of the first that failed, or 128 plus the signal that stopped them, also where
+        they did not end in time.
 
     Raises:
         ConfigError: more GPUs are asked for than there are, the number makes no sense, or a launcher has already
@@ -118,7 +119,10 @@ class Launched:
                 failed = next((worker.returncode for worker in self.workers if worker.poll()), 0)
                 time.sleep(LOOK_EVERY_SECONDS)
             self._end()
-            return _exit_code(failed or next((worker.returncode for worker in self.workers if worker.poll()), 0))
+            failed = failed or next((worker.returncode for worker in self.workers if worker.poll()), 0)
+            if not failed and any(worker.poll() is None for worker in self.workers):
+                failed = 128 + self.asked[-1]  # only after a signal can all be well and some still run: ended below
+            return _exit_code(failed)
         finally:
             for worker in self.workers:
                 if worker.poll() is None:

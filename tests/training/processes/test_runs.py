@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from btrm_core import errors as errors_module
 from btrm_core.errors import CheckpointError, DataError
 from btrm_core.files import output_lock
 from btrm_core.settings import RunConfig
+from btrm_core.signals import STOPPING
 from btrm_core.training import loop, prepare, rewards
 from btrm_core.training.processes import runtime
+from btrm_core.training.processes.launch import Launched
 from btrm_core.training.profiling import PARTS
 
 EXACT = 1e-5
@@ -91,26 +92,64 @@ def test_other_launchers(root: Path, tmp_path: Path, launcher: tuple[str, ...]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_to_the_launcher_reaches_all(root: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_to_the_launcher_stops_a_run(root: Path, tmp_path: Path) -> None:
     given = flags(root, tmp_path / "run", train__max_steps=100_000, train__epochs=1e5)
-    command = [sys.executable, "-m", "btrm_core", "train", "--processes", "2", *given]
-    as_usual = partial(signal.signal, number, signal.SIG_DFL)  # the tests may run under nohup, or in the background
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=as_usual)
-    try:
-        end = time.monotonic() + 120
-        while len(metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
-        process.send_signal(number)
-        assert process.wait(200) == code, (tmp_path / "log").read_text()[-3000:]
-    finally:
-        process.terminate()
-    said = (tmp_path / "log").read_text()
+    log = tmp_path / "log"
+    # a launcher that is a fork; those that it starts are not
+    started = processes.start(processes.command, "train", "--processes", "2", *given, log=log)
+    processes.until(lambda: len(metrics(tmp_path / "run")) >= 3, started, timeout=120)
+    started[0].terminate()
+    assert processes.wait(started, timeout=200) == [143], log.read_text()[-3000:]
+    said = log.read_text()
     step = len(metrics(tmp_path / "run"))
     assert said.count(f"stopped after step {step}; go on with the same command and --resume") == 1, said[-3000:]
     assert (tmp_path / "run" / "resume" / f"step-{step:08d}" / "COMPLETE").exists()
     assert "Traceback" not in said
+
+
+WORKER = """
+import os, pathlib, signal, sys, time
+stubborn = "stubborn" in sys.argv
+for number in map(int, sys.argv[2].split(",")):
+    signal.signal(number, lambda number, _: stubborn or sys.exit(128 + number))
+pathlib.Path(sys.argv[1], os.environ["RANK"]).touch()
+if sys.argv[3] == os.environ["RANK"]:
+    exec(sys.argv[4])
+while True:
+    time.sleep(60)
+"""
+
+
+def launching(place: Path, rank: str = "", end: str = "", *more: str) -> None:
+    """A launcher of two processes in a child; they end by signals alone, and that of rank `rank` by `end`."""
+    vars(sys.modules[Launched.__module__]).update(AT_ONCE_SECONDS=0.5, SHUTDOWN_SECONDS=0.5)
+    numbers = ",".join(str(int(number)) for number in STOPPING)
+    sys.exit(Launched(["-c", WORKER, str(place), numbers, rank, end, *more], 2).wait())
+
+
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+def test_a_signal_to_the_launcher_reaches_all(tmp_path: Path, number: signal.Signals) -> None:
+    started = processes.start(launching, tmp_path, log=tmp_path / "log")
+    processes.until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists(), started)
+    os.kill(int(started[0].pid or 0), number)
+    assert processes.wait(started, timeout=60) == [128 + number], (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
+@pytest.mark.parametrize("rank", "01")
+def test_the_exit_code_is_that_of_the_process_that_failed(tmp_path: Path, rank: str, end: str, code: int) -> None:
+    started = processes.start(launching, tmp_path, rank, end, log=tmp_path / "log")
+    assert processes.wait(started, timeout=60) == [code], (tmp_path / "log").read_text()
+
+
+def test_a_second_ctrl_c_waits_for_nobody_and_is_no_success(tmp_path: Path) -> None:
+    started = processes.start(launching, tmp_path, "", "", "stubborn", log=tmp_path / "log")
+    processes.until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists(), started)
+    os.kill(int(started[0].pid or 0), signal.SIGINT)
+    time.sleep(1)
+    assert started[0].is_alive(), "the first is waited for"
+    os.kill(int(started[0].pid or 0), signal.SIGINT)
+    assert processes.wait(started, timeout=60) == [130], (tmp_path / "log").read_text()
 
 
 def failing(error: str, root: str, output: str) -> None:
