@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from support.installed_plugins import install  # noqa: F401
-from support.processes import LAUNCHER
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("BTRM_CACHE", tempfile.mkdtemp(prefix="btrm-tests-"))
@@ -20,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("btrm", deadline=None)  # the machine may be busy
 settings.load_profile("btrm")
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # set by `make real` and `make test-vllm`; the first three with _MISSING and the reason where one could not be fetched
 FETCHED = {
     "tokenizers": "BTRM_REAL_TOKENIZERS",

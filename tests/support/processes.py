@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LEFT_BEHIND = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -57,7 +57,7 @@ def start(
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
         # the server that children come from may have been started with other variables; those of a launcher are what
         # libraries leave in this process after a run
-        own = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        own = {name: value for name, value in os.environ.items() if name not in LEFT_BEHIND}
         variables = {**own, **{key: str(value) for key, value in {**address, **group}.items()}}
         files = (str(log), str(errors or log))
         process = _context.Process(
