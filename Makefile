@@ -4,7 +4,7 @@ VENV := .venv
 VLLM := .vllm
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-REAL = $(shell grep -rl 'pytest.mark.hub' tests --include='test_*.py')
+REAL = $(shell grep -rlE 'pytest.mark.(hub|slow)' tests --include='test_*.py')
 
 .PHONY: install test test-vllm fetch real lint types demo fuzz clean
 
@@ -16,14 +16,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 # what no test of `make test` needs: real tokenizers, a real small model, an older transformers; 250 MB once, kept in .real
 fetch: $(INSTALLED)
 	$(PY) tests/support/fetch_real.py .real
 
+# what `make test` leaves out: what was fetched, launchers, packages built and installed, a soak
 real: fetch
-	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --timeout 1200 -m hub $(REAL)
+	. ./.real/variables.sh && OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --timeout 1200 -m "hub or slow" $(REAL)
 
 # vLLM's CPU build in an environment of its own; minutes per family, so not part of `make test`
 $(VLLM)/.installed: tests/servers/environment.py

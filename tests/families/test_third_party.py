@@ -19,7 +19,7 @@ from support.environments import Environment, build_wheel
 
 from btrm_core.families.new_family import write_family
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PACKAGES = Path(__file__).parents[1] / "third_party"
 NAMES = {"smollm2": "btrm-smollm2 0.2.0", "phi3": "btrm-phi3 1.0.0"}
@@ -106,7 +106,6 @@ def test_they_are_packages_that_can_be_published(tmp_path):
         assert len([line for line in test.splitlines() if line.strip()]) <= 4
 
 
-@pytest.mark.slow
 def test_installed_they_train_and_evaluate_and_uninstalled_their_models_score_the_same(wheels, tmp_path):
     environment = Environment(tmp_path / "environment")
     environment.install(*wheels.values())

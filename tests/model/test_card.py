@@ -103,7 +103,6 @@ def test_its_request_to_vllm_gets_the_reward(trained: Path) -> None:
     assert reward == pytest.approx(scorer.rewards([names["chat"]])[0], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_its_trl_code_trains_with_the_reward(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trl = pytest.importorskip("trl")
     config_class = trl.GRPOConfig

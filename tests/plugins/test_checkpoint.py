@@ -162,7 +162,6 @@ def test_without_a_model_there_is_nothing_to_train():
     assert "family 'checkpoint' (btrm 0.1.0) gives no tiny model in its recipe" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_run_trains_scores_and_says_whose_the_answers_are(model, tmp_path):
     output = tmp_path / "run"
     values = {"model.name": str(model), "data.train": (sample_path("train"),), "output.dir": str(output)}

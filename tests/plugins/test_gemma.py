@@ -160,7 +160,6 @@ def test_the_template_agrees_with_googles_up_to_the_last_line_break(real, name):
     assert ids(real, load("gemma").chat_template(real), CONVERSATIONS[name]) == own[:-1]
 
 
-@pytest.mark.slow
 def test_forced_on_the_next_generation_it_trains_with_a_warning(tmp_path, capsys):
     base, output = tmp_path / "gemma2", tmp_path / "run"
     build_toy(load("gemma2").recipe().tiny, base)

@@ -151,7 +151,6 @@ def test_rewards_are_normalized_only_when_asked_and_measured(model: Path, scorer
     assert other == pytest.approx(scorer.rewards([say("Hi", "Hello")])[0], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_trl_trains_with_it(model: Path, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset

@@ -115,7 +115,7 @@ def test_a_model_of_another_trainer_becomes_one_that_can_be_checked(
     np.testing.assert_allclose(opened.rewards(CONVERSATIONS), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama3", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
 def test_onnx_gives_the_rewards_and_is_kept_only_then(
     models: dict[str, Path], tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_killed_process_loses_nothing(
     assert "a process that scores has ended by signal 9; another one takes its" in caplog.text
 
 
+@pytest.mark.slow
 def test_rows_that_end_every_process_are_named_and_what_comes_before_is_kept(
     workers: Struck, expected: tuple[str, bytes], tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def leading(*arguments: str) -> None:
     processes.command(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_all_processes_end_with_the_command(model: Path, tmp_path: Path, end: signal.Signals) -> None:

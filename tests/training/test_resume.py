@@ -115,7 +115,6 @@ def test_killed_and_resumed(root: Path, tmp_path: Path, mode: str, drawn: random
     assert [row["step"] for row in metrics(output, "eval")] == [2, 4, 6, 8, 10]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_any_moment_of_a_save(root: Path, tmp_path: Path, drawn: random.Random) -> None:
     """A run that saves after every step is killed again and again, most times while it saves, and always goes on."""

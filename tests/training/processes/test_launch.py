@@ -77,6 +77,7 @@ def with_own_caches(given: list[str]) -> list[str]:
     return [flag for flag in given if "cache_dir" not in flag]
 
 
+@pytest.mark.slow
 def test_two_nodes_share_nothing_but_the_result(root: Path, tmp_path: Path) -> None:
     given = with_own_caches(flags(root, tmp_path / "two"))
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{processes.free_port()}", "--rdzv-id=one"]
@@ -115,6 +116,7 @@ def test_a_signal_to_one_node_stops_both_and_the_run_goes_on(root: Path, tmp_pat
     assert [row["step"] for row in metrics(output)] == list(range(1, step + 2))
 
 
+@pytest.mark.slow
 def test_a_node_that_fails_before_it_has_settings_ends_the_other(root: Path, tmp_path: Path) -> None:
     good = flags(root, tmp_path / "run")
     bad = flags(root, tmp_path / "run", model__name=str(tmp_path / "nowhere"))
