@@ -101,7 +101,7 @@ class PairData:
         return taken
 
     def group_P(self) -> np.ndarray:
-        """The group of every pair, int64."""
+        """The group of every pair, int64 [P]."""
         return np.asarray(self.dataset.with_format("numpy", columns=["group"])[:]["group"], dtype=np.int64)
 
     def select(self, indices_P: np.ndarray, label: str, issues: IssueReport) -> PairData:

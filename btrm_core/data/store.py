@@ -244,7 +244,7 @@ class TokenStore:
             groups: numbers of groups, at least one.
 
         Returns:
-            Numbers of pairs, int64, group after group.
+            Numbers of pairs, int64 [pairs of these groups], group after group.
         """
         starts_G = self.first_pair_G
         return np.concatenate([np.arange(starts_G[g], starts_G[g + 1]) for g in groups])

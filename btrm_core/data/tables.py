@@ -157,11 +157,11 @@ class Lists:
         return cast("NDArray[np.int32]", self.chunks[chunk][start:stop])
 
     def flat(self) -> NDArray[np.int32]:
-        """All values, one list after another, int32; a copy."""
+        """All values, one list after another, int32 [values]; a copy."""
         return np.concatenate([np.zeros(0, np.int32), *self.chunks])
 
     def sizes(self) -> IntArray:
-        """The length of every list, int64."""
+        """The length of every list, int64 [lists]."""
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in self._offsets)])
 
 
@@ -173,7 +173,7 @@ def numbers(table: pyarrow.Table, name: str) -> np.ndarray:
         name: the column.
 
     Returns:
-        An array of the column's own type, one number a row.
+        An array [rows] of the column's own type.
     """
     column = table[name].combine_chunks()
     return np.array(column.to_numpy(zero_copy_only=False))

@@ -212,7 +212,8 @@ def judged_places(rewards: PairRewards) -> tuple[IntArray, int, int]:
         rewards: of any pairs; one is judged if its probability is above 0.5 and both rewards are finite (below 1e100).
 
     Returns:
-        The places in ascending order, the number of ties in the data, and of decided pairs without two finite rewards.
+        The places, int64 [judged pairs], ascending; the number of ties in the data, and of decided pairs without two
+        finite rewards.
 
     Raises:
         DataError: there is none.

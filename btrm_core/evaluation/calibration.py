@@ -76,7 +76,7 @@ class Calibration:
 
 
 def sigmoid(value_P: FloatArray) -> FloatArray:
-    """1 / (1 + exp(-x)) without overflow.
+    """1 / (1 + exp(-x)) of every number without overflow, float64 [P].
 
     Args:
         value_P: any numbers [P], infinite ones included.
@@ -86,7 +86,7 @@ def sigmoid(value_P: FloatArray) -> FloatArray:
 
 
 def loss_P(margin_P: FloatArray, probability_P: FloatArray | None = None) -> FloatArray:
-    """Negative log-likelihood of every pair in nats, with soft labels where there are.
+    """Negative log-likelihood of every pair in nats, float64 [P], with soft labels where there are.
 
     Args:
         margin_P: reward of chosen minus reward of rejected [P].

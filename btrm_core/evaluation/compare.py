@@ -177,8 +177,7 @@ def matched(first: PairRewards, second: PairRewards) -> tuple[IntArray, IntArray
         second: the other's.
 
     Returns:
-        Two arrays of equal length, places in `first` and in `second`; and whether only the ids say that these are the
-        same pairs.
+        Places in `first` and in `second`, int64 [P] each; and whether only the ids say that these are the same pairs.
 
     Raises:
         DataError: there is none.

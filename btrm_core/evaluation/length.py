@@ -69,7 +69,7 @@ def longer_wins(chosen_P: IntArray, rejected_P: IntArray) -> float:
 
 
 def length_buckets(chosen_P: IntArray, rejected_P: IntArray) -> IntArray:
-    """1 where the chosen answer is longer by more than 10 %, -1 where it is shorter, 0 for similar lengths.
+    """1 where the chosen answer is longer by more than 10 %, -1 where it is shorter by more, else 0; int64 [P].
 
     Args:
         chosen_P: lengths of the chosen answers [P].

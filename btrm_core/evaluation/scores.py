@@ -132,7 +132,8 @@ def same_pairs(first: PairRewards, second: PairRewards) -> tuple[IntArray, IntAr
         second: rewards of another one, in any order.
 
     Returns:
-        Places in `first` (ascending) and in `second`, and whether the ids alone say that pairs are the same.
+        Places in `first` (ascending) and in `second`, int64 [common pairs] each; and whether the ids alone say that
+        pairs are the same.
     """
     text = ("prompt_P", "characters_P2")
     best: list[tuple[int, int]] = []

@@ -135,7 +135,7 @@ def standard_error(accuracy: float, pairs: int) -> float:
 
 
 def wins(margin_P: FloatArray) -> FloatArray:
-    """1 where the chosen answer has the higher reward, 0.5 for equal rewards, else 0.
+    """1 where the chosen answer has the higher reward, 0.5 for equal rewards, else 0; float64 [P].
 
     Args:
         margin_P: reward of chosen minus reward of rejected [P]; NaN counts as 0 won.
@@ -173,7 +173,7 @@ def accuracy(margin_P: FloatArray, prompt_P: NDArray[Any] | None = None, *, draw
 
 
 def clusters(prompt_P: NDArray[Any] | None, pairs: int) -> IntArray:
-    """Number the prompts from 0; without prompts every pair is its own.
+    """Number the prompts from 0, int64 [P]; without prompts every pair is its own.
 
     Args:
         prompt_P: anything that can be sorted [P], equal for equal prompts.

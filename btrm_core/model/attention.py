@@ -176,14 +176,14 @@ def attend(
         module: the attention layer.
         query: [1, heads, T, D]; T counts this process's own tokens where several share the row.
         key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, V]; V is D in most models.
         attention_mask: what `layer_mask` returned.
         kernel: one of `KERNELS`.
         **more: what else a model passes; only what changes the result is looked at: `scaling`, the factor on the
             scores (None is 1/sqrt(D)), `softcap`, and `dropout`, which must be 0.
 
     Returns:
-        The output [1, T, heads, D], and no attention weights (None).
+        The output [1, T, heads, V], and None for weights; without a packed row what transformers' own function gives.
 
     Raises:
         NotImplementedError: the layer asks for something the kernels do not compute.

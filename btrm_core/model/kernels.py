@@ -1,9 +1,9 @@
 """The attention kernels, each a plain function of queries, keys, values and a `Visibility`.
 
-All return [1, T, heads, D] and compute the same numbers; which one is used is decided in `attention`. Two traps are
-avoided. Merging separate attention calls by their log-sum-exp is not differentiable through torch's kernels (silently);
-one call over gathered keys needs no merging. And slicing queries, keys and values per run makes autograd add up one
-full-size gradient per slice, twice the time of the attention itself; `split` does not.
+All return [1, T, heads, V], V the width of a head's values, and compute the same numbers; `attention` decides which is
+used. Two traps are avoided. Merging separate attention calls by their log-sum-exp is not differentiable through torch's
+kernels (silently); one call over gathered keys needs no merging. And slicing queries, keys and values per run makes
+autograd add up one full-size gradient per slice, twice the time of the attention itself; `split` does not.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _keys(states: Tensor, visibility: Visibility) -> Tensor:
 def run_loop(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
-    """PyTorch's fused attention, one call per run.
+    """PyTorch's fused attention [1, T, heads, V], one call per run.
 
     Plain causal runs need no mask. A run with a path before it has more keys than queries, where PyTorch aligns
     `is_causal` to the top left, so it gets a small mask, used by all layers.
@@ -75,7 +75,7 @@ def run_loop(
     Args:
         query: [1, heads, T, D].
         key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, V].
         visibility: the row's runs: how many queries, which keys, which mask.
         window: tokens that a token sees, itself included; None sees all.
         scaling: factor on the scores; None is 1/sqrt(D).
@@ -110,12 +110,12 @@ def run_loop(
 def dense(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
-    """PyTorch's attention with the whole T x T mask.
+    """PyTorch's attention [1, T, heads, V] with the whole T x T mask.
 
     Args:
         query: [1, heads, T, D].
         key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, V].
         visibility: gives the mask of the whole row; the plainest reference, whose memory grows with T squared.
         window: tokens that a token sees, itself included; None sees all.
         scaling: factor on the scores; None is 1/sqrt(D).
@@ -141,12 +141,12 @@ def eager(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention written out run by run: scores, soft-cap, softmax in at least float32, sum.
+    """Attention [1, T, heads, V] written out run by run: scores, soft-cap, softmax in at least float32, sum.
 
     Args:
         query: [1, heads, T, D].
         key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, V].
         visibility: the row's runs, each with its mask.
         window: tokens that a token sees, itself included; None sees all.
         scaling: factor on the scores; None is 1/sqrt(D).
@@ -184,12 +184,12 @@ def eager(
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, *, window: int | None, scaling: float | None
 ) -> Tensor:
-    """Torch's variable-length flash attention on half-precision CUDA tensors, else the run loop.
+    """Torch's variable-length flash attention [1, T, heads, V] on half-precision CUDA tensors, else the run loop.
 
     Args:
         query: [1, heads, T, D].
         key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, V].
         visibility: where the queries and keys of each run begin, on the device.
         window: tokens that a token sees, itself included; None sees all.
         scaling: factor on the scores; None is 1/sqrt(D).
@@ -251,12 +251,12 @@ def flash(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The flash-attn package's variable-length call; half precision on CUDA only.
+    """The flash-attn package's variable-length attention [1, T, heads, V]; half precision on CUDA only.
 
     Args:
         query: [1, heads, T, D].
         key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, V].
         visibility: where the queries and keys of each run begin, on the device.
         window: tokens that a token sees, itself included; None sees all.
         scaling: factor on the scores; None is 1/sqrt(D).
@@ -326,12 +326,12 @@ def flex(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """FlexAttention over the row's block mask; T must be a multiple of 128.
+    """FlexAttention [1, T, heads, V] over the row's block mask; T must be a multiple of 128.
 
     Args:
         query: [1, heads, T, D].
         key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, D].
+        value: [1, kv_heads, T, V].
         visibility: gives the block mask, which the host builds.
         window: tokens that a token sees, itself included; None sees all.
         scaling: factor on the scores; None is 1/sqrt(D).

@@ -55,7 +55,7 @@ class Sizes:
         return np.maximum(self.tokens_I, -(-self.keys_I // KEYS_PER_TOKEN))
 
     def cost_I(self, hidden_size: int) -> FloatArray:
-        """What each costs in a packed row, in tokens.
+        """What each costs in a packed row, in tokens, float64 [I].
 
         An attention score costs about 1 / (6 * width) of a token's matrix products, which matters for long sequences
         in small models only.
@@ -256,7 +256,7 @@ class PairPlaces:
             units: numbers of units.
 
         Returns:
-            Numbers of pairs, unit after unit.
+            Numbers of pairs, int64 [pairs of these units], unit after unit.
         """
         first, count = self.starts_U[units], np.diff(self.starts_U)[units]
         before = np.cumsum(count) - count
@@ -269,7 +269,7 @@ class PairPlaces:
             ids: numbers of pairs, in any order.
 
         Returns:
-            One array of pairs for each tree, by tree number; pairs of a tree keep their order.
+            An int64 array [pairs of the tree] for each tree, by tree number; pairs of a tree keep their order.
         """
         ordered = ids[np.argsort(self.tree_P[ids], kind="stable")]
         return np.split(ordered, np.flatnonzero(np.diff(self.tree_P[ordered])) + 1) if len(ids) else []
@@ -294,7 +294,7 @@ class PairPlaces:
             whole: whether the pairs of a unit must stay together.
 
         Returns:
-            Numbers of pairs, an array for each part; every pair of `item` is in one.
+            Numbers of pairs, an int64 array [pairs of the part] for each part; every pair of `item` is in one.
         """
         keys = self.unit_P[item] if whole else item
         _, unit = np.unique(keys, return_inverse=True)

@@ -305,7 +305,7 @@ def classify_blocks(
     as partial, which costs their evaluation and changes nothing.
 
     Args:
-        end_T: one past the last offset that may look at each token.
+        end_T: one past the last offset that may look at each token; T is 128 * N.
         position_T: position of each token in its own sequence.
         window: the sliding window, or None.
     """

@@ -212,7 +212,7 @@ class Scorer:
         return reward_array([reward for scored in self._all(groups, "pair") for reward in scored]).reshape(-1, 2)
 
     def group_rewards(self, groups: Sequence[Responses]) -> list[np.ndarray]:
-        """Return the rewards of N responses to each prompt, one float32 array per group.
+        """Return the rewards [N] of the N responses to each prompt, one float32 array per group.
 
         If a conversation of a group is over the maximum length, all of the group get the same shortened prompt.
 

@@ -22,7 +22,7 @@ def bradley_terry(
     label_smoothing: float = 0.0,
     centering: float = 0.0,
 ) -> Tensor:
-    """Loss of each pair, fp32: -log sigmoid(r_chosen - r_rejected - margin), smoothed and centred if asked.
+    """Loss [P] of each pair in nats, fp32: -log sigmoid(r_chosen - r_rejected - margin), smoothed and centred if asked.
 
     Args:
         chosen_P: Rewards of the chosen conversations.
@@ -62,7 +62,7 @@ def plackett_luce(
     *,
     centering: float = 0.0,
 ) -> Tensor:
-    """Loss of each pair, fp32, where the loss of a group is that of its whole ranking; all its pairs get the same.
+    """Loss [P] in nats, fp32, where the loss of a group is that of its whole ranking; all its pairs get the same.
 
     A ranking is a sequence of choices, each the best among what is left: the sum over ranks i of
     -log(exp(r_i) / sum over all j not better than i of exp(r_j)), divided by the number of choices, so that a pair

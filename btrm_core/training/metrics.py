@@ -3,7 +3,7 @@
 Decides: which sums are kept and how they become loss, accuracy and the rest. Every mean is a quotient of sums over
 pairs, so no partial last batch is weighted too high. One vector is reduced over processes once per step.
 
-Shapes: P pairs.
+Shapes: P pairs, F fields.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class PairSums:
         self.counts[-1] += int(asked)
 
     def vector(self) -> Tensor:
-        """All sums in the order of `FIELDS`, to be added up over processes; nobody waits for a GPU."""
+        """All sums in the order of `FIELDS`, float64 [F], to be added up over processes; nobody waits for a GPU."""
         host = torch.tensor(self.counts, dtype=torch.float64)
         if self.rewards.is_cuda:
             host = host.pin_memory()

@@ -66,7 +66,7 @@ class MicroBatch:
             rewards_S: Rewards of all sequences of `batch`, in its order; gradients flow through.
 
         Returns:
-            Two tensors of P rewards, chosen first; for a dummy, those of its stand-in pair.
+            Two tensors [P], chosen first, of the type of `rewards_S`; for a dummy, those of its stand-in pair.
         """
         return rewards_S.index_select(0, self.chosen_P), rewards_S.index_select(0, self.rejected_P)
 

@@ -60,7 +60,7 @@ def pair_rewards(
 def some_rewards(
     model: Any, pairs: TokenStore, runtime: Runtime, form: RowForm, *, tokens_per_batch: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of `count` pairs of a seeded order: which pairs, and their rewards (P, 2), as in `pair_rewards`.
+    """Rewards of some pairs of a seeded order: which pairs, and their rewards [N, 2], as in `pair_rewards`.
 
     Args:
         model: As in `pair_rewards`.
@@ -71,7 +71,7 @@ def some_rewards(
         count: How many; pairs that stay together in a step count as one, and fewer are given if there are fewer.
 
     Returns:
-        Indices of the pairs in `pairs`, and their rewards, chosen then rejected, float64.
+        Indices of the pairs in `pairs`, int64 [N], and their rewards, chosen then rejected, float64 [N, 2].
     """
     rewards_P2, ids = _rewards(model, pairs, runtime, form, tokens_per_batch, count)
     return ids, rewards_P2[ids]

@@ -1,8 +1,9 @@
-"""Public functions say what their arguments are and what they raise."""
+"""Public functions say what their arguments are, what they raise, and the shape of an array that they return."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ GIVEN_ELSEWHERE = ("click.", "flags(", "router.", "app.", "hookspec", "hookimpl"
 """Decorators of what is described by something else: a command's flags, the fields that a route's OpenAPI description
 lists, a hook's specification, an attribute."""
 MODULES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
+SHAPE = re.compile(r"\[[\w., +-]+\]|\([A-Z\d]+(, [A-Z\d]+)+\)")
+"""`[P, 2]`, `[queries, keys]`, `[..., out]`, or `(P, 2)` in capitals: other words in parentheses are no shape."""
 
 
 def functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -44,6 +47,21 @@ def errors_of_btrm() -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
+@functools.cache
+def array() -> re.Pattern[str]:
+    """Finds an array in an annotation, by its own name or by one that a module gives it."""
+    alias = re.compile(r"^\s*(\w+) = (?:NDArray\[.*\]|torch\.Tensor)$", re.MULTILINE)
+    names = {name for path in MODULES.values() for name in alias.findall(path.read_text(encoding="utf-8"))}
+    return re.compile(rf"\b({'|'.join(sorted(names | {'Tensor', 'ndarray', 'NDArray'}))})\b")
+
+
+def shape_is_unsaid(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> bool:
+    """Whether a function returns an array, not only a function that takes one, and does not describe it."""
+    returned = re.sub(r"Callable\[\[[^\]]*\]", "", ast.unparse(node.returns)) if node.returns else ""
+    said = SHAPE.search(text.partition("\n")[0]) or re.search(r"^(Returns|Yields):", text, re.MULTILINE)
+    return bool(array().search(returned)) and not said
+
+
 def faults(path: Path) -> list[str]:
     """What the docstrings of a module leave out."""
     found, errors = [], errors_of_btrm()
@@ -61,11 +79,13 @@ def faults(path: Path) -> list[str]:
         }
         if raised & errors and "Raises:" not in text:
             found.append(f"{node.name} (line {node.lineno}) raises {', '.join(sorted(raised & errors))} unsaid")
+        if shape_is_unsaid(node, text):
+            found.append(f"{node.name} (line {node.lineno}) does not say the shape of what it returns")
     return found
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_public_functions_say_what_they_take_and_raise(name):
+def test_public_functions_say_what_they_take_raise_and_return(name):
     found = faults(MODULES[name])
     assert not found, "\n".join(found)
 
@@ -74,3 +94,23 @@ def test_a_silent_function_is_found(tmp_path):
     file = tmp_path / "silent.py"
     file.write_text('def f(a, b):\n    """One.\n\n    Args:\n        a: it.\n    """\n    raise DataError("no")\n')
     assert faults(file) == ["f (line 1) does not say what b is", "f (line 1) raises DataError unsaid"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "text", "is_fault"),
+    [
+        ("torch.Tensor", "One.", True),
+        ("list[np.ndarray] | None", "Rewards (chosen, rejected).\n\n    Of pairs [P, 2].\n", True),
+        ("'Hashes'", "One.", True),
+        ("Callable[[int], FloatArray]", "One.", True),
+        ("Callable[[torch.Tensor], None]", "One.", False),
+        ("BlockMask", "One.", False),
+        ("torch.Tensor", "One [S].", False),
+        ("tuple[IntArray, bool]", "Rewards (P, 2).", False),
+        ("Iterator[Tensor]", "One.\n\n    Yields:\n        float32 [S].\n", False),
+    ],
+)
+def test_an_array_of_unsaid_shape_is_found(tmp_path, returned, text, is_fault):
+    file = tmp_path / "silent.py"
+    file.write_text(f'def f() -> {returned}:\n    """{text}"""\n')
+    assert faults(file) == ["f (line 1) does not say the shape of what it returns"] * is_fault

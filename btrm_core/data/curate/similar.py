@@ -55,7 +55,7 @@ def ngrams(word_W: Hashes, number: int) -> Hashes:
         number: words of an n-gram, at least 1.
 
     Returns:
-        uint64 [W - number + 1].
+        uint64 [W - number + 1]; [1] for a shorter text, [0] for an empty one.
     """
     number = min(number, len(word_W))
     if not number:
@@ -159,7 +159,7 @@ def passages(texts: Iterable[str]) -> Hashes:
         texts: any number of texts.
 
     Returns:
-        The n-gram of each passage, sorted and each once, uint64.
+        The n-gram of each passage, sorted and each once, uint64 [passages].
     """
     found = [ngrams(words, PASSAGE_WORDS) for words in map(word_hashes, texts) if len(words) >= PASSAGE_WORDS]
     return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)

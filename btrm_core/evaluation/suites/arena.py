@@ -93,11 +93,11 @@ def _wins(counts_BU33: FloatArray, pairs_U2: NDArray[np.int64], models: int) -> 
 
 
 def strengths(wins_MM: FloatArray) -> FloatArray:
-    """Bradley-Terry strengths (logarithms, of mean 0) that make the wins likeliest.
+    """Bradley-Terry strengths [..., M] (natural logarithms, of mean 0) that make the wins likeliest.
 
     Args:
-        wins_MM: how often the model of a row has won against that of a column; a tie is half a win for each. Leading
-            axes are separate sets of games.
+        wins_MM: how often the model of a row has won against that of a column [..., M, M]; a tie is half a win for
+            each. Leading axes are separate sets of games.
 
     Reference:
         Bradley and Terry 1952, Rank analysis of incomplete block designs.

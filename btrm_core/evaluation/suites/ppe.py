@@ -195,10 +195,10 @@ def accuracy_within(rewards: Sequence[float], pairs: Sequence[tuple[int, int]], 
 
 
 def best_of(rewards: Sequence[float], gold: Sequence[float]) -> np.ndarray:
-    """Expected rightness of the answer with the highest reward of k drawn ones, for k = 1 ... K; 0 if one has none.
+    """Expected rightness [K] of the answer with the highest reward of k drawn ones, for k = 1 ... K.
 
     Args:
-        rewards: of the answers to one prompt; one that is not finite gives 0.
+        rewards: of the K answers to one prompt; if one is not finite, all is 0.
         gold: what each answer is worth.
     """
     if not all(math.isfinite(r) for r in rewards):

@@ -41,8 +41,8 @@ def total(values: Tensor, processes: Any) -> Tensor:
         processes: the torch process group.
 
     Returns:
-        The sum, on every process. All of them go on to compute the same loss from it, so the gradient of each one's own
-        values is the gradient of the sum, and nothing is sent for it.
+        The sum, of the same shape, on every process. All of them go on to compute the same loss from it, so the
+        gradient of each one's own values is the gradient of the sum, and nothing is sent for it.
     """
     added: Tensor = _Total.apply(values, processes)  # type: ignore[no-untyped-call]
     return added

@@ -13,7 +13,8 @@ DeepSpeed's own `UlyssesSPAttentionHF` is not used: it takes equal slices only a
 here. Its process groups are not needed either: weights are the same on all processes of a run, so ZeRO spreads states
 over all of them as ever, and its mean over processes is multiplied away in the loss as ever.
 
-Shapes: N processes share a row of T tokens; t tokens are a process's own; S sequences; D the width of a head.
+Shapes: N processes share a row of T tokens; t tokens are a process's own; S sequences; D the width of a head's
+queries and keys, V that of its values.
 
 Reference: Jacobs et al., DeepSpeed Ulysses, arXiv:2309.14509, section 3.1.
 """
@@ -91,7 +92,7 @@ class RowShare:
         return (index_S - own.start).clamp(0, own.stop - own.start - 1), is_own_S
 
     def together(self, rewards_S: Tensor, is_own_S: Tensor) -> Tensor:
-        """The rewards of a row on every process; the gradient of each goes to the process that has read it.
+        """The rewards [S] of a row on every process; the gradient of each goes to the process that has read it.
 
         Args:
             rewards_S: as this process reads them.
@@ -106,7 +107,7 @@ class RowShare:
             rewards_S: equal on all processes.
 
         Returns:
-            The same values. The others take part in the backward pass, as the weights' hooks expect, with zeros.
+            The same values [S]. The others take part in the backward pass, as the weights' hooks expect, with zeros.
         """
         return rewards_S if self.index == 0 else rewards_S.detach() + 0.0 * rewards_S
 
@@ -122,15 +123,15 @@ class RowShare:
         """Attention of this process's tokens, computed by heads over all processes.
 
         Args:
-            kernel: computes [1, T, heads, D] from queries, keys, values and visibility of a whole row.
+            kernel: computes [1, T, heads, V] from queries, keys, values and visibility of a whole row.
             query: [1, heads, t, D].
             key: [1, kv_heads, t, D].
-            value: [1, kv_heads, t, D].
+            value: [1, kv_heads, t, V].
             visibility: who sees whom in the whole row.
             options: what else the kernel takes.
 
         Returns:
-            [1, t, heads, D].
+            [1, t, heads, V].
 
         Raises:
             ConfigError: N does not divide the heads.
