@@ -113,7 +113,7 @@ def _put_back(who: str) -> Iterator[None]:
     process = os.getpid()
     found = {what: read() for what, (read, _) in _KEPT.items()}
     functions = [(module, name, v) for module in _MODULES for name, v in vars(module).items() if callable(v)]
-    hidden = {name for name, module in sys.modules.items() if module is None}
+    hidden = _hidden()
     timer, variables = signal.getitimer(signal.ITIMER_REAL)[0], dict(os.environ)
     try:
         yield
@@ -130,7 +130,7 @@ def _put_back(who: str) -> Iterator[None]:
                 with contextlib.suppress(OSError, ValueError):
                     write(found[what])
                     changed.append(what)
-        for name in [n for n, module in list(sys.modules.items()) if module is None and n not in hidden]:
+        for name in _hidden() - hidden:
             del sys.modules[name]
             changed.append(f"sys.modules[{name!r}]")
         if not timer and signal.getitimer(signal.ITIMER_REAL)[0]:
@@ -138,6 +138,13 @@ def _put_back(who: str) -> Iterator[None]:
             changed.append("the alarm clock")
         if changed:
             _say(f"btrm: {who} changes {', '.join(changed[:5])}, which is no plugin's to change; put back")
+
+
+def _hidden() -> set[str]:
+    """Names of modules that cannot be imported, for None stands in their place; asked at every hook, mostly none."""
+    if None not in sys.modules.values():
+        return set()
+    return {name for name, module in list(sys.modules.items()) if module is None}
 
 
 def _directory() -> Path | None:

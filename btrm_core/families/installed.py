@@ -11,10 +11,13 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from btrm_core.errors import printable
 from btrm_core.families.hookspecs import ENTRY_POINT_GROUP
 
+_DESCRIBED: WeakKeyDictionary[Distribution, tuple[str, str]] = WeakKeyDictionary()
+"""Name and version by distribution: metadata holds a whole README, and a package offers several families."""
 _NAME = re.compile(r"\w[\w.-]{0,63}(?<!\.)")
 
 
@@ -97,13 +100,16 @@ def unreadable_package() -> str | None:
 
 def _described(found: Distribution | None) -> tuple[str, str]:
     """Name and version of a distribution, whose own metadata may be missing or damaged."""
-    name = version = None
-    if found is not None:
+    if found is None:
+        return "unknown", "unknown"
+    if found not in _DESCRIBED:
+        name = version = None
         with contextlib.suppress(Exception):
             name, version = found.metadata["Name"], found.metadata["Version"]
         if name is None:
             name = _folder_name(found)
-    return printable(name or "unknown"), printable(version or "unknown")
+        _DESCRIBED[found] = printable(name or "unknown"), printable(version or "unknown")
+    return _DESCRIBED[found]
 
 
 def _folder_name(found: Distribution) -> str:
