@@ -97,6 +97,7 @@ def test_two_nodes_share_nothing_but_the_result(root: Path, tmp_path: Path) -> N
         assert [cache.damage(entry) for entry in built] == [None] * len(built)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_node_stops_both_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     given = with_own_caches(flags(root, output, **ENDLESS, output__save_every=1000))
