@@ -225,7 +225,7 @@ def begin(session: Session, head_is_new: bool) -> Progress:
     if found is not None:
         progress = resume.load(session, found)
         if runtime.is_main:
-            resume.rewind(output / "metrics.jsonl", progress.step)
+            resume.rewind(output / "metrics.jsonl", progress.step, owes_evaluation=progress.owes_evaluation)
         say(runtime, f"resuming from {found} after step {progress.step}")
     else:
         progress = Progress()

@@ -90,8 +90,8 @@ def _check_targets(hf: Any, targets: tuple[str, ...]) -> None:
     """Refuse a target that names no layer, which peft would pass over if another one does, or no linear one."""
     if targets == ("all-linear",):
         return
-    for target in targets:
-        found = [module for name, module in hf.named_modules() if f".{name}".endswith(f".{target}")]
+    for target in targets or ("",):  # an empty list in a file of settings
+        found = [module for name, module in hf.named_modules() if name and f".{name}".endswith(f".{target}")]
         wrong = [type(module).__name__ for module in found if not isinstance(module, nn.Linear)]
         if wrong or not found or target == "score":
             linear = (name.rpartition(".")[2] for name, module in hf.named_modules() if isinstance(module, nn.Linear))

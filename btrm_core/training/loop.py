@@ -87,7 +87,7 @@ def fit(session: Session, progress: Progress, seams: Seams) -> Progress:
     started = time.monotonic() - progress.seconds
     around = Around(seams.profiler, activation_context(session.engine, session.config.model.activation_offload))
     forget_peak_memory()
-    while progress.step < session.schedule.total_steps and not progress.stopped:
+    while (progress.step < session.schedule.total_steps or progress.owes_evaluation) and not progress.stopped:
         session.engine.train()  # also after an evaluation that ran out of memory
         try:
             _run_steps(session, progress, seams, around, started)
@@ -106,6 +106,10 @@ def fit(session: Session, progress: Progress, seams: Seams) -> Progress:
 
 def _run_steps(session: Session, progress: Progress, seams: Seams, around: Around, started: float) -> None:
     """From where the run stands to its end, or until it is stopped; the time of a step begins with waiting for it."""
+    if progress.owes_evaluation:
+        _evaluate_or_stop(session, progress, seams)
+        if progress.stopped:
+            return
     config, asked = session.config, time.monotonic()
     for step in around.profiler.waiting_for(_stream(session, progress.step)):
         sums, stop = _prepared_step(session, step, seams, around)
@@ -151,16 +155,14 @@ def _after_step(session: Session, progress: Progress, seams: Seams, stop: bool) 
     eval_every = output.eval_every or max(1, total // 10)
     last = progress.step == total
     evaluates = progress.step % eval_every == 0 or last
+    progress.owes_evaluation = evaluates
     if stop or (evaluates and session.runtime.any(seams.stop_requested())):
         progress.stopped = "signal"
         seams.save(progress)  # before anything else: whoever asked may not wait for an evaluation
         return
     if evaluates:
-        try:
-            _evaluated(seams, progress, session.config)
-        except AskedToStop:
-            progress.stopped = "signal"
-            seams.save(progress)
+        _evaluate_or_stop(session, progress, seams)
+        if progress.stopped == "signal":
             return
     cut = False
     limits = ((train.max_hours, progress.seconds - session.seconds_before), (train.max_total_hours, progress.seconds))
@@ -304,6 +306,17 @@ def _micro_loss(engine: Any, micro: MicroBatch, config: RunConfig, sums: PairSum
     else:
         sums.add_tokens(computed=batch.computed, useful=0, shared=0)
     return (loss_P * micro.weight_P).sum()
+
+
+def _evaluate_or_stop(session: Session, progress: Progress, seams: Seams) -> None:
+    """Evaluate; asked to stop meanwhile, save instead: the evaluation is then owed by whoever goes on."""
+    try:
+        _evaluated(seams, progress, session.config)
+    except AskedToStop:
+        progress.stopped = "signal"
+        seams.save(progress)
+    else:
+        progress.owes_evaluation = False
 
 
 def _evaluated(seams: Seams, progress: Progress, config: RunConfig) -> None:

@@ -56,14 +56,8 @@ if TYPE_CHECKING:
     from btrm_core.data import Ties, WhichPairs
 
 CHECKED_PAIRS = 64
-
-
 CHECKED_GROUPS = 3
-
-
 MAX_WORKERS = 8
-
-
 SHOW_PROGRESS_FROM = 20_000
 
 
@@ -170,24 +164,10 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     issues = {"train": rows.issues, **({"eval": held_out.issues} if held_out is not None else {})}
     if not data.eval and data.held_out_fraction > 0:
         rows, held_out = split_held_out(rows, data.held_out_fraction)
-    workers = data.workers or max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
-    encoded: dict[str, TokenStore] = {}
-    for name, part in (("train", rows), ("eval", held_out)):
-        if part is not None and len(part):
-            with LongWork(f"encoding the {name} data", len(part), "pair") as work:
-                encoded[name] = encode_pairs(
-                    part,
-                    chat,
-                    settled(data.max_length, "data.max_length"),
-                    workers=workers,
-                    cache_dir=data.cache_dir,
-                    progress=work.reach,
-                )
-                work.reach(len(part))  # also where it was kept from before
-            if data.strict and encoded[name].report["altered"]:
-                raise DataError(
-                    f"{name} data: {encoded[name].describe()}; expected every message as the data has it (--strict)"
-                )
+    parts = {"train": rows, "eval": held_out}
+    encoded = {
+        name: _encoded(name, part, config, chat) for name, part in parts.items() if part is not None and len(part)
+    }
     if "eval" in encoded and held_out is not None:
         encoded["eval"].sets = held_out.sets
     if config_module.keeps_best(config):
@@ -214,6 +194,22 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     lines += [f"{name} data: {text}" for name, part in encoded.items() if (text := part.describe())]
     lines += _prompts_text(encoded["train"], data.group_by)
     return Data(encoded["train"], encoded.get("eval"), report, lines, held_out)
+
+
+def _encoded(name: str, part: PairData, config: RunConfig, chat: ChatFormat) -> TokenStore:
+    """The tokens of the pairs of one side, "train" or "eval", which errors name."""
+    data = config.data
+    workers = data.workers or max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
+    length = settled(data.max_length, "data.max_length")
+    with LongWork(f"encoding the {name} data", len(part), "pair") as work:
+        try:
+            found = encode_pairs(part, chat, length, workers=workers, cache_dir=data.cache_dir, progress=work.reach)
+        except DataError as error:
+            raise DataError(f"{name} data: {error}") from error
+        work.reach(len(part))  # also where it was kept from before
+    if data.strict and found.report["altered"]:
+        raise DataError(f"{name} data: {found.describe()}; expected every message as the data has it (--strict)")
+    return found
 
 
 def _prompts_text(store: TokenStore, group_by: str) -> list[str]:

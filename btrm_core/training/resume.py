@@ -308,22 +308,24 @@ def _forget_what_is_gone(session: Session, progress: Progress, *, same_evaluatio
         shutil.rmtree(output / "best", ignore_errors=True)
 
 
-def rewind(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that were done after the checkpoint: they are done, and written, again.
+def rewind(metrics: Path, step: int, *, owes_evaluation: bool = False) -> None:
+    """Drop the lines of what was done after the checkpoint: it is done, and written, again.
 
     Args:
         metrics: The run's `metrics.jsonl`; it is replaced as a whole, and may be missing.
         step: Steps done at the checkpoint; their lines are kept.
+        owes_evaluation: Whether the evaluation of the last of them comes after the checkpoint.
     """
     if not metrics.exists():
         return
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
-            done = json.loads(line)["step"]
+            row = json.loads(line)
+            done, again = row["step"], owes_evaluation and row["split"] == "eval"
         except (ValueError, KeyError):  # the line that was being written when the run was ended
             continue
-        if done <= step:
+        if done < step or (done == step and not again):
             kept.append(line + "\n")
     staging = metrics.with_name(f".{metrics.name}.tmp")
     staging.write_text("".join(kept), encoding="utf-8")

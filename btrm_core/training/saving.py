@@ -210,8 +210,9 @@ def room_needed(session: Session) -> tuple[int, int]:
     whole = sum(count for count, _ in counts) * width
     trained = sum(count for count, needed in counts if needed)
     checkpoint = whole + trained * OPTIMIZER_BYTES + trained * width
-    kept = session.config.output.keep_last + 1 if session.config.output.save_every else 1
-    return whole, checkpoint * kept
+    output, steps = session.config.output, session.schedule.total_steps
+    written = (steps - 1) // output.save_every if output.save_every else 0  # none after the last step
+    return whole, checkpoint * max(1, min(output.keep_last + 1, written))  # one where the run is asked to stop
 
 
 def check_room(session: Session, free: int) -> None:

@@ -102,6 +102,8 @@ class Progress:
     """That figure."""
     best_step: int = 0
     evaluations_since_best: int = 0
+    owes_evaluation: bool = False
+    """The evaluation after `step` was put off for a checkpoint, or broken off: it comes before another step."""
     skipped_steps: list[int] = field(default_factory=list)
     stopped: str | None = None
 

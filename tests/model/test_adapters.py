@@ -315,6 +315,7 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) 
         ("embed_tokens", "is a Embedding"),
         ("q_prj", "is no layer"),
         ("score", "is the head, always trained"),
+        ("", "is no layer"),
     ],
 )
 def test_targets_must_be_linear_layers(root: Path, target: str, what: str) -> None:
@@ -325,6 +326,12 @@ def test_targets_must_be_linear_layers(root: Path, target: str, what: str) -> No
         f"lora.targets: '{target}' {what}; expected all-linear or some of down_proj, gate_proj, k_proj, o_proj, "
         f"q_proj, up_proj, v_proj.{hint}"
     )
+
+
+def test_no_targets_at_all_are_refused(root: Path) -> None:
+    """As `targets = []` in a file of settings says."""
+    with pytest.raises(ConfigError, match=r"^lora\.targets: '' is no layer; expected all-linear or some of down_proj"):
+        train(root, root / "wrong", **LORA, lora__targets=())
 
 
 def test_only_the_targets_are_adapted(root: Path) -> None:

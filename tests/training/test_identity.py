@@ -23,6 +23,7 @@ from btrm_core.model import read_manifest
 from btrm_core.settings import RunConfig
 from btrm_core.training import loop, resume
 from btrm_core.training.identity import _compared, differences, refuse_changes
+from btrm_core.training.saving import room_needed
 from btrm_core.weights import weights_digest
 
 EXACT = 1e-6
@@ -402,3 +403,18 @@ def test_a_disk_without_room_for_the_model_is_refused_before_the_first_step(
         trajectories.train(root, tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
     assert metrics(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(("every", "kept", "checkpoints"), [(3, 1000, 3), (3, 1, 2), (1000, 1000, 1), (1, 1000, 9)])
+def test_room_is_asked_for_no_more_checkpoints_than_the_run_writes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, kept: int, checkpoints: int
+) -> None:
+    """Ten steps: `--keep-last 1000` must not refuse a disk that has room for all that will ever be there."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(run_module, "check_room", lambda session, _: asked.append(room_needed(session)))
+    monkeypatch.setattr(run_module, "fit", lambda session, progress, _: progress)
+    monkeypatch.setattr(run_module, "finish", lambda session, progress, _: progress)
+    for saving in ({}, {"output__save_every": every, "output__keep_last": kept}):
+        trajectories.train(root, tmp_path / "run", **saving)
+    (model, one), (same, needed) = asked
+    assert (same, needed) == (model, checkpoints * one)

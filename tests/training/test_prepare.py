@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,19 @@ def test_a_template_that_cuts_messages_is_counted_and_strict_stops(tmp_path: Pat
     with pytest.raises(DataError) as caught:
         load_data(strict, chat)
     assert str(caught.value) == f"train data: {said}; expected every message as the data has it (--strict)"
+
+
+@pytest.mark.parametrize("side", ["train", "eval"])
+def test_the_side_of_which_no_pair_is_left_is_named(tmp_path: Path, side: str) -> None:
+    values: dict[str, Any] = {"data.cache_dir": str(tmp_path / "cache"), "data.max_length": 100}
+    for name in ("train", "eval"):
+        answer = "yes " * (100 if name == side else 1)
+        row = {"prompt": f"For {name}?", "chosen": answer, "rejected": f"no {answer}"}
+        (tmp_path / name).with_suffix(".jsonl").write_text(json.dumps(row) + "\n")
+        values[f"data.{name}"] = (str(tmp_path / f"{name}.jsonl"),)
+    job = choose(config_module.apply(RunConfig(family="llama3"), values))
+    with pytest.raises(DataError, match=f"^{side} data: no pairs are left after encoding 1: most are dropped for "):
+        load_data(job.config, job.chat)
 
 
 def test_a_home_that_the_shell_has_left_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

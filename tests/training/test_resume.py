@@ -180,6 +180,27 @@ def test_asked_to_stop_while_it_evaluates_a_run_saves_first(
     assert [path.name for path in resume.complete(output / "resume")] == [f"step-{step:08d}"]
     assert metrics(output, "eval") == []
     assert distance(trajectory(root, output, output__eval_every=every, output__resume="auto"), whole) < EXACT
+    expected = [*range(every, trajectories.STEPS, every), trajectories.STEPS]
+    assert [row["step"] for row in metrics(output, "eval")] == expected, "what was broken off is done again"
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_done_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Trajectory
+) -> None:
+    """In smaller rows, and before the next step."""
+    budgets, rewards = [], SEAMS.pair_rewards
+
+    def first_without_room(*arguments: Any, **keywords: Any) -> Any:
+        budgets.append(keywords["tokens_per_batch"])
+        if len(budgets) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return rewards(*arguments, **keywords)
+
+    monkeypatch.setattr(SEAMS, "pair_rewards", first_without_room)
+    values = {"output__eval_every": 2, "train__auto_budget": True, "train__tokens_per_batch": 5000}
+    assert distance(trajectory(root, tmp_path, **values), whole) < 1e-5
+    assert budgets == [5000, 5000, 2500, 2500, 2500, 2500]
+    assert [row["step"] for row in metrics(tmp_path, "eval")] == [2, 4, 6, 8, 10]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +236,25 @@ def signalled(root: str, output: str, values: dict[str, Any], number: int) -> No
 
 
 def test_going_on_from_a_signal(root: Path, stopped: Path, whole: Trajectory) -> None:
+    """Also the evaluation of the step that the run was stopped after is done, before the next step."""
+    assert [row["step"] for row in metrics(stopped, "eval")] == [2, 4]
     assert distance(trajectory(root, stopped, **SAVING, output__resume="auto"), whole) < EXACT
+    found, expected = (metrics(output, "eval") for output in (stopped, whole.directory.parent))
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [2, 4, 6, 8, 10]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], abs=EXACT)
+
+
+def test_an_evaluation_that_is_owed_may_end_a_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before the evaluation that would have ended it early, a run ends where it would have."""
+    values = {"train__early_stopping": 1, "output__best_by": "accuracy", "output__eval_every": 1}
+    ended = trajectories.train(root, tmp_path / "whole", **values)
+    assert 1 < ended.progress.step < trajectories.STEPS
+    _signal_after(monkeypatch, ended.progress.step, signal.SIGTERM)
+    assert trajectories.train(root, tmp_path / "run", **values).exit_code == 143
+    monkeypatch.undo()
+    found = trajectories.train(root, tmp_path / "run", **values, output__resume="auto")
+    assert (found.progress.step, found.progress.stopped) == (ended.progress.step, ended.progress.stopped)
+    assert found.progress.best_step == ended.progress.best_step
 
 
 def test_a_budget_may_change(root: Path, stopped: Path, whole: Trajectory) -> None:
@@ -509,6 +548,11 @@ def test_rewind_drops_what_is_done_again(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"split": "tr')
     resume.rewind(file, 2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+    file.write_text(file.read_text() + '{"split": "eval", "step": 1}\n{"split": "eval", "step": 2}\n')
+    resume.rewind(file, 2)
+    assert len(file.read_text().splitlines()) == 4
+    resume.rewind(file, 2, owes_evaluation=True)
+    assert len(file.read_text().splitlines()) == 3, "it is evaluated again"
     resume.rewind(tmp_path / "none.jsonl", 2)
 
 

@@ -97,6 +97,8 @@ def join(seconds: float) -> None:
             processes are missing; the message says which.
     """
     if torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() == 1:  # DeepSpeed asks for it; whoever made the group need not have
+            os.environ.setdefault("LOCAL_RANK", "0")
         return
     found = place()
     cuda = torch.cuda.is_available()

@@ -233,6 +233,21 @@ def test_who_shares_a_directory_with_whom(tmp_path: Path) -> None:
     assert not list((tmp_path / "a").iterdir()), "nothing is left there"
 
 
+def in_a_group_of_its_own(root: str, output: str) -> None:
+    """A program that has made its process group with torch alone, as no launcher does, and then trains."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    assert "LOCAL_RANK" not in os.environ
+    trajectories.train(Path(root), Path(output), train__max_steps=1)
+    runtime_module.leave()
+
+
+def test_a_process_group_that_is_there_is_taken(root: Path, tmp_path: Path) -> None:
+    child = processes.start(in_a_group_of_its_own, str(root), str(tmp_path / "run"), log=tmp_path / "log")
+    assert processes.wait(child) == [0], (tmp_path / "log").read_text()[-3000:]
+    assert len(metrics(tmp_path / "run")) == 1
+
+
 def joining(variables: dict[str, str], *given: str) -> None:
     """`btrm train` in a child, with a launcher's variables."""
     os.environ.update(variables)
