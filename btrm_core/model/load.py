@@ -29,7 +29,7 @@ from btrm_core.model import base as base_module
 from btrm_core.model.directory import CALIBRATION, MANIFEST, read_manifest
 from btrm_core.model.shape import check_ids
 from btrm_core.settings import ModelConfig
-from btrm_core.weights import check_config, check_files, refuse_other_head
+from btrm_core.weights import check_config, check_files, no_decoder, refuse_other_head
 
 _log = logging.getLogger("btrm")
 
@@ -118,7 +118,7 @@ def check_head(directory: Path) -> None:
     if not is_adapters(directory):
         refuse_other_head(directory)
     if (adapters.PREFIX if is_adapters(directory) else "") + HEAD not in weight_names(directory):
-        raise CheckpointError(
+        raise no_decoder(directory) or CheckpointError(
             f"{directory} holds no reward head ({HEAD} is missing from its weights); expected a model trained by "
             f"`btrm train`, such as one made with --model {directory}"
         )
