@@ -266,6 +266,15 @@ def probe(directory: Path) -> int:
             flush_handle(file.fileno())
     except OSError as error:
         raise CheckpointError(f"cannot write to the output directory {directory}: {error.strerror}") from error
+    return free_bytes(directory)
+
+
+def free_bytes(directory: Path) -> int:
+    """The free bytes of a directory's disk; a great many where the file system does not say.
+
+    Args:
+        directory: It must exist.
+    """
     try:
         found = os.statvfs(directory)
     except OSError:

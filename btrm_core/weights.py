@@ -264,7 +264,30 @@ def refuse_other_head(directory: Path) -> None:
         CheckpointError: says where the head is and what to do with it.
     """
     if (place := other_head(directory)) is not None:
-        raise unread_head(str(directory), place)
+        raise no_decoder(directory) or unread_head(str(directory), place)
+
+
+def no_decoder(directory: Path) -> CheckpointError | None:
+    """The error for an encoder or the like, which no renaming of its head turns into what is read here; else None.
+
+    Args:
+        directory: The checkpoint.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        with torch.device("meta"):
+            hf = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(directory))
+    except Exception:  # transformers raises what its parsers raise: whoever loads the model says so
+        return None
+    if hasattr(hf, "score"):
+        return None
+    return CheckpointError(
+        f"{directory} is a {type(hf).__name__}, no decoder with a head called score: its rewards are read in another "
+        "way (an encoder's at the first token), and btrm reads them at the last token; name a decoder, or ask this "
+        "model with transformers' text-classification pipeline"
+    )
 
 
 def unread_head(name: str, place: str) -> CheckpointError:

@@ -13,11 +13,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.scorer_samples import base_model, change_json, reward_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from btrm_core.cli import main
 from btrm_core.data.sample import sample_path
 from btrm_core.errors import CheckpointError
+from btrm_core.model import check_head
 from btrm_core.model.base import base_config, load_base, load_tokenizer
 from btrm_core.settings import ModelConfig
 from btrm_core.weights import check_config, check_files, head_among, other_head, tensors_of
@@ -152,6 +153,28 @@ def test_a_trained_head_under_another_name_is_never_replaced_in_silence(
             load_base(ModelConfig(name=str(base)), torch.float32)
     save_file({**weights, name: torch.ones(1, 32), "score.weight": torch.ones(1, 32)}, base / FILE, {"format": "pt"})
     assert other_head(base) is None
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("headed", [True, False])
+def test_an_encoder_is_told_that_it_is_one(kind: str, headed: bool, tmp_path: Path) -> None:
+    """Its head has another name because it is of another kind, so to rename it would not do."""
+    config = AutoConfig.for_model(kind, **SMALL, vocab_size=60, pad_token_id=0, num_labels=1)
+    config.bos_token_id = config.eos_token_id = config.cls_token_id = config.sep_token_id = None
+    model = (AutoModelForSequenceClassification if headed else AutoModelForMaskedLM).from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError) as caught:
+        check_head(tmp_path / "model")
+    said = str(caught.value)
+    assert re.search(
+        r"/model is a \w+ForSequenceClassification, no decoder with a head called score: its rewards", said
+    )
+    assert said.endswith("name a decoder, or ask this model with transformers' text-classification pipeline")
+    if headed:
+        assert refusal(tmp_path / "model") == said
 
 
 COMMANDS = {

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 def evaluate(models: tuple[str, ...], **flags: Any) -> None:
     """How good reward models are on preference pairs, with intervals; which of two is better.
 
-    A MODEL is a directory of btrm, or any sequence-classification model with one label, on disk or on the hub. Suites
-    are read from the hub where they are published, or from SRC in the same form. An interrupted evaluation
+    A MODEL is a directory of btrm, or any decoder's sequence-classification model with one label, on disk or on the
+    hub. Suites are read from the hub where they are published, or from SRC in the same form. An interrupted evaluation
     goes on where it was when the same command is given again.
     """
     from btrm_core.evaluation import report_text, require_matplotlib, to_json, write_report, write_scores

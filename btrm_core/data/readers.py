@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from btrm_core.data.inputs.streams import Unpacked, opened
@@ -49,7 +50,8 @@ _KEPT_EMPTY = ("chosen", "rejected", "prompt")
 def read_rows(source: Source) -> Iterator[Numbered]:
     """Yield `(line, row)` or `(line, issue)` for each row of a source, in order; of a slice, for its rows.
 
-    Lines count from 1: the line of the file for JSON Lines, JSON and CSV, the row of the table otherwise.
+    Lines count from 1: the line of the file for JSON Lines, JSON and CSV (rows of one line are counted on from there),
+    the row of the table otherwise.
 
     Args:
         source: where the rows are; it is read again from its beginning if a slice needs the number of all rows.
@@ -116,8 +118,8 @@ def _text_rows(source: Source) -> Iterator[Numbered]:
         if source.kind == "jsonl" and _NO_LINES.match(stream.peek(4096)[:4096]):
             reader = _json
         for line, row in reader(source, stream, raw):
-            last = line
-            yield line, row
+            last = max(line, last + 1)  # where a line holds many rows, as in an array by pandas, they are counted
+            yield last, replace(row, line=last) if isinstance(row, RowIssue) else row
         if raw.broken:
             reason = f"unreadable {raw.packing} data from here on ({raw.broken}); the file may be truncated"
             yield last + 1, RowIssue(source.where, last + 1, reason, f"unreadable {raw.packing}")

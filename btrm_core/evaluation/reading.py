@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from btrm_core.console import LongWork
 from btrm_core.errors import DataError
 from btrm_core.evaluation.scores import ROWS_TOGETHER, UNKNOWN, PairRewards, PairText
 
@@ -45,9 +46,12 @@ def read_scores(path: str | Path) -> list[PairRewards]:
         )
     rows = _parquet_rows(source) if source.suffix == ".parquet" else _json_rows(source)
     parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, row in rows:
-        kept = _kept(row, source, number)
-        parts.setdefault((kept["model"], kept["data"]), []).append(kept)
+    with LongWork(f"reading {source}") as work:
+        for number, row in rows:
+            kept = _kept(row, source, number)
+            parts.setdefault((kept["model"], kept["data"]), []).append(kept)
+            if number % ROWS_TOGETHER == 0:
+                work.note(f"{number:,} pairs")
     if not parts:
         raise DataError(f"{source} holds no pair")
     return [_of_rows(model, data, kept) for (model, data), kept in parts.items()]

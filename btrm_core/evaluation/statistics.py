@@ -29,7 +29,8 @@ LARGEST = 1e100
 """A number beyond this size is none that can be judged: its square is no number any more."""
 DRAWS = 2000
 SEED = 20_26
-_DRAWN_TOGETHER = 4_000_000
+_DRAWN_TOGETHER = 250_000
+"""Numbers that are drawn at once: they stay in a core's own memory, and the draws do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,12 @@ def bootstrap_means(value_P: FloatArray, cluster_P: IntArray, *, draws: int = DR
         return None
     generator = np.random.default_rng(SEED)
     together = max(1, _DRAWN_TOGETHER // prompts)
+    alike = float(count_G[0]) * prompts if np.all(count_G == count_G[0]) else None  # then every draw has as many pairs
     means: list[FloatArray] = []
     for start in range(0, draws, together):
         drawn = generator.integers(0, prompts, size=(min(together, draws - start), prompts))
-        means.append(sum_G[drawn].sum(axis=1) / count_G[drawn].sum(axis=1))
+        pairs = count_G.take(drawn).sum(axis=1) if alike is None else alike
+        means.append(sum_G.take(drawn).sum(axis=1) / pairs)
     return np.concatenate(means)
 
 

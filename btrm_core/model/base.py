@@ -28,7 +28,7 @@ from btrm_core.hub import has_own_code, hub_problem
 from btrm_core.model import adapters
 from btrm_core.model.leakage import check_max_length, require_head_class, text_modules, towers, without_dropout
 from btrm_core.model.quantized import loading_options, settle
-from btrm_core.model.reward import RewardModel, choose_for, recompute_activations, use_kernels
+from btrm_core.model.reward import RewardModel, choose_for, keep_in_memory, recompute_activations, use_kernels
 from btrm_core.settings import ModelConfig, RunConfig
 
 
@@ -288,8 +288,7 @@ def build_model(
         ConfigError: as `load_base`, `init_head`, `freeze` and `use_kernels`, or settings do not go with the model.
         CheckpointError: as `load_base`.
     """
-    base = load_base(config.model, dtype)
-    hf = base.hf
+    hf = (base := load_base(config.model, dtype)).hf
     notes = [check_max_length(hf, config.data.max_length), base.note]
     if not config.model.dropout and (dropped := without_dropout(hf)):
         notes.append(
@@ -307,8 +306,8 @@ def build_model(
     if base.head_is_new:
         own = "init_head" in family.hooks and config.head.init_std is None
         who = f"family '{family.name}' ({family.origin}): the head" if own else "the head"
-        size = hf.config.get_text_config().hidden_size
-        init_head(hf, family.init_head(size), config.train.seed, f"{who} initialiser")
+        initialise = family.init_head(hf.config.get_text_config().hidden_size)
+        init_head(hf, initialise, config.train.seed, f"{who} initialiser")
     use_kernels(hf, config.model.kernels)
     freeze(hf, config.model)
     if config.model.gradient_checkpointing:
@@ -318,6 +317,7 @@ def build_model(
         hf = adapters.add_adapters(hf, config.lora, config.train.seed)
         if config.model.gradient_checkpointing:
             hf.enable_input_require_grads()
+    keep_in_memory(hf, device)
     model = RewardModel(hf, kernel)
     model.notes = tuple(note for note in notes if note)
     return model, base.head_is_new

@@ -27,9 +27,10 @@ from btrm_core.files import digest
 from btrm_core.model import adapters
 from btrm_core.model import base as base_module
 from btrm_core.model.directory import CALIBRATION, MANIFEST, read_manifest
+from btrm_core.model.reward import keep_in_memory
 from btrm_core.model.shape import check_ids
 from btrm_core.settings import ModelConfig
-from btrm_core.weights import check_config, check_files, refuse_other_head
+from btrm_core.weights import check_config, check_files, no_decoder, refuse_other_head
 
 _log = logging.getLogger("btrm")
 
@@ -118,7 +119,7 @@ def check_head(directory: Path) -> None:
     if not is_adapters(directory):
         refuse_other_head(directory)
     if (adapters.PREFIX if is_adapters(directory) else "") + HEAD not in weight_names(directory):
-        raise CheckpointError(
+        raise no_decoder(directory) or CheckpointError(
             f"{directory} holds no reward head ({HEAD} is missing from its weights); expected a model trained by "
             f"`btrm train`, such as one made with --model {directory}"
         )
@@ -177,8 +178,7 @@ def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device
     hf = _with_adapters(directory, dtype) if is_adapters(directory) else _whole(directory, dtype)
     try:
         hf = hf.requires_grad_(False).eval().to(device)
-        for tensor in (*hf.parameters(), *hf.buffers()) if device.type == "cpu" else ():
-            tensor.data = tensor.data.clone()  # else it is the file itself, which somebody may write anew meanwhile
+        keep_in_memory(hf, device)
         return hf
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(f"{directory} does not fit into the memory of {device}; try --dtype bf16") from error

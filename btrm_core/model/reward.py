@@ -53,6 +53,20 @@ class RewardHead(nn.Linear):
             return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
+def keep_in_memory(hf: nn.Module, device: torch.device) -> None:
+    """Copy the weights that are a mapped file, which somebody may write anew meanwhile, and that nothing else copies.
+
+    Args:
+        hf: The model, not yet on another device; what is trained, and what ZeRO-3 has spread over processes, is left
+            alone.
+        device: Where it computes; to another one than the CPU everything is copied anyway.
+    """
+    for tensor in (*hf.parameters(), *hf.buffers()) if device.type == "cpu" else ():
+        mapped = not hasattr(tensor, "ds_id") and not tensor.untyped_storage().resizable()
+        if mapped and not tensor.requires_grad:
+            tensor.data = tensor.data.clone()
+
+
 def _install_head(parent: nn.Module, name: str) -> None:
     """Replace the linear layer `parent.name`, also inside peft's wrapper of a trained head."""
     module = parent.get_submodule(name)

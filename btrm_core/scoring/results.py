@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from btrm_core.console import LongWork
 from btrm_core.errors import DataError
 from btrm_core.evaluation import Comparison, PairRewards, Report, Table, assess, compare, percent, short
 from btrm_core.scoring.evaluate import SourceRewards
@@ -44,13 +45,15 @@ def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (
     """
     everything = _told_apart([*results, *against])
     results, against = everything[: len(results)], everything[len(results) :]
-    evaluations = []
-    for result in everything:
-        sets = [source.rewards for source in result.sources]
-        if len(sets) > 1:
-            sets.append(PairRewards.joined(sets))
-        evaluations += [(assess(rewards), rewards) for rewards in sets]
-    comparisons = list(_comparisons(results, against))
+    sets = [rewards for result in everything for rewards in _sets(result)]
+    evaluations, comparisons = [], []
+    with LongWork("computing figures", len(sets) + len(results) * len(against), "table") as work:
+        for rewards in sets:
+            evaluations.append((assess(rewards), rewards))
+            work.add(1)
+        for comparison in _comparisons(results, against):
+            comparisons.append(comparison)
+            work.add(1)
     return Report(
         title=title or _title(everything),
         evaluations=evaluations,
@@ -59,6 +62,12 @@ def report_of(results: Sequence[ModelResult], against: Sequence[ModelResult] = (
         tables=[*_suites(everything), *_best_of_n(everything), *_probes(everything)],
         extra={"models": [result.to_dict() for result in everything]},
     )
+
+
+def _sets(result: ModelResult) -> list[PairRewards]:
+    """The rewards of every source, and of all together if there are several."""
+    sets = [source.rewards for source in result.sources]
+    return [*sets, PairRewards.joined(sets)] if len(sets) > 1 else sets
 
 
 def _told_apart(results: Sequence[ModelResult]) -> list[ModelResult]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from btrm_core.errors import BtrmError, ConfigError
 
 HELD_BYTES = 256 << 20
+COMPARED = 512
+"""Responses that are compared with each other: the answer has their square, 5 MB of JSON for so many."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
 from btrm_core.data import RowView, text_of
-from btrm_core.serving.limits import Refused
+from btrm_core.serving.limits import COMPARED, Refused, too_many
 from btrm_core.serving.preparing import Prepared, Preparer
 from btrm_core.serving.service import Answered, Service
 
@@ -134,7 +134,7 @@ class RewardsResponse(BaseModel):
 
 
 class CompareRequest(Asked):
-    """Two or more responses to a prompt."""
+    """Two or more responses to a prompt, at most 512: everyone is compared with everyone."""
 
     prompt: str | list[Turn]
     responses: list[str] = Field(min_length=2)
@@ -189,6 +189,8 @@ async def rewards(asked: RewardsRequest, request: Request, service: Serving) -> 
 @router.post("/v1/compare")
 async def compare(asked: CompareRequest, request: Request, service: Serving) -> CompareResponse:
     """The probability that one response to a prompt is better than another."""
+    if len(asked.responses) > COMPARED:
+        raise too_many("responses to be compared with each other", len(asked.responses), COMPARED)
     item = Item(prompt=asked.prompt, responses=asked.responses)
     (answer,) = await service.rewards(
         request, item.count, lambda preparer: [item.prepare(preparer, asked.truncate, "a conversation")]
@@ -218,7 +220,7 @@ async def models(service: Serving) -> dict[str, Any]:
         "dtype": str(service.engine.dtype).removeprefix("torch."),
         "normalizes": calibration.mean is not None,
         "temperature": calibration.temperature,
-        "limits": {"items": service.limits.items, "queue_tokens": service.limits.queue_tokens},
+        "limits": {"items": service.limits.items, "queue_tokens": service.limits.queue_tokens, "compared": COMPARED},
     }
     card = {"id": service.name, "object": "model", "created": service.created, "owned_by": "btrm", **about}
     return {"object": "list", "data": [card]}

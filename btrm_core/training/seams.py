@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from btrm_core import files
 from btrm_core.config import keeps_best
 from btrm_core.console import LongWork, say
 from btrm_core.evaluation import NoRewardsError, figures_of
@@ -31,6 +32,9 @@ def seams(session: Session, interrupt: Interrupt) -> Seams:
     config, runtime, output = session.config, session.runtime, session.job.output
 
     def save(progress: Progress) -> None:
+        if progress.stopped is None and not _room_for_a_checkpoint(session, progress.step):
+            return
+
         def write_model(directory: Path) -> None:
             save_run(session, progress, None, directory)
 
@@ -72,6 +76,26 @@ def seams(session: Session, interrupt: Interrupt) -> Seams:
         say=lambda text: say(runtime, text),
         profiler=profiler_of(session),
     )
+
+
+def _room_for_a_checkpoint(session: Session, step: int) -> bool:
+    """Whether there is room for a checkpoint as large as the last one; if not, the run goes on, and that is said.
+
+    All processes take part: the main one looks. A run that ended here would lose what it loses by going on at worst,
+    and its time as well.
+    """
+    runtime, directory, lacking = session.runtime, session.job.output / "resume", ""
+    if runtime.is_main and (there := resume.complete(directory)):
+        needed = sum(path.stat().st_size for path in there[-1].rglob("*") if path.is_file())
+        free = files.free_bytes(directory)
+        if free < needed:
+            lacking = (
+                f"step {step}: no checkpoint, the disk of {directory} has {free / 1e9:.2f} GB free and one takes "
+                f"{needed / 1e9:.2f} GB; training goes on and tries again at the next one, free some space: until then "
+                f"{there[-1].name} is the last"
+            )
+            say(runtime, lacking)
+    return not runtime.any(bool(lacking))
 
 
 def _log(session: Session, split: str, step: int, figures: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from pathlib import Path
@@ -199,6 +200,19 @@ def held_out_rewards(session: Session, directory: Path, rewards_P2: np.ndarray |
     return curate.with_rewards(data.eval_rows, data.eval, rewards_P2, str(directory), "held out")
 
 
+def figures_in(metrics: Path) -> list[dict[str, Any]]:
+    """The figures that a run has written; half a line, which a full disk has left, is none.
+
+    Args:
+        metrics: Its `metrics.jsonl`.
+    """
+    found = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def write_training_report(outcome: Outcome) -> str:
     """Write the report of a finished run beside its model, with the curve of its loss; returns a line that says where.
 
@@ -211,7 +225,7 @@ def write_training_report(outcome: Outcome) -> str:
         return ""
     output = outcome.directory.parent
     try:
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = figures_in(output / "metrics.jsonl")
         evaluated = [(assess(outcome.held_out), outcome.held_out)]
         report = Report(f"Reward model {short(str(outcome.directory))}", evaluated, training=lines)
         return f"report: {write_report(report, output / 'report')}"

@@ -156,8 +156,16 @@ def test_gz_that_is_not_gzip(tmp_path):
     assert issues[0].startswith(":1: unreadable gzip data from here on (Not a gzipped file")
 
 
+@pytest.mark.parametrize("written", [ROWS, {"version": 1, "data": ROWS}])
+def test_rows_of_one_line_are_counted(written, tmp_path):
+    """Else all have the same id, and no error tells which row it means."""
+    rows, issues = read(tmp_path / "a.json", json.dumps(written).encode())
+    assert (rows, issues) == (dict(enumerate(ROWS, start=1)), [])
+    rows, issues = read(tmp_path / "b.json", json.dumps([*ROWS, 1]).encode())
+    assert [issue.partition(" is ")[0] for issue in issues] == [f":{len(ROWS) + 1}: the row"]
+
+
 def test_json_array_counts_lines(tmp_path):
-    assert read(tmp_path / "a.json", json.dumps(ROWS).encode())[0] == {1: ROWS[-1]}  # all on line 1
     rows, issues = read(tmp_path / "b.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=1).encode())
     assert list(rows) == [3, 8, 13, 18, 23]
     assert list(rows.values()) == ROWS

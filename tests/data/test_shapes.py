@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,40 @@ def test_a_row_becomes_the_pair_it_means(row: dict[str, Any], expected: Any) -> 
     found = {(json.dumps(prompt), answer) for prompt, answer in conversations}
     assert {(json.dumps(expected[0]), answer) for answer in expected[1:]} <= found
     assert len(conversations) == len(shape.sides)
+
+
+WRITERS: dict[str, Callable[[list[Any]], str]] = {
+    "Python": repr,
+    "a tuple": lambda turns: repr(tuple(turns)),
+    "numpy": lambda turns: str(np.array(turns, dtype=object)),
+    "numpy's repr": lambda turns: repr(np.array(turns, dtype=object)),
+    "numpy in an object": lambda turns: repr({"messages": np.array(turns, dtype=object)}),
+    "JSON, quoted by Python": lambda turns: repr(json.dumps(turns)),
+    "JSON, twice": lambda turns: json.dumps(json.dumps(turns)),
+    "JSON in a list": lambda turns: repr([json.dumps(turn) for turn in turns]),
+    "JSON in an array": lambda turns: str(np.array([json.dumps(turn) for turn in turns], dtype=object)),
+    "JSON, one a line": lambda turns: "\n".join(json.dumps(turn) for turn in turns),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("first", [{}, {"id": 1, "w": float("nan")}])
+def test_cells_of_tables_are_messages_whoever_wrote_them(writer: str, first: dict[str, Any]) -> None:
+    """pandas and others write a column of lists as text; letters of it are never trained on."""
+    written = WRITERS[writer]
+    it = 'it\'s "q"\n{a} }, {b} {'
+    sides = [[{**first, **user(it)}, {**first, **bot(text)}] for text in ("a {", "b")]
+    row = dict(zip(("chosen", "rejected"), map(written, sides), strict=True))
+    _, used = conversations_of(RowView(row))
+    assert [([*before, bot(answer)]) for before, answer in used] == [[user(it), bot("a {")], [user(it), bot("b")]]
+
+
+@pytest.mark.parametrize("first", [{}, {"id": 1}])
+def test_cells_that_numpy_shortened_are_refused(first: dict[str, Any]) -> None:
+    turns = [{**first, **user("q")}, {**first, **bot("a")}] * 600
+    row = {"prompt": "q", "chosen": str(np.array(turns, dtype=object)), "rejected": "b"}
+    with pytest.raises(RowError, match="looks like a list of messages but is no JSON"):
+        conversations_of(RowView(row))
 
 
 AB = {"chosen": "a", "rejected": "b"}

@@ -15,6 +15,7 @@ from btrm_core.evaluation.statistics import (
     accuracy,
     bootstrap,
     bootstrap_mean,
+    bootstrap_means,
     clusters,
     correlation,
     holm,
@@ -209,3 +210,15 @@ def test_length_bias_by_hand():
 def test_intervals_have_a_half_width():
     assert Interval(0.2, 0.6).half_width == pytest.approx(0.2)
     assert statistics.z_value(0.9) == pytest.approx(1.6448536)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_draws_do_not_depend_on_how_many_are_made_at_once(most, monkeypatch, rng):
+    """Few at a time are faster, and kept reports stay what they were."""
+    cluster_P = np.repeat(np.arange(50), rng.integers(1, most + 1, size=50))
+    value_P = rng.integers(0, 3, size=len(cluster_P)) / 2
+    drawn = np.random.default_rng(statistics.SEED).integers(0, 50, size=(2000, 50))
+    sums, counts = (np.bincount(cluster_P, weights=weights)[drawn].sum(axis=1) for weights in (value_P, None))
+    for numbers in (4_000_000, 7 * 50):
+        monkeypatch.setattr(statistics, "_DRAWN_TOGETHER", numbers)
+        assert np.array_equal(bootstrap_means(value_P, cluster_P), sums / counts)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from support.trajectories import prepare, run_card, train
+from support.trajectories import metrics, prepare, run_card, train
 
 from btrm_core.cli import main
 from btrm_core.config import read_settings
@@ -21,6 +21,7 @@ from btrm_core.errors import BtrmError, CheckpointError, ConfigError
 from btrm_core.model import load
 from btrm_core.scoring import export
 from btrm_core.scoring.scorer import Scorer
+from btrm_core.training import loop
 from btrm_core.training.session import Outcome
 from btrm_core.training.summary import closing_text
 
@@ -370,3 +371,31 @@ def test_exported_adapters_are_a_whole_model_with_the_same_rewards(root: Path, a
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
     np.testing.assert_allclose(scored(root, tmp_path / "whole"), scored(root, apart.directory), atol=EXACT)
     assert Scorer(str(tmp_path / "whole"), device="cpu").self_test() < EXACT
+
+
+def test_a_base_model_that_is_written_anew_does_not_change_a_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen weights would be the mapped file itself, in which a copy in place is seen at once."""
+    base = Path(shutil.copytree(root / "base", tmp_path / "base"))
+    file, step = base / "model.safetensors", loop.train_step
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+
+    def written_meanwhile(*given: Any, **more: Any) -> Any:
+        with file.open("r+b") as stream:
+            stream.write(whole[:header] + bytes(len(whole) - header))
+        return step(*given, **more)
+
+    for frozen in ({"lora__rank": 4}, {"model__train_last_layers": 1}, {}):
+        values = {**frozen, "train__max_steps": 3, "data__max_length": 512, "model__name": str(base)}
+        expected = losses(train(root, tmp_path / f"alone {frozen}", **values))
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", written_meanwhile)
+            assert losses(train(root, tmp_path / f"run {frozen}", **values)) == expected, frozen
+        file.write_bytes(whole)
+
+
+def losses(outcome: Outcome) -> list[float]:
+    assert outcome.directory is not None
+    return [row["loss"] for row in metrics(outcome.directory.parent)]

@@ -256,7 +256,8 @@ def test_refused_inputs_and_outputs(scorer: Scorer, tmp_path: Path) -> None:
     cases = {
         (str(tmp_path / "none.jsonl"), out): r"there is no file .*none\.jsonl",
         (str(tmp_path / "x.parquet"), out): r"there is no file",
-        (write(tmp_path / "in.json", []), out): r"in\.json is not JSON Lines",
+        (write(tmp_path / "in.json", []), out): r"in\.json is not JSON Lines .*`btrm data convert .*in\.json -o OUT",
+        (write(tmp_path / "in.jsonl.zip", []), out): r"in\.jsonl\.zip is not JSON Lines",
         (source, source): r"cannot write to .*in\.jsonl: it is the input",
         (source, str(tmp_path)): r"it is a directory",
         (source, str(tmp_path / "out.csv")): r"out.csv would be a table of another kind; expected .jsonl",

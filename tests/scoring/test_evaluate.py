@@ -26,7 +26,7 @@ from btrm_core.scoring import evaluate
 from btrm_core.scoring.evaluate import source_rewards
 from btrm_core.scoring.judge import Request, best_of_source, invariance_of, judge, suite_items
 from btrm_core.scoring.kept import Kept, Part
-from btrm_core.scoring.results import report_of
+from btrm_core.scoring.results import from_scores, report_of
 from btrm_core.scoring.scorer import Scorer
 from btrm_core.serving.service import Calibration
 from btrm_core.signals import Stopped
@@ -128,6 +128,20 @@ def test_several_sources_are_judged_alone_and_together(scorer: Scorer, tmp_path:
     report = report_of([judge(scorer, Request((first, second, first)))])
     assert [(e.data, e.accuracy.pairs) for e, _ in report.evaluations] == [(first, 12), (second, 7), ("all", 19)]
     assert {part.name: part.accuracy.pairs for part in report.evaluations[2][0].subsets} == {"first": 12, "second": 7}
+
+
+def test_kept_rewards_of_many_pairs_show_how_far_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(i), "scores_chosen": i % 7, "scores_rejected": i % 5} for i in range(5000)]
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("btrm_core.console.LINE_EVERY", 0.01)
+    results = from_scores(read_scores(kept))
+    report_of(results, results)
+    said = capsys.readouterr().err
+    assert re.search(rf"^reading {kept}: 00:00, 4,000 pairs$", said, re.MULTILINE), said
+    assert re.search(r"^computing figures: 3 of 3 tables \(100%\), 00:0\d$", said, re.MULTILINE), said
 
 
 def test_kept_rewards_give_the_same_figures(model: Path, tmp_path: Path) -> None:

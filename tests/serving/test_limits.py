@@ -27,6 +27,7 @@ from btrm_core.cli import main
 from btrm_core.errors import ConfigError
 from btrm_core.scoring import Scorer
 from btrm_core.serving import Limits, bound
+from btrm_core.serving.limits import COMPARED
 
 ITEM = {"messages": CONVERSATIONS[0]}
 
@@ -50,6 +51,16 @@ def test_sizes_over_a_limit_are_refused_and_say_it(scorer: Scorer) -> None:
         chunked = post("/v1/rewards", content=iter([b" " * 2000] * 3))
         assert chunked.status_code == 413
         assert post("/v1/rewards", json={"items": [ITEM]}).status_code == 200
+
+
+def test_no_more_responses_are_compared_than_an_answer_of_their_square_may_hold(scorer: Scorer) -> None:
+    body = {"prompt": "x", "responses": ["a"] * (COMPARED + 1)}
+    with serving(scorer, Limits(items=10 * COMPARED)) as server:
+        answer = server.client.post("/v1/compare", json=body)
+        assert server.client.get("/v1/models").json()["data"][0]["limits"]["compared"] == COMPARED
+    assert answer.status_code == 422
+    said = "513 responses to be compared with each other are more than the limit of 512; send fewer at a time"
+    assert answer.json()["error"]["message"] == said
 
 
 def test_a_full_queue_is_503_with_retry_after(held: Held) -> None:

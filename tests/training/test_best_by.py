@@ -138,6 +138,8 @@ def test_several_sources_are_reported_apart(root: Path, tmp_path: Path) -> None:
 
 def test_a_finished_run_writes_its_report(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = trajectories.train(root, tmp_path / "run", train__max_steps=4, output__eval_every=2)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 5, "lo')  # what a disk that was full for a while has left
     told = write_training_report(outcome)
     page = tmp_path / "run" / "report" / "report.html"
     assert told == f"report: {page}"

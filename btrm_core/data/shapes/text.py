@@ -40,7 +40,10 @@ ROLE_NAMES = {
 _HUMAN = re.compile(r"\s*Human:")
 _TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
 _LOOKS_SERIALISED = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
-_MAY_BE_SERIALISED = re.compile(r"\s*(?:\"\s*)?\[?\s*\{.*['\"](?:role|from)\\?['\"]\s*:", re.DOTALL)
+_MAY_BE_SERIALISED = re.compile(
+    r"\s*(?:array\()?[\"']?\s*[\[(]?\s*(?:\\?[\"'])?\{.*['\"](?:role|from)\\*['\"]\s*:", re.DOTALL
+)
+_HAS_CONTENT = re.compile(r"['\"](?:content|value)\\*['\"]\s*:")
 _BEGIN = re.compile(
     r"(?:<\|begin_of_text\|>|<bos>|<s>|<\|startoftext\|>|<\|endoftext\|>|<BOS_TOKEN>|\[gMASK\]|<sop>|\s)*"
 )
@@ -119,10 +122,8 @@ def conversation_in(text: str) -> Found | None:
         if len(turns) == 1:  # of single line breaks, perhaps
             turns = labelled_turns(text, asks=True) or labelled_turns(text, asks=False) or turns
         return Found(TRANSCRIPT, tuple(turns))
-    if _LOOKS_SERIALISED.match(text):
+    if _LOOKS_SERIALISED.match(text) or _MAY_BE_SERIALISED.match(text):
         return _serialised(text)
-    if _MAY_BE_SERIALISED.match(text):
-        return _unpacked(text)
     if "<extra_id_1>" in text and (turns := _extra_id_turns(text)):
         return Found(TURNS, tuple(turns))
     if turns := _template_turns(text):
@@ -213,34 +214,46 @@ def ends_in_terminal(text: str) -> bool:
 
 
 def _serialised(text: str) -> Found | None:
+    """Messages in JSON or as Python or numpy print them: a list, one alone, in an object with more, written twice."""
     value = literal(text)
     if value is None:
-        if not text.lstrip().startswith("["):
-            return None  # an answer in JSON or code, say
-        raise RowError(
-            "messages written as text",
-            f"the text looks like a list of messages but is no JSON ({text.strip()[:20]!r}...); "
-            "write the column as JSON, or as a list",
-        )
-    items = value if isinstance(value, list) else [value]
-    return Found(SERIALISED, raw=items) if items and all(_is_message(item) for item in items) else None
-
-
-def _unpacked(text: str) -> Found | None:
-    """Messages in JSON whose first key is another one, that are in an object with more, or that were written twice."""
-    value = literal(text)
-    if value is None and "array(" in text and "'" in text[:4]:
-        reason = "the text looks like messages as numpy prints them inside of others; write the column as JSON"
-        raise RowError("messages written as text", reason)
+        value = _one_a_line(text)
     if isinstance(value, str):
-        return _unpacked(value) if _MAY_BE_SERIALISED.match(value) else None
+        return _serialised(value) if _MAY_BE_SERIALISED.match(value) else None
+    if value is None:
+        _refuse_broken(text.strip())
+        return None  # an answer in JSON or code, say
     if isinstance(value, dict) and (
         whole := next((key for key in keys.WHOLE if isinstance(value.get(key), list)), None)
     ):
         items = value[whole]
     else:
-        items = value if isinstance(value, list) else [value]
+        value = items = value if isinstance(value, list) else [value]
+        if all(isinstance(item, str) and item.lstrip().startswith("{") for item in items):
+            value = items = [literal(item) for item in items]
     return Found(SERIALISED, raw=value) if items and all(_is_message(item) for item in items) else None
+
+
+def _one_a_line(text: str) -> list[Any] | None:
+    """The values of a text that has one in each of several lines, as JSONL has."""
+    lines = text.split("\n")
+    found = [literal(line) for line in lines if line.strip()] if len(lines) > 1 else []
+    return found if found and all(_is_message(item) for item in found) else None
+
+
+def _refuse_broken(text: str) -> None:
+    """Refuse what begins as a list of messages and cannot be read, being cut off, say, or shortened by numpy."""
+    kind = "messages written as text"
+    if text.startswith(("[", "(", "array(")) and (_LOOKS_SERIALISED.match(text) or _HAS_CONTENT.search(text)):
+        raise RowError(
+            kind,
+            f"the text looks like a list of messages but is no JSON ({text[:20]!r}...); "
+            "write the column as JSON, or as a list",
+        )
+    if "array(" in text and "'" in text[:4]:
+        raise RowError(
+            kind, "the text looks like messages as numpy prints them inside of others; write the column as JSON"
+        )
 
 
 def _is_message(item: Any) -> bool:

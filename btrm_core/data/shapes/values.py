@@ -22,7 +22,7 @@ _TEXT = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
 _TEXTS = re.compile(rf"\s*\[\s*(?:(?:{_TEXT.pattern})(?:\s*,)?\s*)+\]\s*")
 _NUMBERS = re.compile(r"\[(?:[\s,]*(?:[-+.\deE]+|nan|None|True|False)(?=[\s,\]]))+[\s,]*\]")
 _ARRAY = re.compile(r"\s*array\((.*?)(?:,\s*dtype=object)?\)\s*", re.DOTALL)
-_BETWEEN_OBJECTS = re.compile(r"\}\s+\{")
+_BETWEEN_OBJECTS = re.compile(rf"{_TEXT.pattern}|(\}}\s+\{{)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -213,6 +213,8 @@ def literal(text: str) -> Any:
 
     >>> literal("[{'a': 1} {'a': 2}]"), literal("[ 1. nan]"), literal("array(['a', 'b'], dtype=object)"), literal("x y")
     ([{'a': 1}, {'a': 2}], [1.0, None], ['a', 'b'], None)
+    >>> literal("{'a': array([{'b': nan}], dtype=object)}"), literal("({'a': 1}, {'a': '} {'})")
+    ({'a': [{'b': None}]}, [{'a': 1}, {'a': '} {'}])
     """
     try:
         return json.loads(text)
@@ -224,14 +226,22 @@ def literal(text: str) -> Any:
     if _NUMBERS.fullmatch(text):
         words = text[1:-1].replace(",", " ").split()
         return [{"True": True, "False": False}.get(word, as_number(word)) for word in words]
-    for joined in (text, _BETWEEN_OBJECTS.sub("}, {", text)):
-        try:
-            value = ast.literal_eval(joined)
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            continue
-        if joined == text or len(value) == joined.count("}, {") + 1:  # no text of it spells what was put in
-            return value
+    for joined in (text, _BETWEEN_OBJECTS.sub(lambda found: "}, {" if found.group(1) else found.group(), text)):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            return plain(ast.literal_eval(_AsPrinted().visit(ast.parse(joined, mode="eval"))))
     return None
+
+
+class _AsPrinted(ast.NodeTransformer):
+    """What Python prints and cannot read back: numpy's arrays as lists, numbers that are none as None."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        known = isinstance(node.func, ast.Name) and node.func.id == "array" and len(node.args) == 1
+        return node.args[0] if known else node
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(None) if node.id in ("nan", "NaT") else node
 
 
 def json_value(value: Any) -> Any:

@@ -22,7 +22,7 @@ from btrm_core.scoring.scorer import Scorer
 FORMAT_VERSION = 1
 
 
-_OTHER_FORMATS = (".csv", ".tsv", ".json", ".arrow")
+_OTHER_FORMATS = (".csv", ".tsv", ".json", ".arrow", ".feather", ".xlsx", ".zip")
 _NOT_WRITTEN = (".csv", ".tsv", ".xlsx", ".arrow", ".feather")
 
 
@@ -121,7 +121,8 @@ def _input(source: str) -> Path:
         name = name.removesuffix(ending)
     if name.endswith(_OTHER_FORMATS) and path == Path(source).expanduser():
         raise DataError(
-            f"{path} is not JSON Lines or Parquet; expected one JSON object a line (.jsonl, also .jsonl.gz)"
+            f"{path} is not JSON Lines or Parquet; expected one JSON object a line (.jsonl, also .jsonl.gz), as "
+            f"`btrm data convert {path} -o OUT.jsonl` writes of pairs"
         )
     if name.endswith(".parquet") and not is_parquet(path):
         raise DataError(f"{path} is no Parquet file; expected one, or another ending")

@@ -295,6 +295,27 @@ def test_a_full_disk_leaves_nothing_half_written(root: Path, tmp_path: Path, sav
     assert left == []
 
 
+def test_a_run_goes_on_while_there_is_no_room_for_a_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint before stays, it is tried again at the next one, and the model is that of an undisturbed run."""
+    free = iter([2**40, 1000, 2**40])  # asked before the first step, and for every checkpoint but the first
+    monkeypatch.setattr("btrm_core.files.free_bytes", lambda directory: next(free))
+    output = tmp_path / "run"
+    found = trajectory(root, output, output__save_every=1, train__max_steps=4)
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"^step 2: no checkpoint, the disk of {re.escape(str(output / 'resume'))} has 0\.00 GB free and one takes "
+        r"0\.00 GB; training goes on .*: until then step-00000001 is the last$",
+        said,
+        re.MULTILINE,
+    ), said
+    assert re.findall(r"^step (\d): checkpoint saved", said, re.MULTILINE) == ["1", "3"]
+    assert next(free, None) is None
+    monkeypatch.undo()
+    assert distance(found, trajectory(root, tmp_path / "whole", train__max_steps=4)) == 0
+
+
 def test_out_of_memory_goes_on_with_a_smaller_budget(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
