@@ -3,7 +3,7 @@
 from btrm_core.evaluation.assess import Evaluation, assess
 from btrm_core.evaluation.best_of_n import BestOfN, best_of_n
 from btrm_core.evaluation.compare import Comparison, compare
-from btrm_core.evaluation.figures import Judged, NoRewardsError, badness, check_figure, figures_of
+from btrm_core.evaluation.figures import Judged, NoRewardsError, badness, check_figure, figures_of, require_decided
 from btrm_core.evaluation.html import Report, Table, report_text, to_json, write_report
 from btrm_core.evaluation.plots import require_matplotlib
 from btrm_core.evaluation.probes import PROBES, Invariance, ProbeResult, probed
@@ -42,6 +42,7 @@ __all__ = [
     "probed",
     "read_scores",
     "report_text",
+    "require_decided",
     "require_matplotlib",
     "run_suite",
     "short",

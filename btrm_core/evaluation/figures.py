@@ -61,6 +61,21 @@ class NoRewardsError(DataError):
     """The model that is evaluated gives no pair two finite rewards."""
 
 
+def require_decided(judged: Judged) -> None:
+    """Refuse pairs that decide nothing, before rewards are computed for them.
+
+    Args:
+        judged: what the data says of the pairs.
+
+    Raises:
+        DataError: all pairs are ties.
+    """
+    if not (np.asarray(judged.probability_P) > 0.5).any():
+        raise DataError(
+            "every evaluation pair is a tie (probability 0.5); expected pairs of which one answer is better"
+        )
+
+
 def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
     """The cheap figures of an evaluation, as often as training asks; equal rewards count half and are reported.
 
@@ -78,11 +93,8 @@ def figures_of(judged: Judged, rewards_P2: FloatArray) -> dict[str, Any]:
         DataError: all pairs are ties.
         NoRewardsError: none that is no tie has two finite rewards.
     """
+    require_decided(judged)
     decided_P = np.asarray(judged.probability_P) > 0.5
-    if not decided_P.any():
-        raise DataError(
-            "every evaluation pair is a tie (probability 0.5); expected pairs of which one answer is better"
-        )
     kept_P = decided_P & (np.abs(rewards_P2) < LARGEST).all(axis=1)
     if not kept_P.any():
         raise NoRewardsError(

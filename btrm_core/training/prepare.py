@@ -29,7 +29,7 @@ from btrm_core.data import (
     split_held_out,
 )
 from btrm_core.errors import ConfigError, DataError, FamilyError
-from btrm_core.evaluation import check_figure
+from btrm_core.evaluation import check_figure, require_decided
 from btrm_core.families import Family
 from btrm_core.model import (
     RewardModel,
@@ -170,6 +170,7 @@ def _load_data(config: RunConfig, chat: ChatFormat) -> Data:
     }
     if "eval" in encoded and held_out is not None:
         encoded["eval"].sets = held_out.sets
+        require_decided(encoded["eval"].judged)  # not after the steps that the first evaluation comes after
     if config_module.keeps_best(config):
         if "eval" not in encoded:
             asked = "--early-stopping" if config.train.early_stopping is not None else "--best-by"

@@ -60,6 +60,16 @@ def test_the_side_of_which_no_pair_is_left_is_named(tmp_path: Path, side: str) -
         load_data(job.config, job.chat)
 
 
+def test_evaluation_pairs_that_are_all_ties_are_refused_before_training(tmp_path: Path) -> None:
+    row = {"prompt": "For eval?", "chosen": "yes", "rejected": "no", "probability": 0.5}
+    (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    values = {"data.train": (sample_path("train"),), "data.eval": (str(tmp_path / "eval.jsonl"),)}
+    values["data.cache_dir"] = str(tmp_path / "cache")
+    job = choose(config_module.apply(RunConfig(family="llama3"), values))
+    with pytest.raises(DataError, match=r"^every evaluation pair is a tie \(probability 0\.5\); expected pairs"):
+        load_data(job.config, job.chat)
+
+
 def test_a_home_that_the_shell_has_left_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in --output=~/x, and in a TOML file; otherwise the run would make a directory of the name ~."""
     monkeypatch.setenv("HOME", "/home/ada")
