@@ -137,7 +137,7 @@ class TrainConfig:
     """AdamW's first moment decay."""
     adam_beta2: Annotated[float, AtLeast(0, below=1)] = 0.999
     """AdamW's second moment decay."""
-    adam_eps: Annotated[float, AtLeast(0)] = 1e-8
+    adam_eps: Annotated[float, Above(0)] = 1e-8
     """AdamW's epsilon."""
     seed: Annotated[int, AtLeast(0), Flag()] = 0
     """Seed of head and order. It is the seed of any dropout as well."""
