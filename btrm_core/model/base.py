@@ -282,13 +282,14 @@ def build_model(
         family: Initialises a new head, and says which attention kernels are allowed.
         chat: Its pad token gets a row if it is new.
         dtype: Type of the weights.
-        device: Where the model will compute; only the choice of the kernel looks at it.
+        device: Where the model will compute: the kernel is chosen for it, and weights on a CPU leave their file.
 
     Raises:
         ConfigError: as `load_base`, `init_head`, `freeze` and `use_kernels`, or settings do not go with the model.
         CheckpointError: as `load_base`.
     """
-    hf = (base := load_base(config.model, dtype)).hf
+    base = load_base(config.model, dtype)
+    hf = base.hf
     notes = [check_max_length(hf, config.data.max_length), base.note]
     if not config.model.dropout and (dropped := without_dropout(hf)):
         notes.append(
@@ -306,8 +307,8 @@ def build_model(
     if base.head_is_new:
         own = "init_head" in family.hooks and config.head.init_std is None
         who = f"family '{family.name}' ({family.origin}): the head" if own else "the head"
-        initialise = family.init_head(hf.config.get_text_config().hidden_size)
-        init_head(hf, initialise, config.train.seed, f"{who} initialiser")
+        size = hf.config.get_text_config().hidden_size
+        init_head(hf, family.init_head(size), config.train.seed, f"{who} initialiser")
     use_kernels(hf, config.model.kernels)
     freeze(hf, config.model)
     if config.model.gradient_checkpointing:
@@ -317,8 +318,7 @@ def build_model(
         hf = adapters.add_adapters(hf, config.lora, config.train.seed)
         if config.model.gradient_checkpointing:
             hf.enable_input_require_grads()
-    keep_in_memory(hf, device)
-    model = RewardModel(hf, kernel)
+    model = RewardModel(keep_in_memory(hf, device), kernel)
     model.notes = tuple(note for note in notes if note)
     return model, base.head_is_new
 

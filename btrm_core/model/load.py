@@ -177,9 +177,7 @@ def load_weights(directory: Path, dtype: torch.dtype | str, device: torch.device
     """
     hf = _with_adapters(directory, dtype) if is_adapters(directory) else _whole(directory, dtype)
     try:
-        hf = hf.requires_grad_(False).eval().to(device)
-        keep_in_memory(hf, device)
-        return hf
+        return keep_in_memory(hf.requires_grad_(False).eval().to(device), device)
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(f"{directory} does not fit into the memory of {device}; try --dtype bf16") from error
 

@@ -53,18 +53,22 @@ class RewardHead(nn.Linear):
             return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
-def keep_in_memory(hf: nn.Module, device: torch.device) -> None:
+def keep_in_memory(hf: Any, device: torch.device) -> Any:
     """Copy the weights that are a mapped file, which somebody may write anew meanwhile, and that nothing else copies.
 
     Args:
         hf: The model, not yet on another device; what is trained, and what ZeRO-3 has spread over processes, is left
             alone.
         device: Where it computes; to another one than the CPU everything is copied anyway.
+
+    Returns:
+        The same model.
     """
     for tensor in (*hf.parameters(), *hf.buffers()) if device.type == "cpu" else ():
         mapped = not hasattr(tensor, "ds_id") and not tensor.untyped_storage().resizable()
         if mapped and not tensor.requires_grad:
             tensor.data = tensor.data.clone()
+    return hf
 
 
 def _install_head(parent: nn.Module, name: str) -> None:

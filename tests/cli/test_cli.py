@@ -113,6 +113,7 @@ def test_the_help_is_as_written_down(command, update_golden):
         (["--max-steps", "0"], "train.max_steps = 0: expected a number above 0"),
         (["--max-hours", "two"], "train.max_hours = 'two': expected a number"),
         (["--set", "train.adam_beta2=1"], "train.adam_beta2 = 1.0: expected at least 0 and below 1"),
+        (["--set", "train.adam_eps=0"], "train.adam_eps = 0.0: expected a number above 0"),
         (["--set", "train.adam_eps=-inf"], "train.adam_eps = -inf: expected a finite number"),
         (["--set", "train.warmup_ratio=2"], "train.warmup_ratio = 2.0: expected at most 1"),
     ],
