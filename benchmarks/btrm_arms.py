@@ -12,8 +12,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from benchmarks.candidates import CANDIDATES
 from benchmarks.gate import Gate
 from benchmarks.workload import Workload, store_of
+
+
+def bring_in() -> None:
+    """Import what every arm here needs, before the clock starts or the device is free."""
+    import deepspeed  # noqa: F401
+
+    import btrm_core.run  # noqa: F401
 
 
 def run_config(work: Workload, layout: str) -> Any:
@@ -39,8 +47,10 @@ def run_config(work: Workload, layout: str) -> Any:
     return apply(RunConfig(), values)
 
 
-def load_model(work: Workload, config: Any, layout: str, dtype: Any, device: Any) -> tuple[Any, Any]:
-    """The common starting weights as btrm's reward model, and the form of its rows."""
+def load_model(
+    work: Workload, config: Any, layout: str, dtype: Any, device: Any, candidate: str | None = None
+) -> tuple[Any, Any]:
+    """The common starting weights as btrm's reward model, changed by a candidate, and the form of its rows."""
     from btrm_core.model import RewardModel, base, choose_for
     from btrm_core.packing import row_form
 
@@ -48,11 +58,13 @@ def load_model(work: Workload, config: Any, layout: str, dtype: Any, device: Any
     base.set_reward_config(hf, work.pad_id)
     if config.model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if candidate is not None:
+        CANDIDATES[candidate](hf)
     model = RewardModel(hf, choose_for(hf, config.model.attention, device.type))
     return model, row_form(layout, model.kernel, device.type, work.pad_id)
 
 
-def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
+def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str, candidate: str | None = None) -> None:
     """Train with btrm's own loop on rows of the given layout (shared, packed or padded)."""
     from btrm_core.training import Data, Job, Progress, Schedule, Seams, Session, fit, make_engine
     from btrm_core.training.processes import runtime as runtime_module
@@ -68,12 +80,12 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str) -> None:
 
     with runtime_module.group(config), runtime_module.start(config) as runtime:
         pairs = store_of(work.pairs, work.prompts)
-        model, form = load_model(work, config, layout, runtime.dtype, runtime.device)
+        model, form = load_model(work, config, layout, runtime.dtype, runtime.device, candidate)
         plans = plans_of(work, pairs, form)
         check_order(work, plans)
         model.register_forward_pre_hook(partial(_count, gate))
         engine = make_engine(model, config, runtime)
-        time_optimizer(engine, gate)
+        time_optimizer(engine, gate, runtime.device)
         schedule = Schedule(steps.stop, work.settings.steps, warmup_steps=0, peak=work.settings.learning_rate)
         job: Any = Job(config, None, None, work.directory)  # type: ignore[arg-type]  # no step asks a family
         session = Session(job, runtime, Data(pairs, None, {}, [], None), engine, form, plans[0], schedule)
@@ -135,17 +147,26 @@ def check_order(work: Workload, plans: list[Any]) -> None:
         raise RuntimeError("btrm's plan puts other pairs into its steps than the workload: arms would differ")
 
 
-def time_optimizer(engine: Any, gate: Gate) -> None:
-    """Let the gate know how much of a step is the optimiser's update (clipping included)."""
+def time_optimizer(engine: Any, gate: Gate, device: Any) -> None:
+    """Let the gate know how much of a step is the optimiser's update (clipping included); a GPU is waited for."""
     step = engine.step
 
     def timed(*args: Any, **kwargs: Any) -> Any:
+        _wait_for(device)
         started = time.perf_counter()
         out = step(*args, **kwargs)
+        _wait_for(device)
         gate.parts["optimizer"] = gate.parts.get("optimizer", 0.0) + time.perf_counter() - started
         return out
 
     engine.step = timed
+
+
+def _wait_for(device: Any) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def _count(gate: Gate, _: Any, args: tuple[Any, ...]) -> None:
@@ -169,6 +190,7 @@ def _causal(backbone: Any, batch: Any) -> Any:
 
 OURS: dict[str, Callable[[Workload, Gate, range], None]] = {
     **{f"btrm-{layout}": partial(run_btrm, layout=layout) for layout in ("shared", "packed", "padded")},
+    **{f"btrm-{name}": partial(run_btrm, layout="shared", candidate=name) for name in CANDIDATES},
     "backbone": partial(run_backbone, own_attention=True),
     "backbone-causal": partial(run_backbone, own_attention=False),
 }

@@ -84,13 +84,19 @@ def git_state(root: Path = ROOT) -> tuple[str | None, list[str]]:
     return commit, [path for path in changed if not path.startswith(OUTPUTS)]
 
 
-def require_clean(allow_dirty: bool, root: Path = ROOT) -> dict[str, Any]:
+def require_clean(allow_dirty: bool, root: Path = ROOT, vouched: str | None = None) -> dict[str, Any]:
     """Return {"commit", "dirty"} for the result.
+
+    Args:
+        allow_dirty: take a tree that no commit describes, and say so.
+        root: where the tree is.
+        vouched: the commit of a copy without its history, as on a machine that the files were copied to.
 
     Raises:
         DirtyTreeError: the tree has changes, or is no git checkout, and `allow_dirty` is false.
     """
     commit, changed = git_state(root)
+    commit = commit or vouched
     dirty = commit is None or bool(changed)
     if dirty and not allow_dirty:
         cause = f"{len(changed)} changed paths, e.g. {changed[0]}" if changed else "not a git checkout"

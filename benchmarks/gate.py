@@ -4,13 +4,14 @@ An arm lives in its own process and stops at the gate after each step until the 
 different arms alternate on one machine and a disturbance hits all of them alike. The clock stands still while waiting.
 Everything an arm does for a step counts: fetching, collating, forward, backward, clipping, optimiser, logging.
 
-Protocol: one JSON object per line. Harness to arm: {"run": n} or {"stop": true}. Arm to harness: {"ready": true}, after
-each run {"steps": [...], "peak_memory": bytes}, and a last {"losses": {...}, ...}.
+Protocol: one JSON object per line. Harness to arm: {"load": true}, then {"run": n} or {"stop": true}. Arm to harness:
+{"ready": true}, after each run {"steps": [...], "peak_memory": bytes, "graphs": n}, and a last {"losses": {...}, ...}.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import IO, Any
 
@@ -31,6 +32,11 @@ class Gate:
         self.tokens = 0  # tokens that went through the backbone in this step; arms add to it
         self.parts: dict[str, float] = {}  # what an arm knows of this step: seconds of parts of it, padding
 
+    def may_load(self) -> bool:
+        """Wait until the device is free; False means stop."""
+        line = self._commands.readline()
+        return bool(line and json.loads(line).get("load"))
+
     def open(self) -> bool:
         """Say that set-up is done and wait for the first run; False means stop."""
         self._base_memory = environment.reset_peak_memory(self._device)
@@ -48,7 +54,8 @@ class Gate:
         if self._left > 0:
             self._wall, self._cpu = time.perf_counter(), time.process_time()
             return True
-        self._send({"steps": self._records, "peak_memory": environment.peak_memory(self._device)})
+        peak = environment.peak_memory(self._device)
+        self._send({"steps": self._records, "peak_memory": peak, "graphs": _graphs()})
         self._records = []
         return self._wait()
 
@@ -79,3 +86,12 @@ class Gate:
             import torch
 
             torch.cuda.synchronize()
+
+
+def _graphs() -> int | None:
+    """Graphs that torch.compile has made in this process; None where it was never used."""
+    if "torch._dynamo" not in sys.modules:
+        return None
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -139,6 +139,8 @@ def _arm(work: Workload, name: str, run: ArmRun, peak: float | None) -> dict[str
         "steps": run.passes,
         "load_average": spread(run.load),
     }
+    if run.graphs:
+        out["graphs"] = {"at_first": run.graphs[0], "at_last": run.graphs[-1]}
     out["minimal_flops_per_second"] = work.facts["flops_minimal"] / seconds
     if peak:
         recompute = 4 / 3 if work.settings.gradient_checkpointing else 1.0

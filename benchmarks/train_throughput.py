@@ -15,22 +15,27 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import environment, harness, results
+from benchmarks.candidates import CANDIDATES
 from benchmarks.workload import Settings, build
 
 ARMS = ("trl", "seed", "btrm-padded", "btrm-packed", "btrm-shared", "backbone", "backbone-causal")
+TRIED = tuple(f"btrm-{name}" for name in CANDIDATES)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; every `Settings` field has a flag."""
     out = argparse.ArgumentParser(prog="python -m benchmarks.train_throughput", description=__doc__.split("\n")[0])
     out.add_argument("--name", required=True, help="name of the result: benchmarks/results/<name>.json")
-    out.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    out.add_argument("--schedule", choices=("interleaved", "fresh"), help="default: interleaved on CPU, fresh on GPU")
+    out.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + TRIED)
+    out.add_argument(
+        "--schedule", choices=("interleaved", "fresh", "whole"), help="default: interleaved on CPU, whole on GPU"
+    )
     out.add_argument("--block", type=int, default=1, help="steps an arm runs before the next arm's turn")
     out.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device, for utilisation")
     out.add_argument("--output", type=Path, default=results.RESULTS)
     out.add_argument("--work-dir", type=Path, help="keep the prepared model, pairs and logs here")
     out.add_argument("--allow-dirty", action="store_true", help="measure code that is not committed; marks the result")
+    out.add_argument("--commit", help="the commit that this copy without its history is of; you answer for it")
     out.add_argument("--note", action="append", default=[], help="a sentence to print under the table")
     add_settings(out)
     return out
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     settings = settings_from(arguments)
     try:
-        commit = environment.require_clean(arguments.allow_dirty)
+        commit = environment.require_clean(arguments.allow_dirty, vouched=arguments.commit)
     except environment.DirtyTreeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,17 +79,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         say(f"preparing the workload in {directory}")
         work = build(settings, directory)
-        schedule = arguments.schedule or ("fresh" if settings.device == "cuda" else "interleaved")
+        schedule = arguments.schedule or ("whole" if settings.device == "cuda" else "interleaved")
         runs = harness.measure(work, arguments.arms, schedule=schedule, block=arguments.block, say=say)
     finally:
         if arguments.work_dir is None:
             shutil.rmtree(directory, ignore_errors=True)
-    if environment.require_clean(arguments.allow_dirty) != commit:
+    if environment.require_clean(arguments.allow_dirty, vouched=arguments.commit) != commit:
         print("error: the working tree changed while it was measured; nothing is written", file=sys.stderr)
         return 2
     result = results.header("train_throughput", arguments.name, settings, commit)
     peak = results.device_peak(result["hardware"], arguments.peak_tflops)
-    result.update(results.summarise(work, runs, peak), schedule=schedule, block=arguments.block, notes=arguments.note)
+    notes = [*arguments.note, *(f"{arm} ended early: {run.failed}" for arm, run in runs.items() if run.failed)]
+    done = {arm: run for arm, run in runs.items() if not run.failed}
+    result.update(results.summarise(work, done, peak), schedule=schedule, block=arguments.block, notes=notes)
     path = results.write(result, arguments.output)
     from benchmarks.table import render
 

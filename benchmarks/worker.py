@@ -14,7 +14,7 @@ def main(directory: str, arm: str, first: str, last: str) -> None:
     """Run the steps `first` to `last` (exclusive) of the workload in `directory` through one arm."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    from benchmarks.btrm_arms import OURS
+    from benchmarks.btrm_arms import OURS, bring_in
     from benchmarks.gate import Gate
     from benchmarks.workload import Workload
 
@@ -22,10 +22,13 @@ def main(directory: str, arm: str, first: str, last: str) -> None:
     gate = Gate(sys.stdin, answers, work.settings.device)
     if arm in OURS:
         run = OURS[arm]
+        bring_in()
     else:
         from benchmarks.arms import PEERS
 
         run = PEERS[arm]
+    if not gate.may_load():
+        return
     run(work, gate, range(int(first), int(last)))
     gate.close()
 

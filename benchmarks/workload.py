@@ -119,9 +119,24 @@ def build(settings: Settings, directory: Path) -> Workload:
         "all_data": token_counts([pairs[i] for i in kept], settings.micro_batch),
         "measured": token_counts(chosen, settings.micro_batch, counts),
         "flops_minimal": minimal_flops(config, chosen, counts),
+        "planned_memory": planned_memory(settings, str(work.model_dir)),
     }
     work.save()
     return work
+
+
+def planned_memory(settings: Settings, model: str) -> dict[str, int]:
+    """Peak bytes of tensors on a GPU that `btrm plan` foresees for `btrm-shared`, and what they are."""
+    from btrm_core.preflight import plan
+
+    trained = plan.Workload(
+        pairs_per_step=settings.pairs_per_step,
+        tokens_per_batch=settings.tokens_per_batch,
+        max_length=settings.max_length,
+        bf16=settings.precision == "bf16",
+    )
+    (found,) = plan.estimate(model, trained, deepspeed="zero1", gradient_checkpointing=settings.gradient_checkpointing)
+    return {"total": found.memory.total, **asdict(found.memory)}
 
 
 def by_prompt(kept: Sequence[int], keys: Sequence[str], seed: int) -> Prompts:
@@ -275,7 +290,10 @@ def prepare_model(settings: Settings, target: Path, tokenizer: Any, pad_id: int)
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
     if settings.random_weights:
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        # a GPU draws billions of weights in a second; what all arms start from is rounded as they compute
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        with torch.device(settings.device):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(settings.model, config=config, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=(text.hidden_size + 1) ** -0.5)
@@ -284,6 +302,8 @@ def prepare_model(settings: Settings, target: Path, tokenizer: Any, pad_id: int)
     backbone = getattr(model, model.base_model_prefix)
     total = sum(p.numel() for p in backbone.parameters())
     embeddings = sum(p.numel() for p in backbone.get_input_embeddings().parameters())
+    del model, backbone
+    torch.cuda.empty_cache()  # the arms need all of the memory
     return {"backbone": total, "backbone_without_embeddings": total - embeddings}, text
 
 

@@ -11,6 +11,8 @@ import torch
 from support import processes, trajectories
 from support.trajectories import distance, stored, trajectory
 
+from btrm_core import families
+from btrm_core.model.toy import build_toy
 from btrm_core.scoring.scorer import Scorer
 from btrm_core.training import loop
 from btrm_core.training.processes import runtime
@@ -66,6 +68,31 @@ def test_what_was_trained_in_bf16_is_scored_alike(root: Path, tmp_path: Path) ->
     scorer = Scorer(str(found.directory))
     assert (scorer.device.type, scorer.dtype) == ("cuda", torch.bfloat16)
     assert scorer.self_test() < 2e-2
+
+
+def test_real_memory_runs_out_and_half_the_budget_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the failed pass held is free again: the run ends with rows that fit."""
+    place = trajectories.prepare(tmp_path / "wide", layers=1)
+    tiny = families.load("llama3").recipe().tiny
+    assert tiny is not None
+    build_toy(tiny, place / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    run_steps, total = loop._run_steps, torch.cuda.get_device_properties(0).total_memory
+
+    def limited(*arguments: Any) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 200 * 2**20) / total)
+        run_steps(*arguments)
+
+    monkeypatch.setattr(loop, "_run_steps", limited)
+    values = {"train__pairs_per_step": 32, "train__tokens_per_batch": 4000, "train__max_steps": 2}
+    try:
+        found = trajectory(place, tmp_path / "run", **values, train__auto_budget=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "going on with --tokens-per-batch" in capsys.readouterr().err
+    assert len(found.losses) == 2
 
 
 @pytest.mark.distributed
