@@ -95,8 +95,7 @@ def require_clean(allow_dirty: bool, root: Path = ROOT, vouched: str | None = No
     Raises:
         DirtyTreeError: the tree has changes, or is no git checkout, and `allow_dirty` is false.
     """
-    commit, changed = git_state(root)
-    commit = commit or vouched
+    commit, changed = (vouched, []) if vouched else git_state(root)
     dirty = commit is None or bool(changed)
     if dirty and not allow_dirty:
         cause = f"{len(changed)} changed paths, e.g. {changed[0]}" if changed else "not a git checkout"

@@ -67,8 +67,11 @@ def evaluate(
 
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest of all tensors. Where nothing is to come out, as of queries that see one key: beside the others."""
     assert all(tensor.isfinite().all() for tensor in found)
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+    norms = [float(tensor.norm()) for tensor in expected]
+    scales = [norm if norm > 1e-6 * max(norms) else max(norms) for norm in norms]
+    return max(float((a - b).norm()) / scale for a, b, scale in zip(found, expected, scales, strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])
@@ -158,9 +161,13 @@ def test_half_precision_models(name: str, kernel: str) -> None:
     def made(dtype: torch.dtype) -> Any:
         return tiny_model(name, dtype, hidden_size=64, head_dim=16)  # FlexAttention takes no smaller heads
 
-    model = RewardModel(made(torch.bfloat16), kernel).to("cuda").train()
+    def error(model: RewardModel) -> float:
+        return relative_error(gradients_of(model.to("cuda").train(), awkward_groups()), expected)
+
     expected = gradients_of(RewardModel(made(torch.float32), "eager").to("cuda").train(), awkward_groups())
-    assert relative_error(gradients_of(model, awkward_groups()), expected) < 0.15
+    model = RewardModel(made(torch.bfloat16), kernel)
+    # a small model in bf16 is far from itself in fp32 whatever computes its attention
+    assert error(model) < 1.25 * error(RewardModel(made(torch.bfloat16), "eager")) + 0.01
     assert self_check(model, awkward_groups()).ok
 
 
