@@ -12,7 +12,7 @@ from typing import Any
 
 def liger(hf: Any) -> None:
     """Liger's fused norms, rotary embedding and MLP (arXiv:2410.10989), as `--kernels liger` has them."""
-    from btrm_core.model.reward import use_kernels
+    from btrm_core.model.fused import use_kernels
 
     use_kernels(hf, "liger")
 

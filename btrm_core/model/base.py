@@ -26,9 +26,10 @@ from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.hub import has_own_code, hub_problem
 from btrm_core.model import adapters
+from btrm_core.model.fused import use_kernels
 from btrm_core.model.leakage import check_max_length, require_head_class, text_modules, towers, without_dropout
 from btrm_core.model.quantized import loading_options, settle
-from btrm_core.model.reward import RewardModel, choose_for, keep_in_memory, recompute_activations, use_kernels
+from btrm_core.model.reward import RewardModel, choose_for, keep_in_memory, recompute_activations
 from btrm_core.settings import ModelConfig, RunConfig
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from btrm_core.errors import ConfigError
-from btrm_core.model.attention import choose_kernel, compiler_lacks, masks_for, registered_name, uses_softcap
+from btrm_core.model.attention import choose_kernel, masks_for, registered_name, uses_softcap
 from btrm_core.model.leakage.positions import fresh_positions
 from btrm_core.model.parallel.share import RowShare
 from btrm_core.packing import PADDED, Batch
@@ -286,31 +286,6 @@ def recompute_activations(hf: Any) -> None:
         hf.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def use_kernels(hf: Any, kernels: str) -> None:
-    """Replace norms, rotary embedding and MLP by Liger's fused kernels, if asked for (arXiv:2410.10989).
-
-    `auto` keeps torch's: no gain has been measured yet.
-
-    Args:
-        hf: a transformers model, whose modules are changed in place.
-        kernels: the setting `model.kernels`: "auto", "torch" or "liger".
-
-    Raises:
-        ConfigError: liger is asked for and not installed, cannot be compiled here, or there is no GPU.
-    """
-    if kernels != "liger":
-        return
-    if not torch.cuda.is_available():
-        raise ConfigError("--kernels liger needs a GPU, and torch sees none; use --kernels torch")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError as error:
-        raise ConfigError("--kernels liger needs liger-kernel; pip install 'btrm[liger]'") from error
-    if (lacking := compiler_lacks()) is not None:
-        raise ConfigError(f"--kernels liger compiles its kernels when they are first used, and {lacking}")
-    _apply_liger_kernel_to_instance(model=hf)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
