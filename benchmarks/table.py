@@ -42,7 +42,8 @@ def put(readme: str, table: str) -> str:
 def _training(result: dict[str, Any]) -> str:
     config, facts = result["config"], result["workload"]
     head = (
-        f"### {result['name']}\n\n{Path(config['model']).name}, {facts['layers']} layers, {config['precision']}; "
+        f"### {result['name']}\n\n{Path(config['model']).name}, {facts['layers']} layers, {config['precision']}"
+        f"{', gradient checkpointing' if config.get('gradient_checkpointing') else ''}; "
         f"{', '.join(Path(source).name for source in config['data'])}; {config['steps']} steps of "
         f"{config['pairs_per_step']} pairs, {config['passes']} passes; {_where(result)}\n\n"
     )
@@ -79,7 +80,13 @@ def _training(result: dict[str, Any]) -> str:
         if gpu:
             row += [f"{arm.get(key, 0):.1f}" for key in ("mfu_minimal_percent", "mfu_hardware_percent")]
         rows.append(row)
-    return head + _table(rows) + _overhead(result) + _notes(result)
+    return head + _table(rows) + _overhead(result) + _planned(facts) + _notes(result)
+
+
+def _planned(facts: dict[str, Any]) -> str:
+    """What was foreseen of a GPU's memory; of a CPU nothing is."""
+    planned = facts.get("planned_memory")
+    return f"\n\n`btrm plan` foresees {planned['total'] / 2**30:.2f} GiB for btrm-shared." if planned else ""
 
 
 def _windows(result: dict[str, Any]) -> str:

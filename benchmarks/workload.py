@@ -119,8 +119,9 @@ def build(settings: Settings, directory: Path) -> Workload:
         "all_data": token_counts([pairs[i] for i in kept], settings.micro_batch),
         "measured": token_counts(chosen, settings.micro_batch, counts),
         "flops_minimal": minimal_flops(config, chosen, counts),
-        "planned_memory": planned_memory(settings, str(work.model_dir)),
     }
+    if settings.device == "cuda":
+        work.facts["planned_memory"] = planned_memory(settings, str(work.model_dir))
     work.save()
     return work
 

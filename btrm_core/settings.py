@@ -38,6 +38,9 @@ class ModelConfig:
     """Kernels of norms, rotary embedding and MLP; liger needs liger-kernel and a GPU, auto is torch."""
     gradient_checkpointing: Annotated[bool, Flag(negated=True)] = False
     """Less memory, more compute. Activations are computed again in the backward pass: about a third more."""
+    selective_checkpointing: Annotated[bool, Flag()] = False
+    """Gradient checkpointing that keeps products of matrices. They and attention stay; norms, activations and the like
+    are computed again: faster than computing everything again, and more memory (arXiv:2205.05198, section 5)."""
     activation_offload: Annotated[bool, Flag()] = False
     """Keep activations in CPU memory meanwhile. They come back for the backward pass."""
     dropout: bool = False

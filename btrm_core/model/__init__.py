@@ -39,6 +39,7 @@ from btrm_core.model.parallel.check import check_heads, divide_rows
 from btrm_core.model.parallel.share import RowShare, divisors, kv_copies
 from btrm_core.model.quantized import OPTIMIZERS, optimizer, require
 from btrm_core.model.reward import RewardModel, choose_for, parameter_groups
+from btrm_core.model.savings import NOT_RECOMPUTED
 from btrm_core.model.selfcheck import FirstLoss, check_first_loss
 from btrm_core.model.shape import (
     GPUS,
@@ -58,6 +59,7 @@ from btrm_core.model.toy import build_toy, toy_model, toy_tokenizer
 __all__ = [
     "GPUS",
     "KERNELS",
+    "NOT_RECOMPUTED",
     "OPTIMIZERS",
     "FirstLoss",
     "Parameters",

@@ -26,10 +26,10 @@ from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.hub import has_own_code, hub_problem
 from btrm_core.model import adapters
-from btrm_core.model.fused import use_kernels
 from btrm_core.model.leakage import check_max_length, require_head_class, text_modules, towers, without_dropout
 from btrm_core.model.quantized import loading_options, settle
-from btrm_core.model.reward import RewardModel, choose_for, keep_in_memory, recompute_activations
+from btrm_core.model.reward import RewardModel, choose_for, keep_in_memory
+from btrm_core.model.savings import recompute_activations, use_kernels
 from btrm_core.settings import ModelConfig, RunConfig
 
 
@@ -310,14 +310,13 @@ def build_model(
         who = f"family '{family.name}' ({family.origin}): the head" if own else "the head"
         size = hf.config.get_text_config().hidden_size
         init_head(hf, family.init_head(size), config.train.seed, f"{who} initialiser")
-    use_kernels(hf, config.model.kernels)
+    use_kernels(hf, config.model.kernels, keep_products=config.model.selective_checkpointing)
     freeze(hf, config.model)
-    if config.model.gradient_checkpointing:
-        recompute_activations(hf)
+    recomputes = recompute_activations(hf, config.model)
     kernel = choose_for(hf, config.model.attention, device.type, family.recipe().attention)
     if config.lora.rank is not None:
         hf = adapters.add_adapters(hf, config.lora, config.train.seed)
-        if config.model.gradient_checkpointing:
+        if recomputes:
             hf.enable_input_require_grads()
     model = RewardModel(keep_in_memory(hf, device), kernel)
     model.notes = tuple(note for note in notes if note)

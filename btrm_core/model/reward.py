@@ -275,19 +275,6 @@ class RewardModel(nn.Module):
             self.use_kernel(kernel)
 
 
-def recompute_activations(hf: Any) -> None:
-    """Keep only the input of each layer, and compute the rest again in the backward pass (arXiv:1604.06174).
-
-    Args:
-        hf: a transformers model, set to do so whenever it is in training mode.
-    """
-    options = {"use_reentrant": False}
-    if hasattr(hf, "activation_checkpointing_enable"):  # what newer versions of transformers call it
-        hf.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: decayed matrices, and norms, biases and the head without decay.
 

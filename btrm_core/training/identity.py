@@ -48,6 +48,7 @@ FREE_TO_CHANGE = (
     "model.dtype",
     "model.kernels",
     "model.gradient_checkpointing",
+    "model.selective_checkpointing",
     "model.activation_offload",
     "distributed.",
     "tokenizer.chat_template",

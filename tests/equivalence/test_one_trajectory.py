@@ -43,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "a micro-batch for each pair": {"train__tokens_per_batch": 1},
     **{preset: {"distributed__deepspeed": preset} for preset in PRESETS if preset != "zero1"},
     "gradient checkpointing": {"model__gradient_checkpointing": True},
-    "gradient checkpointing, zero3": {"model__gradient_checkpointing": True, "distributed__deepspeed": "zero3"},
+    "selective checkpointing, zero3": {"model__selective_checkpointing": True, "distributed__deepspeed": "zero3"},
     "activation offload": {"model__activation_offload": True},
     "activation offload, checkpointing, zero3": {
         "model__activation_offload": True,

@@ -12,8 +12,8 @@ from support.tiny_models import awkward_groups, tiny_model
 from support.trajectories import trajectory
 
 from btrm_core.model import read_shape
-from btrm_core.model.fused import use_kernels
 from btrm_core.model.reward import RewardModel
+from btrm_core.model.savings import use_kernels
 from btrm_core.packing.forms import collate
 
 pytestmark = pytest.mark.gpu
@@ -49,9 +49,10 @@ def test_models_made_later_run_on_a_cpu(name: str) -> None:
     torch.cuda.synchronize()
 
 
-def test_a_run_gives_the_losses_of_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_run_gives_the_losses_of_torch(tmp_path: Path, selective: bool) -> None:
+    """Also where products are kept, which Liger's rotary embedding would overwrite."""
     root = trajectories.prepare(tmp_path, layers=2)
-    losses = [
-        trajectory(root, tmp_path / name, train__max_steps=4, model__kernels=name).losses for name in ("torch", "liger")
-    ]
+    given = {"train__max_steps": 4, "model__selective_checkpointing": selective}
+    losses = [trajectory(root, tmp_path / name, **given, model__kernels=name).losses for name in ("torch", "liger")]
     assert losses[1] == pytest.approx(losses[0], abs=2e-2)

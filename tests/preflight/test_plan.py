@@ -24,13 +24,15 @@ from btrm_core.errors import BtrmError, ConfigError
 from btrm_core.model import shape as shape_module
 from btrm_core.model.parallel import exchange
 from btrm_core.model.parallel.share import RowShare
+from btrm_core.model.savings import recompute_activations
 from btrm_core.model.shape import Parameters, read_shape
 from btrm_core.packing.cuts import KEYS_PER_TOKEN
-from btrm_core.preflight.plan import memory
+from btrm_core.preflight.plan import activations, memory
 from btrm_core.preflight.plan.estimate import PRESETS, Estimate, estimate, format_estimate, reach, read_zero, to_dict
 from btrm_core.preflight.plan.hardware import ASSUMED_MFU, GIB, read_hardware
 from btrm_core.preflight.plan.memory import Zero
 from btrm_core.preflight.plan.workload import Workload
+from btrm_core.settings import ModelConfig
 
 GEMMA_7B = CONFIG_MAPPING["gemma"](
     hidden_size=3072,
@@ -60,13 +62,24 @@ LLAMA3_8B = CONFIG_MAPPING["llama"](
 )
 
 
+@torch.library.custom_op("btrm_plan::attention", mutates_args=())
+def attention_of_a_kernel(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel gives is kept by selective checkpointing, which knows it by its name."""
+    return torch.empty_like(q).normal_(), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@attention_of_a_kernel.register_fake
+def _(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
 class FlashLike(torch.autograd.Function):
     """Attention that keeps what flash attention keeps: query, key, value, output, log-sum-exp; no T x T matrix."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(q).normal_()
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        out, log_sums = attention_of_a_kernel(q)
+        ctx.save_for_backward(q, k, v, out, log_sums)
         return out
 
     @staticmethod
@@ -197,7 +210,7 @@ def test_lora_counts_and_kept_bytes_are_those_of_peft():
         assert trainable == parameters.adapters * layers // 2 + parameters.head
         return kept_bytes(wrapped.base_model.model, tokens)
 
-    per_layer = memory.saved_per_token(shape, bf16=False, lora_rank=rank)
+    per_layer = activations.saved_per_token(shape, bf16=False, lora_rank=rank)
     assert tokens * per_layer == pytest.approx(kept(3) - kept(2), rel=0.02)
     assert parameters.trainable == parameters.adapters + parameters.head
 
@@ -211,7 +224,7 @@ def test_kept_activations_are_what_autograd_saves(name, dtype):
     config, tokens = tiny_config(name), 64
     shape = read_shape(config)[1]
     one, two = (kept_bytes(build(config, dtype, layers=n), tokens) for n in (1, 2))
-    per_layer = tokens * memory.saved_per_token(shape, bf16=dtype == torch.bfloat16)
+    per_layer = tokens * activations.saved_per_token(shape, bf16=dtype == torch.bfloat16)
     assert per_layer == pytest.approx(two - one, rel=0.02)
 
 
@@ -249,17 +262,23 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpoint:FutureWarning")
+RECOMPUTED: dict[activations.Kept, ModelConfig] = {
+    "all": ModelConfig(),
+    "inputs": ModelConfig(gradient_checkpointing=True),
+    "products": ModelConfig(selective_checkpointing=True),
+}
+
+
+@pytest.mark.parametrize("kept", RECOMPUTED)
 @pytest.mark.parametrize("config", [GEMMA_2B, LLAMA3_8B], ids=["gemma-2b", "llama3-8b"])
-def test_peak_of_a_whole_simulated_step(config, checkpointing):
+def test_peak_of_a_whole_simulated_step(config, kept):
     tokens = 8192
-    tracked = peak_of_a_step(build(config, torch.bfloat16, device="meta"), tokens, checkpointing)
-    estimated = memory.activations(read_shape(config)[1], tokens, checkpointing=checkpointing)
+    tracked = peak_of_a_step(build(config, torch.bfloat16, device="meta"), tokens, RECOMPUTED[kept])
+    estimated = activations.activations(read_shape(config)[1], tokens, kept=kept)
     assert estimated == pytest.approx(tracked, rel=0.05)
 
 
-def peak_of_a_step(model: Any, tokens: int, checkpointing: bool) -> int:
+def peak_of_a_step(model: Any, tokens: int, config: ModelConfig) -> int:
     """Most bytes of tensors in a forward and a backward pass, parameters and their gradients apart."""
     # the embedding's gradient belongs to the buffers of `memory.memory`; other gradients go as DeepSpeed takes them
     model.get_input_embeddings().requires_grad_(False)
@@ -267,8 +286,7 @@ def peak_of_a_step(model: Any, tokens: int, checkpointing: bool) -> int:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model, config)
     with Peak(model) as tracked:
         hidden = backbone(model, tokens)
         rewards = hidden[0, :8].float() @ model.score.weight.float().T
@@ -330,23 +348,22 @@ def test_kept_activations_of_a_shared_row(name, count, gathers):
         model = build(config, torch.bfloat16, layers=layers)
         model.set_attn_implementation(shared_by(count, gathers=gathers))
         kept.append(kept_bytes(model, tokens))
-    per_token = memory.saved_per_token(shape, share=count, kv_copies=2.0 if gathers else 1.0)
+    per_token = activations.saved_per_token(shape, share=count, kv_copies=2.0 if gathers else 1.0)
     assert tokens * per_token == pytest.approx(kept[1] - kept[0], rel=0.02)
-    assert per_token > memory.saved_per_token(shape, kv_copies=2.0 if gathers else 1.0)
+    assert per_token > activations.saved_per_token(shape, kv_copies=2.0 if gathers else 1.0)
 
 
 @pytest.mark.usefixtures("made_up")
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpoint:FutureWarning")
-def test_peak_of_a_simulated_step_with_shared_rows(checkpointing):
+@pytest.mark.parametrize("kept", ["all", "inputs"])
+def test_peak_of_a_simulated_step_with_shared_rows(kept):
     """An 8B model on four GPUs that share a row of 32,768 tokens; without checkpointing, of 8,192."""
-    count, tokens = 4, 32768 if checkpointing else 8192
+    count, tokens = 4, 8192 if kept == "all" else 32768
     model = build(LLAMA3_8B, torch.bfloat16, device="meta")
     model.set_attn_implementation(shared_by(count))
-    tracked = peak_of_a_step(model, tokens // count, checkpointing)
-    estimated = memory.activations(read_shape(LLAMA3_8B)[1], tokens, checkpointing=checkpointing, share=count)
+    tracked = peak_of_a_step(model, tokens // count, RECOMPUTED[kept])
+    estimated = activations.activations(read_shape(LLAMA3_8B)[1], tokens, kept=kept, share=count)
     assert estimated == pytest.approx(tracked, rel=0.05)
-    alone = memory.activations(read_shape(LLAMA3_8B)[1], tokens, checkpointing=checkpointing)
+    alone = activations.activations(read_shape(LLAMA3_8B)[1], tokens, kept=kept)
     assert alone / count < estimated < 1.15 * alone / count
 
 

@@ -245,14 +245,25 @@ def _cached_at(model: RewardModel, case: Use) -> Path | None:
         "classes": sorted(f"{c.__module__}.{c.__qualname__} {_source(c)}" for c in classes),
         "dtype": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "dropout": sorted({module.p for module in modules if isinstance(module, torch.nn.Dropout)}),
-        "versions": [torch.__version__, transformers.__version__, code_digest("model", "model/leakage", "packing")],
+        "versions": [
+            torch.__version__,
+            transformers.__version__,
+            code_digest("model", "model/leakage", "model/savings", "packing"),
+        ],
         "use": [case.layout, model.kernel, model.one_by_one, case.longest, case.training, device],
         "hooks": sum(len(module._forward_pre_hooks) for module in modules),
-        "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in modules),
+        "checkpointing": sorted({how for module in modules if (how := _recomputed(module))}),
         "spread out": any(hasattr(parameter, "ds_id") for parameter in model.parameters()),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     return cache_root(case.cache_dir) / "leakage" / f"{key}.json"
+
+
+def _recomputed(module: torch.nn.Module) -> str:
+    """How a layer's activations are computed again: the names of what checkpointing was given; "" if they are not."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    wanted = getattr(module, "gradient_checkpointing", False)
+    return f"with {', '.join(sorted(getattr(function, 'keywords', ())))}" if wanted else ""
 
 
 def _source(kind: type) -> str:

@@ -20,6 +20,7 @@ from btrm_core.data import PROMPT_IN_EVALUATION, PairData, Ties, WhichPairs, loa
 from btrm_core.errors import BtrmError, ConfigError, DataError, FamilyError
 from btrm_core.families import Family
 from btrm_core.model import (
+    NOT_RECOMPUTED,
     build_model,
     check_ids,
     is_finished,
@@ -237,9 +238,8 @@ def _checks_of_model(case: Case, chat: ChatFormat, data: Data, full: bool) -> It
     model = patient.model
     hf, longest = model.base_model, max(report["longest"] for report in _reports(data))
     if (problem := positions_problem(hf.config, longest, hf)) is not None:
-        impossible, what = problem
-        yield positions(impossible, what)
-        if impossible:
+        yield positions(*problem)
+        if problem[0]:
             yield from (Check(name, "skip", "needs a position for every token") for name in _MODEL_CHECKS[1:])
             return
     yield loaded(patient)
@@ -284,7 +284,7 @@ def admit(case: Case, chat: ChatFormat, data: Data) -> tuple[Patient, Scorer | N
     else:
         assert case.family is not None
         # adapters begin as no change, packed weights cannot be saved for other programs, nothing here goes backward
-        plain = apply(config, {"lora.rank": None, "model.quantize": "none", "model.gradient_checkpointing": False})
+        plain = apply(config, {"lora.rank": None, "model.quantize": "none", **NOT_RECOMPUTED})
         model, head_is_new = build_model(plain, case.family, chat, compute_dtype(config.model.dtype), device)
         try:
             model.to(device)

@@ -134,7 +134,7 @@ def _estimate(
     if hardware.tflops and work.bf16:
         flops = work.pair_tokens * flops_per_token(parameters, shape, work.pair_tokens)
         # MFU counts minimal operations: recomputing the forward pass makes 8 of every 6 (arXiv:2205.05198, section 5)
-        speed = gpus * hardware.tflops * 1e12 * work.mfu / flops * (0.75 if recompute else 1.0)
+        speed = gpus * hardware.tflops * 1e12 * work.mfu / flops * (0.75 if recompute and not work.selective else 1.0)
     return Estimate(
         preset=preset,
         checkpointing=recompute,
@@ -200,7 +200,8 @@ def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str
     words += ["--lora-rank", str(work.lora_rank)] if work.lora_rank else []
     words += ["--quantize", work.quantize] if work.quantize != "none" else []
     words += ["--optimizer", work.optimizer] if work.optimizer != "adamw" else []
-    words += ["--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"]
+    how = "--selective-checkpointing" if work.selective else "--gradient-checkpointing"
+    words += [how if checkpointing else "--no-gradient-checkpointing"]
     words += [] if work.epochs == 1 else ["--epochs", f"{work.epochs:g}"]
     return shlex.join(words)
 

@@ -6,6 +6,7 @@ import dataclasses
 
 from btrm_core.model import Parameters, Shape
 from btrm_core.preflight.plan import memory
+from btrm_core.preflight.plan.activations import activations
 from btrm_core.preflight.plan.hardware import GIB, Hardware
 from btrm_core.preflight.plan.memory import Memory, Zero
 from btrm_core.preflight.plan.workload import Workload
@@ -37,10 +38,10 @@ def needed(
     """
     # a packed weight is unpacked for its product, one at a time
     unpacked = (2 if work.bf16 else 4) * shape.hidden * shape.intermediate if parameters.packed else 0
-    kept = memory.activations(
+    kept = activations(
         shape,
         work.row_tokens,
-        checkpointing=recompute,
+        kept=("products" if work.selective else "inputs") if recompute else "all",
         bf16=work.bf16,
         kv_copies=work.keys_per_token,
         lora_rank=work.lora_rank,
