@@ -136,7 +136,8 @@ def planned_memory(settings: Settings, model: str) -> dict[str, int]:
         max_length=settings.max_length,
         bf16=settings.precision == "bf16",
     )
-    (found,) = plan.estimate(model, trained, deepspeed="zero1", gradient_checkpointing=settings.gradient_checkpointing)
+    kept: plan.Kept = "inputs" if settings.gradient_checkpointing else "all"
+    (found,) = plan.estimate(model, trained, deepspeed="zero1", kept=kept)
     return {"total": found.memory.total, **asdict(found.memory)}
 
 

@@ -113,8 +113,9 @@ def _echo(text: str, to: TextIO) -> None:
 @click.option("--lora-rank", type=int)
 @click.option("--quantize", metavar="BITS", default="none", help="4bit: frozen weights in 4 bits under the adapters.")
 @click.option("--optimizer", metavar="NAME", default="adamw", help="adamw, adamw-8bit or adamw-8bit-paged.")
-@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
-@click.option("--selective-checkpointing", "selective", is_flag=True, help="Keep products of matrices meanwhile.")
+@click.option("--gradient-checkpointing", "kept", flag_value="inputs", help="Default: recompute only what has to be.")
+@click.option("--selective-checkpointing", "kept", flag_value="products", help="Keep the products of matrices.")
+@click.option("--no-gradient-checkpointing", "kept", flag_value="all")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(
     model: str,
@@ -130,9 +131,8 @@ def plan_command(
     from btrm_core.preflight.plan import Workload, estimate, format_estimate, read_hardware, to_dict
 
     given = {name: value for name, value in options.items() if value is not None}
-    preset, recompute = given.pop("deepspeed", None), given.pop("gradient_checkpointing", None)
+    preset, kept = given.pop("deepspeed", None), given.pop("kept", None)
     given["model"] = model
-    recompute = True if given["selective"] and recompute is None else recompute
     work = Workload.of_data(sharing(load_pairs(data)), **given) if data else Workload(**given)
-    made = estimate(model, work, read_hardware(gpus, gpu, gpu_memory), preset, recompute)
+    made = estimate(model, work, read_hardware(gpus, gpu, gpu_memory), preset, kept)
     click.echo(dumps(to_dict(made)) if as_json else format_estimate(made))

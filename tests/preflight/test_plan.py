@@ -377,6 +377,20 @@ def test_what_is_exchanged():
     assert memory.exchanged(shape, 100, 16, bf16=False) == 15 / 16 * 2 * 100 * 2 * copied
 
 
+def test_no_more_is_computed_again_than_has_to_be():
+    """On eight GPUs of 80 GB ZeRO-2 has room for an 8B model's products, ZeRO-1 for its layers' inputs alone."""
+    plans = {plan.preset: plan for plan in estimate(LLAMA3_8B, Workload(), read_hardware(8, "h100"))}
+    assert {name: plans[name].kept for name in ("zero1", "zero2", "zero3")} == {
+        "zero1": "inputs",
+        "zero2": "products",
+        "zero3": "all",
+    }
+    assert plans["zero2"].command.endswith("--selective-checkpointing")
+    rates = [plans[name].pairs_per_second / plans["zero3"].pairs_per_second for name in ("zero1", "zero2")]
+    assert rates == pytest.approx([0.75, 0.85])
+    assert "cheap part" in format_estimate(list(plans.values()))
+
+
 def test_an_8b_model_needs_shared_rows_for_128k_tokens_and_not_for_32k():
     """On eight GPUs of 80 GB, by hand: a row of two whole conversations, ZeRO-3, recomputed activations."""
     hardware = read_hardware(8, "h100")
@@ -393,7 +407,9 @@ def test_an_8b_model_needs_shared_rows_for_128k_tokens_and_not_for_32k():
         for share in shares:
             extra = 0 if share == 1 else 2 * 4096 + 2 * 2 * 1024  # the output again, and received keys and values
             expected = states + buffers + 2 * length / share * (a_token + extra)
-            (plan,) = estimate(LLAMA3_8B, Workload(max_length=length, sequence_parallel=share), hardware, "zero3", True)
+            (plan,) = estimate(
+                LLAMA3_8B, Workload(max_length=length, sequence_parallel=share), hardware, "zero3", "inputs"
+            )
             assert plan.memory.total == pytest.approx(expected, rel=0.01)
             assert plan.fits is (length / share <= 32_768 or (length / share, share) == (32_768, 1)), (length, share)
     reached = {one.sequence_parallel: one.tokens for one in reach(estimate(LLAMA3_8B, Workload(), hardware))}
@@ -407,7 +423,7 @@ def test_an_8b_model_needs_shared_rows_for_128k_tokens_and_not_for_32k():
 def test_the_text_says_from_which_length_on_rows_must_be_shared():
     hardware = read_hardware(8, "h100")
     long = Workload(model="m", max_length=131_072)
-    text = format_estimate(estimate(LLAMA3_8B, long, hardware, gradient_checkpointing=True))
+    text = format_estimate(estimate(LLAMA3_8B, long, hardware, kept="inputs"))
     (alone,) = re.findall(r"Conversations of up to ([\d,]+) tokens fit without sharing rows \(zero3, recomputing", text)
     assert 45_000 < int(alone.replace(",", "")) < 60_000
     assert "longer ones need --sequence-parallel\nwith --sequence-parallel N: N = 2: " in text
@@ -666,10 +682,10 @@ def test_gemma_7b_at_4096_tokens_fits_four_48_gb_gpus_with_zero3_and_checkpointi
     found = estimate(GEMMA_7B, Workload(max_length=4096, tokens_per_batch=tokens_per_batch), hardware)
     plans = by_preset(found)
     assert plans["zero3"].fits
-    assert plans["zero3"].checkpointing
+    assert plans["zero3"].kept == "inputs"
     assert not plans["zero1"].fits
     assert [e.preset for e in found if e.recommended] == ["zero3"]
-    without = estimate(GEMMA_7B, Workload(max_length=4096), hardware, "zero3", gradient_checkpointing=False)
+    without = estimate(GEMMA_7B, Workload(max_length=4096), hardware, "zero3", kept="all")
     assert not without[0].fits
 
 
@@ -689,7 +705,7 @@ def test_2b_fits_one_141_gb_gpu():
 
 
 def test_the_parts_add_up_to_the_peak_and_offload_moves_bytes_to_the_cpu():
-    plans = by_preset(estimate(GEMMA_2B, gradient_checkpointing=True))
+    plans = by_preset(estimate(GEMMA_2B, kept="inputs"))
     for plan in plans.values():
         m = plan.memory
         assert m.total == m.weights + m.gradients + m.optimizer + m.activations + m.buffers
@@ -716,7 +732,7 @@ def test_hardware_by_name_and_by_memory():
 def test_utilisation_is_assumed_and_says_so():
     (plan,) = estimate(LLAMA3_8B, hardware=read_hardware(1, "h200"), deepspeed="zero1")
     assert plan.workload.mfu == ASSUMED_MFU
-    assert "assumed 40 % MFU, not measured" in plan.workload.mfu_source
+    assert "assumed 40 % MFU without recomputation" in plan.workload.mfu_source
 
 
 def test_a_pair_is_no_longer_than_two_conversations_and_no_size_is_nothing():
@@ -746,7 +762,7 @@ def test_hours_follow_from_operations_and_utilisation():
         Workload(pairs=1000, tokens_per_pair=500, epochs=2, mfu=0.5, mfu_source="given"),
         hardware=hardware,
         deepspeed="zero3",
-        gradient_checkpointing=False,
+        kept="all",
     )
     flops = 500 * shape_module.flops_per_token(plan.parameters, plan.shape, 500)
     assert plan.pairs_per_second == pytest.approx(2 * 989e12 * 0.5 / flops)
@@ -766,10 +782,10 @@ def test_the_table_has_a_line_per_preset_and_a_command_that_can_be_pasted():
     best = next(e for e in found if e.recommended)
     assert best.command == (
         f"btrm train --model 'google/gemma 7b' --data DATA --gpus 4 --deepspeed {best.preset} --max-length 4096 "
-        f"--tokens-per-batch 8192 --pairs-per-step 512 --{'' if best.checkpointing else 'no-'}gradient-checkpointing"
+        f"--tokens-per-batch 8192 --pairs-per-step 512 {activations.HOW[best.kept]}"
     )
     assert best.command in text
-    assert f"{best.hours:.1f} hours for 700,000 pairs x 1 at assumed 40 % MFU, not measured" in text
+    assert f"{best.hours:.1f} hours for 700,000 pairs x 1 at assumed 40 % MFU without recomputation" in text
 
 
 def test_nothing_fits_says_what_to_try():

@@ -17,6 +17,7 @@ from btrm_core.console import table
 from btrm_core.errors import ConfigError
 from btrm_core.model import Parameters, Shape, check_heads, divisors, flops_per_token, positions_problem, read_shape
 from btrm_core.preflight.plan import memory
+from btrm_core.preflight.plan.activations import HOW, SPEED, Kept
 from btrm_core.preflight.plan.fitting import CONTEXT, FRAGMENTATION, longest, needed
 from btrm_core.preflight.plan.hardware import GIB, Hardware, read_hardware
 from btrm_core.preflight.plan.memory import Memory, Zero
@@ -25,6 +26,9 @@ from btrm_core.settings import ModelConfig, RunConfig
 
 PRESETS = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 """In the order in which they are preferred: least traffic first, the CPU's memory last."""
+
+
+RECOMPUTED: dict[Kept, str] = {"all": "no", "products": "cheap part", "inputs": "yes"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Estimate:
     """One DeepSpeed preset for one model, workload and set of GPUs."""
 
     preset: str
-    checkpointing: bool
+    kept: Kept
+    """What the backward pass does not compute again."""
     memory: Memory
     fits: bool
     communication: int
@@ -62,7 +67,7 @@ def estimate(
     work: Workload | None = None,
     hardware: Hardware | None = None,
     deepspeed: str | None = None,
-    gradient_checkpointing: bool | None = None,
+    kept: Kept | None = None,
 ) -> list[Estimate]:
     """Estimate every preset (or one preset or DeepSpeed file); at most one estimate is the recommended one.
 
@@ -71,7 +76,7 @@ def estimate(
         work: what is trained; None is what a run without further settings does.
         hardware: the GPUs; None assumes one H100.
         deepspeed: one preset or a DeepSpeed JSON file; None estimates all presets.
-        gradient_checkpointing: None recomputes activations only where the preset needs it to fit.
+        kept: what the backward pass does not compute again; None keeps as much as fits.
 
     Returns:
         One estimate per preset, in the order in which they are preferred.
@@ -95,7 +100,7 @@ def estimate(
     check_heads(config, workload.sequence_parallel)
     parameters, shape = read_shape(config, workload.lora_rank, workload.quantize != "none")
     found = [
-        _estimate(preset, gradient_checkpointing, parameters, shape, hardware, workload)
+        _estimate(preset, kept, parameters, shape, hardware, workload)
         for preset in ([deepspeed] if deepspeed else [p for p in PRESETS if _possible(p, workload)])
     ]
     fitting = [e for e in found if e.fits]
@@ -112,32 +117,31 @@ def _possible(preset: str, work: Workload) -> bool:
     return True
 
 
-def _preference(e: Estimate) -> tuple[bool, bool, int]:
-    """Smaller is better: no CPU offload, then no recomputation (a third more operations), then little traffic.
+def _preference(e: Estimate) -> tuple[bool, int, int]:
+    """Smaller is better: no CPU offload, then little recomputation (a third more operations), then little traffic.
 
     With offload the traffic to the CPU decides, so recomputing is better than fetching the weights from there.
     """
     offloaded = e.memory.host > 0
-    return offloaded, e.checkpointing and not offloaded, PRESETS.index(e.preset) if e.preset in PRESETS else 0
+    return offloaded, 0 if offloaded else [*HOW].index(e.kept), PRESETS.index(e.preset) if e.preset in PRESETS else 0
 
 
 def _estimate(
-    preset: str, checkpointing: bool | None, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
+    preset: str, wanted: Kept | None, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
 ) -> Estimate:
     gpus = hardware.gpus
     zero = read_zero(preset, work, gpus)
-    for recompute in (False, True) if checkpointing is None else (checkpointing,):
-        peak, fits = needed(zero, recompute, parameters, shape, hardware, work)
+    for kept in HOW if wanted is None else (wanted,):
+        peak, fits = needed(zero, kept, parameters, shape, hardware, work)
         if fits:
             break
     speed = None
     if hardware.tflops and work.bf16:
         flops = work.pair_tokens * flops_per_token(parameters, shape, work.pair_tokens)
-        # MFU counts minimal operations: recomputing the forward pass makes 8 of every 6 (arXiv:2205.05198, section 5)
-        speed = gpus * hardware.tflops * 1e12 * work.mfu / flops * (0.75 if recompute and not work.selective else 1.0)
+        speed = gpus * hardware.tflops * 1e12 * work.mfu / flops * SPEED[kept]
     return Estimate(
         preset=preset,
-        checkpointing=recompute,
+        kept=kept,
         memory=peak,
         fits=fits,
         communication=memory.communication(parameters, zero, gpus, work.micro_batches(gpus))
@@ -145,12 +149,12 @@ def _estimate(
             shape,
             work.pairs_per_step * work.pair_tokens / gpus,
             work.sequence_parallel,
-            passes=3 if recompute else 2,
+            passes=2 if kept == "all" else 3,
             bf16=work.bf16,
         ),
         pairs_per_second=speed,
         hours=work.pairs * work.epochs / speed / 3600 if speed and work.pairs else None,
-        command=_command(preset, recompute, gpus, work),
+        command=_command(preset, kept, gpus, work),
         recommended=False,
         parameters=parameters,
         shape=shape,
@@ -191,7 +195,7 @@ def _settings(preset: str, work: Workload) -> RunConfig:
     return apply(RunConfig(), values)
 
 
-def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str:
+def _command(preset: str, kept: Kept, gpus: int, work: Workload) -> str:
     words = ["btrm", "train", "--model", work.model, "--data", "DATA"]
     words += ["--gpus", str(gpus)] if gpus > 1 else []
     words += ["--sequence-parallel", str(work.sequence_parallel)] if work.sequence_parallel > 1 else []
@@ -200,8 +204,7 @@ def _command(preset: str, checkpointing: bool, gpus: int, work: Workload) -> str
     words += ["--lora-rank", str(work.lora_rank)] if work.lora_rank else []
     words += ["--quantize", work.quantize] if work.quantize != "none" else []
     words += ["--optimizer", work.optimizer] if work.optimizer != "adamw" else []
-    how = "--selective-checkpointing" if work.selective else "--gradient-checkpointing"
-    words += [how if checkpointing else "--no-gradient-checkpointing"]
+    words.append(HOW[kept])
     words += [] if work.epochs == 1 else ["--epochs", f"{work.epochs:g}"]
     return shlex.join(words)
 
@@ -222,7 +225,7 @@ def format_estimate(estimates: Sequence[Estimate]) -> str:
         m = e.memory
         sizes = (m.weights, m.gradients, m.optimizer, m.activations, m.buffers, m.total)
         row: tuple[str, ...] = (e.preset, *(f"{size / GIB:.1f}" for size in sizes), "yes" if e.fits else "no")
-        row += ("yes" if e.checkpointing else "no", f"{m.host * gpus / GIB:.1f}", f"{e.communication / GIB:.1f}")
+        row += (RECOMPUTED[e.kept], f"{m.host * gpus / GIB:.1f}", f"{e.communication / GIB:.1f}")
         rows.append(row)
     lines += table(rows, right=range(1, len(columns)))
     lines += [
@@ -308,7 +311,7 @@ def _advice(e: Estimate, reached: Sequence[Reach]) -> str:
         ideas.append(f"--tokens-per-batch {2 * e.workload.max_length}")
     for gpus in (2**i for i in range(1, 11)) if _possible("zero3", e.workload) else ():
         hardware = dataclasses.replace(e.hardware, gpus=gpus)
-        if gpus > e.hardware.gpus and _estimate("zero3", True, e.parameters, e.shape, hardware, e.workload).fits:
+        if gpus > e.hardware.gpus and _estimate("zero3", "inputs", e.parameters, e.shape, hardware, e.workload).fits:
             ideas.append(f"--deepspeed zero3 --gradient-checkpointing on {gpus} such GPUs")
             break
     ideas += [] if e.workload.lora_rank else ["--lora-rank 16"]

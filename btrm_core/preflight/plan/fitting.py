@@ -6,7 +6,7 @@ import dataclasses
 
 from btrm_core.model import Parameters, Shape
 from btrm_core.preflight.plan import memory
-from btrm_core.preflight.plan.activations import activations
+from btrm_core.preflight.plan.activations import Kept, activations
 from btrm_core.preflight.plan.hardware import GIB, Hardware
 from btrm_core.preflight.plan.memory import Memory, Zero
 from btrm_core.preflight.plan.workload import Workload
@@ -24,13 +24,13 @@ LONGEST = 2**24
 
 
 def needed(
-    zero: Zero, recompute: bool, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
+    zero: Zero, kept: Kept, parameters: Parameters, shape: Shape, hardware: Hardware, work: Workload
 ) -> tuple[Memory, bool]:
     """What a workload needs on each GPU, and whether that fits.
 
     Args:
         zero: the ZeRO settings.
-        recompute: activations are computed again in the backward pass.
+        kept: what the backward pass does not compute again.
         parameters: the model's counts.
         shape: its widths.
         hardware: the GPUs.
@@ -38,16 +38,16 @@ def needed(
     """
     # a packed weight is unpacked for its product, one at a time
     unpacked = (2 if work.bf16 else 4) * shape.hidden * shape.intermediate if parameters.packed else 0
-    kept = activations(
+    held = activations(
         shape,
         work.row_tokens,
-        kept=("products" if work.selective else "inputs") if recompute else "all",
+        kept=kept,
         bf16=work.bf16,
         kv_copies=work.keys_per_token,
         lora_rank=work.lora_rank,
         share=work.sequence_parallel,
     )
-    found = memory.memory(parameters, zero, hardware.gpus, kept + unpacked)
+    found = memory.memory(parameters, zero, hardware.gpus, held + unpacked)
     margin = FRAGMENTATION * (found.activations + found.buffers) + CONTEXT * GIB
     return found, found.total + margin <= hardware.memory
 
@@ -69,6 +69,6 @@ def longest(zero: Zero, parameters: Parameters, shape: Shape, hardware: Hardware
     while high - low > 1:
         middle = (low + high) // 2
         one = dataclasses.replace(work, max_length=128 * middle)
-        _, fits = needed(zero, True, parameters, shape, hardware, one)
+        _, fits = needed(zero, "inputs", parameters, shape, hardware, one)
         low, high = (middle, high) if fits else (low, middle)
     return 128 * low

@@ -46,7 +46,6 @@ class Workload:
         quantize: none, or 4bit for frozen weights in 4 bits under the adapters.
         optimizer: adamw, adamw-8bit or adamw-8bit-paged.
         sequence_parallel: how many GPUs share the tokens of each row.
-        selective: recomputation, where it is used, keeps the products of matrices.
     """
 
     model: str = "MODEL"
@@ -65,7 +64,6 @@ class Workload:
     quantize: str = ModelConfig.quantize
     optimizer: str = TrainConfig.optimizer
     sequence_parallel: int = DistributedConfig.sequence_parallel
-    selective: bool = ModelConfig.selective_checkpointing
 
     def __post_init__(self) -> None:
         """Refuse sizes of nothing."""
