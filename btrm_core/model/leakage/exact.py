@@ -103,7 +103,7 @@ def examine(
                 if sequence.tobytes() not in truth.value:
                     _alone(model, sequence, truth, gradients=not spread_out)
         worst = 0.0
-        for number, arranged in enumerate(_arrangements(row, others)):
+        for number, arranged in enumerate(_arrangements(row, others, layout)):
             form = _Form(layout, model.kernel if layout != PADDED else PADDED, pad_id, model.device.type)
             difference, reason = _compare(model, arranged, form, truth, gradients=not (number or spread_out))
             worst = max(worst, difference)
@@ -192,12 +192,14 @@ def _short_ones(groups: Sequence[Tree]) -> list[Tree]:
     return taken
 
 
-def _arrangements(row: list[Tree], others: list[Tree]) -> Iterator[list[Tree]]:
-    """The row; with its groups and their responses in the reverse order; with a neighbour exchanged; grown by one."""
+def _arrangements(row: list[Tree], others: list[Tree], layout: str) -> Iterator[list[Tree]]:
+    """The row; its groups and their responses in the reverse order; a neighbour exchanged; grown by one; one line."""
     yield row
     yield [grow(list(reversed(list(group.sequences)))) for group in reversed(row)]
     yield [*others, *row[1:]]
     yield [*row, *others]
+    if layout == PADDED:  # where nothing is padded transformers gives some attention no mask
+        yield [max((group for group in row if len(group.sequences) == 1), key=lambda group: len(group.tokens))]
 
 
 @contextlib.contextmanager
