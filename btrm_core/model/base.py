@@ -25,7 +25,7 @@ from btrm_core.console import LongWork, quiet_libraries
 from btrm_core.errors import CheckpointError, ConfigError, first_line
 from btrm_core.families import Family
 from btrm_core.hub import has_own_code, hub_problem
-from btrm_core.model import adapters
+from btrm_core.model import adapters, leakage
 from btrm_core.model.leakage import check_max_length, require_head_class, text_modules, towers, without_dropout
 from btrm_core.model.quantized import loading_options, settle
 from btrm_core.model.reward import RewardModel, choose_for, keep_in_memory
@@ -109,7 +109,7 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> BaseModel:
     packed = loading_options(model.quantize, dtype)
     try:
         # libraries report that the head is new: btrm checks it and says so itself
-        with LongWork(f"loading {name}"), quiet_libraries():
+        with LongWork(f"loading {name}"), quiet_libraries(), leakage.frequencies_kept():
             hf, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=model.revision,

@@ -6,6 +6,7 @@ Made for every way of laying out sequences alike: packed rows, padded lines, one
 from btrm_core.model.leakage.exact import Leak, examine
 from btrm_core.model.leakage.positions import (
     check_max_length,
+    frequencies_kept,
     position_limit,
     positions_depend_on_batch,
     positions_problem,
@@ -22,6 +23,7 @@ __all__ = [
     "architectures",
     "check_max_length",
     "examine",
+    "frequencies_kept",
     "position_limit",
     "positions_depend_on_batch",
     "positions_problem",

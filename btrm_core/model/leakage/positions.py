@@ -1,4 +1,4 @@
-"""Positions: rotary frequencies that depend on the batch, and conversations longer than a model has positions for.
+"""Positions: rotary frequencies that are not those of a separate pass, and conversations longer than a model knows.
 
 Some rotary embeddings (dynamic NTK, longrope) choose their frequencies by the largest position of all sequences that
 are computed together, so that a neighbour changes a reward, packed or padded. Below the length where they change, they
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -243,3 +243,31 @@ def check_max_length(hf: Any, max_length: int | None) -> str | None:
     if impossible:
         raise ConfigError(what)
     return what
+
+
+@contextlib.contextmanager
+def frequencies_kept() -> Iterator[None]:
+    """While active, a model that ZeRO-3 spreads over processes gets the rotary frequencies that every reader computes.
+
+    DeepSpeed turns whatever tensor is made meanwhile into the type of the weights, and before 5.23 transformers makes
+    frequencies of such a `torch.arange`. Rounded to bf16 they put the far tokens of a conversation elsewhere than the
+    base model learned them, and only while it is trained.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    wrapper = zero.zero_wrapper_for_fp_tensor_constructor
+
+    def considerate(make: Callable[..., Any], target_fp_dtype: Any, **more: Any) -> Callable[..., Any]:
+        kept = make is zero._orig_torch_arange
+        return cast("Callable[..., Any]", wrapper(make, target_fp_dtype=None if kept else target_fp_dtype, **more))
+
+    zero.zero_wrapper_for_fp_tensor_constructor = considerate
+    try:
+        yield
+    finally:
+        zero.zero_wrapper_for_fp_tensor_constructor = wrapper

@@ -6,6 +6,7 @@ themselves are started too, and two of them are slow to start.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -21,10 +22,13 @@ import pytest
 import torch
 from support import processes, trajectories
 from support.trajectories import distance, flags, metrics, read, trajectory
+from transformers import AutoModelForSequenceClassification
 
 from btrm_core import errors as errors_module
+from btrm_core import run
 from btrm_core.errors import CheckpointError, DataError
 from btrm_core.files import output_lock
+from btrm_core.model import RewardModel, build_model
 from btrm_core.settings import RunConfig
 from btrm_core.signals import STOPPING
 from btrm_core.training import loop, prepare, rewards
@@ -233,6 +237,38 @@ def test_a_killed_agent_leaves_no_process_training(tmp_path: Path) -> None:
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < end, "it lives on"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("kind", ["default", "yarn", "longrope"])
+def test_zero3_trains_with_the_frequencies_that_every_reader_computes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16, whatever type DeepSpeed gives to tensors that are made while weights are spread over processes."""
+    scaled: dict[str, dict[str, Any]] = {
+        "default": {},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
+        "longrope": {
+            "short_factor": [1.1, 1.3, 1.7, 2.3],
+            "long_factor": [3.3, 4.7, 5.9, 7.1],
+            "original_max_position_embeddings": 256,
+        },
+    }
+    file = trajectories.prepare(tmp_path) / "base" / "config.json"
+    rotary = {"rope_type": kind, "rope_theta": 500_000.0, **scaled[kind]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": rotary}))
+    trained: list[RewardModel] = []
+
+    def kept(*given: Any) -> Any:
+        made = build_model(*given)
+        trained.append(made[0])
+        return made
+
+    monkeypatch.setattr(run, "build_model", kept)
+    trajectories.train(tmp_path, tmp_path / "run", **_of("zero3", 300), model__dtype="bf16", train__max_steps=1)
+    reader = AutoModelForSequenceClassification.from_pretrained(file.parent, dtype=torch.bfloat16)
+    found, expected = trained[0].base_model.model.rotary_emb.inv_freq, reader.model.rotary_emb.inv_freq
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_a_killed_group_goes_on(root: Path, tmp_path: Path) -> None:
