@@ -1,4 +1,4 @@
-"""What transformers 4.x looks for in a model directory and 5.x says otherwise; both stand side by side."""
+"""What older versions of transformers look for in a model directory and the newest says otherwise, side by side."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 
 _ROPE_ELSEWHERE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 """Keys of `rope_parameters` that 4.x keeps beside `rope_scaling`, or writes of itself."""
+CHOSEN = "attn_implementation"
+"""Key of the attention that a model is loaded with; transformers reads it and never writes it."""
 _SESSION = ("is_local", "local_files_only", "backend")
 """Keys that say how the tokenizer was loaded this time, which is nobody else's concern."""
 
 
 def write_for_older_readers(directory: Path) -> None:
-    """Add to `config.json` and `tokenizer_config.json` of a directory what transformers 4.x looks for.
+    """Add to `config.json` and `tokenizer_config.json` of a directory what older versions of transformers look for.
 
     transformers 5 moved the rotary base and its scaling into `rope_parameters`, renamed `torch_dtype`, and gave the
     generic fast tokenizer another name. A 4.x that does not know these takes its defaults without a word, and with a
     rotary base of 10000 every reward is another one. Both ways of saying it stand side by side; they say the same.
+    Before 5.21 transformers chose an attention for Gemma 2 that drops the cap on its scores; from 5.4 on it takes the
+    one that the configuration names.
 
     Args:
         directory: A model directory that is still being written; a file that is not there is passed over.
@@ -41,6 +45,9 @@ def _older_config(values: dict[str, Any]) -> dict[str, Any]:
         key: _older_config(value) if key.endswith("_config") and isinstance(value, dict) else value
         for key, value in values.items()
     }
+    inner = [value for value in made.values() if isinstance(value, dict)]
+    if made.get("attn_logit_softcapping") is not None or any(CHOSEN in value for value in inner):
+        made[CHOSEN] = "eager"
     if "dtype" in made:
         made["torch_dtype"] = made["dtype"]
     for older, name in _renamed(made.get("model_type")).items():

@@ -173,6 +173,15 @@ def test_a_licence_is_what_the_base_model_states(tmp_path: Path) -> None:
     assert base_licence("org/of-no-hub") == {}
 
 
+@pytest.mark.parametrize("softcap", [False, True])
+def test_adapters_are_loaded_with_an_attention_that_keeps_the_cap(made: dict[str, Any], softcap: bool) -> None:
+    """Their base model's configuration is of others: before 5.21 transformers takes an attention without the cap."""
+    apart = {**made, "adapters": {"merged": False}, "card": {**made["card"], "softcap": softcap}}
+    code = blocks(model_card(apart, "model"))["transformers and peft"]
+    assert ('num_labels=1, attn_implementation="eager").eval()' in code) == softcap
+    compile(code, "card", "exec")
+
+
 def test_a_model_without_evaluation_says_so(made: dict[str, Any]) -> None:
     card = model_card({**made, "evaluation": None}, "model")
     assert "nothing is known of how good this model is" in card

@@ -1,4 +1,4 @@
-"""What is saved is read alike by transformers 4.57 and 5."""
+"""What is saved is read alike by transformers 4.57 and by every version of 5 that is supported."""
 
 from __future__ import annotations
 
@@ -98,6 +98,24 @@ def test_both_ways_of_saying_it_say_the_same(name, tmp_path):
         assert (text["num_experts"], again.num_experts) == (6, 6)
     if name in ("plain", "nested"):
         assert text["rope_scaling"] is None
+
+
+@pytest.mark.parametrize("cap", [None, 50.0])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_attention_that_keeps_the_cap_is_written_down(cap: float | None, nested: bool, tmp_path: Path) -> None:
+    """A transformers that prefers one without the cap takes the one in the file, unless its user names another."""
+    text = {"num_hidden_layers": 2, "attn_logit_softcapping": cap}
+    config = AutoConfig.for_model("gemma2", **text)
+    if nested:
+        config = AutoConfig.for_model("paligemma", text_config={"model_type": "gemma2", **text})
+    config.save_pretrained(tmp_path)
+    write_for_older_readers(tmp_path)
+    expected = None if cap is None else "eager"
+    assert json.loads((tmp_path / "config.json").read_text()).get("attn_implementation") == expected
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert (again._attn_implementation, again.get_text_config()._attn_implementation) == (expected, expected)
+    asked = AutoConfig.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    assert asked._attn_implementation == "flash_attention_2"
 
 
 def test_the_tokenizer_has_a_class_and_keys_that_both_know(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NEW = ("files", "warnings")
+NEW_IN_CONFIG = ("rope_theta", "torch_dtype", "attn_implementation")
 NEW_SETTINGS = (
     "force_family",
     "data.group_by",
@@ -31,7 +32,7 @@ def as_the_first_version_wrote(directory: Path) -> None:
         directory: a finished model; its weights and its tokenizer's own file stay as they are.
     """
     _edit(directory / "btrm.json", _manifest)
-    _edit(directory / "config.json", lambda config: [config.pop(name, None) for name in ("rope_theta", "torch_dtype")])
+    _edit(directory / "config.json", lambda config: [config.pop(name, None) for name in NEW_IN_CONFIG])
     _edit(directory / "tokenizer_config.json", _tokenizer)
 
 

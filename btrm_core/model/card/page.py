@@ -62,8 +62,8 @@ another one. Servers that are sent messages or ids do the right thing. The direc
 
 
 SOFTCAP = """
-Attention is soft-capped in this architecture: with transformers 4, load it with `attn_implementation="eager"`, or the
-cap is dropped without a word."""
+Attention is soft-capped in this architecture: with transformers before 5.4, load it with
+`attn_implementation="eager"`, or the cap is dropped without a word; later versions read that from `config.json`."""
 
 
 RECIPE = {
@@ -165,7 +165,8 @@ def _counted(what: str, rows: dict[str, Any], encoded: dict[str, Any], side: str
     if not made:
         return ""
     left = sum(_counts(told.get("bad"))) + sum(_counts(told.get("left_out"))) + sum(_counts(made.get("dropped")))
-    text = f"- {made['encoded']:,} {what} pairs of {made['groups']:,} prompts, {made['tokens']:,} tokens"
+    prompts = f" of {made['groups']:,} prompts" if "groups" in made else ""  # the first version did not count them
+    text = f"- {made['encoded']:,} {what} pairs{prompts}, {made['tokens']:,} tokens"
     text += f"; {made['truncated']:,} shortened" if made.get("truncated") else ""
     return text + (f"; {left:,} rows or pairs left out" if left else "")
 

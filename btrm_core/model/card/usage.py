@@ -95,9 +95,11 @@ def _vllm_options(about: dict[str, Any]) -> str:
 
 
 def _adapters(made: dict[str, Any], quoted: str) -> str:
-    """How peft loads adapters, over a base model in 4 bits where they were trained so."""
+    """How peft loads adapters: over a base model in 4 bits where they were trained so, with the cap on its scores."""
     code, options = ADAPTERS, ""
     if made["config"]["model.quantize"] != "none":
         options = FOUR_BITS.replace("{dtype}", made["dtype"])
         code = code.replace("import AutoTokenizer", "import AutoTokenizer, BitsAndBytesConfig")
+    if made.get("card", {}).get("softcap"):  # the base model's own configuration may not say so
+        options += ', attn_implementation="eager"'
     return code.replace("{options}", options).replace("{name}", quoted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from btrm_core.model import (
     sha256_of,
     template_difference,
     tolerance,
+    uses_softcap,
 )
 from btrm_core.preflight import Check
 from btrm_core.scoring import Scorer
@@ -192,6 +194,7 @@ def compared(name: str, off: float, allowed: float) -> Check:
 
 
 def _pipeline(directory: Path) -> Check:
+    import transformers
     from transformers import AutoTokenizer, pipeline
 
     name = "transformers pipeline"
@@ -210,4 +213,11 @@ def _pipeline(directory: Path) -> Check:
             differences.append(abs(score - vector["reward"]))
     if not differences:
         return Check(name, "skip", "no self-test vector can be written as text")
-    return compared(name, max(differences), tolerance(read_manifest(directory), torch.float32))
+    found = compared(name, max(differences), tolerance(read_manifest(directory), torch.float32))
+    config: Any = pipe.model.config
+    if found.verdict == "fail" and uses_softcap(config) and config._attn_implementation != "eager":
+        why = f"this transformers ({transformers.__version__}) drops the cap on its attention's scores"
+        return replace(
+            found, why=why, what_to_do="write it anew with `btrm export`: config.json then says how to load it"
+        )
+    return found
