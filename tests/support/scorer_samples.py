@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, processors
 from btrm_core import families
 from btrm_core.chat.format import ChatFormat, Conversation, prepare_chat
 from btrm_core.families.hookspecs import TinyShape
+from btrm_core.model.attention import uses_softcap
 from btrm_core.model.base import base_config, init_head, load_base, load_tokenizer, set_reward_config
 from btrm_core.model.directory import write_model
 from btrm_core.model.toy import SHAPE, build_toy
@@ -97,6 +98,8 @@ def finished(base: Path, directory: Path, family: str, max_length: int = 256) ->
     settings, plugin = ModelConfig(name=str(base)), families.load(family)
     chat = prepare_chat(load_tokenizer(settings), base_config(settings), plugin)
     hf = load_base(settings, torch.float32).hf.eval()
+    if uses_softcap(hf.config):  # before 5.21 transformers chooses an attention that drops the cap
+        hf.set_attn_implementation("eager")
     set_reward_config(hf, chat.pad_id)
     init_head(hf, plugin.init_head(hf.config.hidden_size), seed=0)
     made = {
