@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -123,6 +124,7 @@ def _child(
 ) -> None:
     import torch
 
+    gc.freeze()  # what was imported: DeepSpeed looks through all there is whenever it starts under ZeRO-3
     os.environ.clear()
     os.environ.update(variables)
     # as from a terminal: the tests may run under nohup, or in the background

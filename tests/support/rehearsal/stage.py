@@ -7,6 +7,7 @@ leaves DIRECTORY/SCENE.json: what the scene returned, or the error that ended it
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -46,6 +47,7 @@ def start(log: str, play: Callable[[], tuple[Path, dict[str, Any]]], **variables
     child = os.fork()
     if child:
         return child
+    gc.freeze()  # what was imported is not looked at again by each garbage collection
     os.environ.update(variables)
     status = 1
     try:
