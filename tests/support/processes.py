@@ -16,11 +16,12 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -30,10 +31,14 @@ _context = multiprocessing.get_context("forkserver")
 
 @functools.cache
 def _server() -> None:
-    """Start the process that children are forked from; it finds modules only by PYTHONPATH, whatever `sys.path` is."""
+    """Start the process that children are forked from; it finds modules only by PYTHONPATH, whatever `sys.path` is.
+
+    Its hash seed is not that of this process.
+    """
     _context.set_forkserver_preload(["support.trajectories"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        patch.setenv("PYTHONHASHSEED", "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2")
         forkserver.ensure_running()
 
 
@@ -100,10 +105,31 @@ class Ended:
 
 def btrm(*arguments: str, timeout: float = 200) -> Ended:
     """`btrm ARGUMENTS` in a child with the environment and the `sys.path` of this process."""
+    return ended(command, *arguments, timeout=timeout)
+
+
+def ended(function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> Ended:
+    """What `function` prints in such a child, and how it ends."""
     with tempfile.TemporaryDirectory() as place:
         output, errors = Path(place, "stdout"), Path(place, "stderr")
-        (code,) = wait(start(command, *arguments, log=output, errors=errors), timeout)
+        (code,) = wait(start(function, *arguments, log=output, errors=errors), timeout)
         return Ended(code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8"))
+
+
+def ending(function: Callable[..., Any], *arguments: Any) -> NoReturn:
+    """Call `function` in a process that was just forked, and end it as an interpreter would."""
+    status: Any = 1
+    try:
+        function(*arguments)
+        status = 0
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def until(condition: Callable[[], bool], processes: Sequence[ForkServerProcess], timeout: float = 60) -> None:
