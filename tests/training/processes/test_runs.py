@@ -1,7 +1,7 @@
 """Runs of several processes: every launcher, one failure that ends them all, and directories that cannot be written.
 
 Most runs here are forks (`processes`) that find what a launcher would have put into their environment; the launchers
-themselves are started too, and two of them are slow to start.
+themselves are started too, which is slow.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from btrm_core.files import output_lock
 from btrm_core.model import RewardModel, build_model
 from btrm_core.settings import RunConfig
 from btrm_core.signals import STOPPING
-from btrm_core.training import loop, prepare, rewards
+from btrm_core.training import loop, prepare, resume, rewards
 from btrm_core.training.processes import runtime
 from btrm_core.training.processes.launch import Launched
 from btrm_core.training.profiling import PARTS
@@ -62,8 +64,44 @@ def launched(*command: str, timeout: float = 240) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def test_btrm_starts_processes_itself(root: Path, tmp_path: Path) -> None:
-    done = launched(sys.executable, "-m", "btrm_core", "train", "--processes", "2", *flags(root, tmp_path / "two"))
+class Forked:
+    """As `subprocess.Popen` of `python -m btrm_core ARGUMENTS`, from a process that has imported all of it."""
+
+    def __init__(self, command: list[str], env: dict[str, str], process_group: int) -> None:
+        interpreter, option, module, *arguments = command
+        assert (interpreter, option, module) == (sys.executable, "-m", "btrm_core")
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            os.setpgid(0, process_group)
+            os.environ.clear()
+            os.environ.update(env)
+            processes.ending(processes.command, *arguments)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def with_forks(*arguments: str) -> None:
+    """`btrm ARGUMENTS` in a child; the processes that it launches are forks of it."""
+    vars(sys.modules[Launched.__module__])["subprocess"] = types.SimpleNamespace(Popen=Forked)
+    processes.command(*arguments)
+
+
+def forked(*command: str) -> processes.Ended:
+    """As `launched`, without a new interpreter anywhere."""
+    return processes.ended(with_forks, *command[3:])
+
+
+@pytest.mark.parametrize("start", [forked, pytest.param(launched, marks=pytest.mark.slow)])
+def test_btrm_starts_processes_itself(root: Path, tmp_path: Path, start: Callable[..., Any]) -> None:
+    done = start(sys.executable, "-m", "btrm_core", "train", "--processes", "2", *flags(root, tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     alone = trajectory(root, tmp_path / "one")
     losses = [row["loss"] for row in metrics(tmp_path / "two")]
@@ -156,7 +194,7 @@ def test_a_second_ctrl_c_waits_for_nobody_and_is_no_success(tmp_path: Path) -> N
     assert processes.wait(started, timeout=60) == [130], (tmp_path / "log").read_text()
 
 
-def failing(error: str, root: str, output: str) -> None:
+def failing(error: str, root: str, output: str, **values: Any) -> None:
     """`btrm train` in a child; in the second process the third step fails."""
     if os.environ["RANK"] == "1":
         step = loop.train_step
@@ -169,7 +207,7 @@ def failing(error: str, root: str, output: str) -> None:
             return step(engine, batches, *rest, **more)
 
         loop.train_step = broken
-    processes.command("train", *flags(Path(root), Path(output)))
+    processes.command("train", *flags(Path(root), Path(output), **values))
 
 
 @pytest.mark.parametrize(
@@ -273,23 +311,20 @@ def test_zero3_trains_with_the_frequencies_that_every_reader_computes(
 
 def test_a_killed_group_goes_on(root: Path, tmp_path: Path) -> None:
     """Kill -9 of one of two processes under ZeRO-3; then again two processes, and another time one alone."""
-    values = {"distributed__deepspeed": "zero3", "train__max_steps": 40, "train__epochs": 10.0}
+    values = {"distributed__deepspeed": "zero3"}
     log = tmp_path / "log"
-    group = processes.start(
-        trajectories.train, root, tmp_path / "run", log=log, world=2, **values, output__save_every=4
-    )
-    processes.until(lambda: (tmp_path / "run" / "resume" / "step-00000004").exists(), group, timeout=120)
-    group[1].kill()
-    assert processes.wait(group, timeout=60)[1] == -signal.SIGKILL
-    done = len(metrics(tmp_path / "run"))
-    assert done < 40
-    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    run, every = tmp_path / "run", {"output__save_every": 2}
+    group = processes.start(failing, "kill", str(root), str(run), log=log, world=2, **values, **every)
+    whole = trajectory(root, tmp_path / "whole", **values)
+    assert processes.wait(group)[1] == -signal.SIGKILL, log.read_text()[-3000:]
+    assert [path.name for path in resume.complete(run / "resume")] == ["step-00000002"]
+    shutil.copytree(run, tmp_path / "alone")
     runs = {"run": {**values, "output__resume": "auto"}}
     group = processes.start(trajectories.run_many, str(root), str(tmp_path), runs, log=log, world=2)
-    whole = trajectory(root, tmp_path / "whole", **values)
+    alone = trajectory(root, tmp_path / "alone", **values, output__resume="auto")
     assert processes.wait(group) == [0, 0], log.read_text()[-3000:]
-    assert distance(trajectories.stored(tmp_path, "run"), whole) < 1e-4  # forty steps, one process against two
-    assert distance(trajectory(root, tmp_path / "alone", **values, output__resume="auto"), whole) < 1e-4
+    assert distance(trajectories.stored(tmp_path, "run"), whole) < EXACT
+    assert distance(alone, whole) < EXACT
 
 
 def test_two_runs_do_not_share_a_directory(root: Path, tmp_path: Path) -> None:
