@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.environments import Environment, write_wheel
 
 from btrm_core.families.new_family import package_files
@@ -155,9 +157,16 @@ def test_a_hook_that_fails_is_an_error_of_the_user(environment, name):
     assert error_line(environment.btrm("families", name)) == f"btrm: {BROKEN_WHEN_ASKED[name][2]}"
 
 
+def beside(packages: str, *arguments: str) -> None:
+    """`btrm ARGUMENTS` in a child that sees these packages too."""
+    sys.path.insert(0, packages)
+    processes.command(*arguments)
+
+
 def test_training_with_a_broken_family_stops_before_anything_is_written(environment, tmp_path):
     output = tmp_path / "output"
-    done = environment.btrm("train", "--family", "syntaxerror", "--output", str(output))
+    given = ("train", "--family", "syntaxerror", "--output", str(output))
+    done = processes.ended(beside, str(environment.packages), *given)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("btrm: family 'syntaxerror' (btrm-syntaxerror 1.0) is broken: ")

@@ -36,7 +36,7 @@ class Environment:
         self.directory = directory
         venv.create(directory, with_pip=False, symlinks=True)
         self.python = directory / "bin" / "python"
-        packages = next(directory.glob("lib/python*/site-packages"))
+        self.packages = packages = next(directory.glob("lib/python*/site-packages"))
         if requirements is not None:
             for path in _installed(requirements):
                 (packages / path.name).symlink_to(path)
