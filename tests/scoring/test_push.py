@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +176,26 @@ def test_a_refusal_comes_before_the_work(
     assert hub.commits == []
 
 
-@pytest.mark.timeout(HANGS)
-def test_an_upload_that_breaks_off_loses_nothing(hub: Hub, base: Path, tmp_path: Path) -> None:
-    """A program of its own, which takes endpoint and token from the environment as a user gives them."""
-    hub.breaks = "/commit/"
+def in_this_program(hub: Hub, *arguments: str) -> subprocess.CompletedProcess[str]:
+    result = btrm(*arguments)
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+def in_its_own(hub: Hub, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A new program takes endpoint and token from the environment as a user gives them."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     environment["HF_HUB_DISABLE_XET"] = "1"
-    command = [sys.executable, "-m", "btrm_core", *training(base, tmp_path / "run"), "--push-to", NAME, "--private"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
+    command = [sys.executable, "-m", "btrm_core", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
+
+
+@pytest.mark.timeout(HANGS)
+@pytest.mark.parametrize("called", [in_this_program, pytest.param(in_its_own, marks=pytest.mark.slow)])
+def test_an_upload_that_breaks_off_loses_nothing(
+    hub: Hub, base: Path, tmp_path: Path, called: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    hub.breaks = "/commit/"
+    done = called(hub, *training(base, tmp_path / "run"), "--push-to", NAME, "--private")
     model = tmp_path / "run" / "model"
     assert done.returncode == 2, done.stderr
     assert f"model saved in {model}" in done.stdout
