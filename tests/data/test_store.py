@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from support.chat_samples import make_chat
+from support.encoding import Endless
 
 from btrm_core.data import encode
 from btrm_core.data.curate.held_out import split_held_out
@@ -180,22 +181,10 @@ def test_chunks_and_workers_do_not_change_a_byte(chat, tmp_path, monkeypatch):
         assert [encoded.id(i) for i in range(len(encoded))] == [whole.id(i) for i in range(len(whole))]
 
 
-class Dying:
-    """A chat format that ends the process that encodes with it."""
-
-    def __init__(self, chat):
-        self.tokenizer, self.template_sha256 = chat.tokenizer, "dying"
-
-    def encode_groups(self, groups, max_length=None):
-        import os
-
-        os._exit(9)
-
-
-def test_an_encoding_process_that_dies_is_one_line(chat, monkeypatch, tmp_path):
+def test_an_encoding_process_that_dies_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(encode, "CHUNK_PAIRS", 2)
-    with pytest.raises(DataError, match="an encoding process ended early"):
-        encode_pairs(pairs_from_rows([row(n) for n in range(20)]), Dying(chat), 64, workers=2)
+    with pytest.raises(DataError, match=r"an encoding process ended early \(exit code 9\)"):
+        encode_pairs(pairs_from_rows([row(n, prompt=f"end {n}") for n in range(20)]), Endless(), 64, workers=2)
     assert list((tmp_path / "cache" / "encoded").iterdir()) == []
 
 

@@ -48,10 +48,12 @@ class Endless:
             os._exit(7)
 
     def encode_groups(self, groups: Sequence[Any], max_length: int | None = None) -> list[EncodedResponses]:
-        """Encode, wait or fail, as the prompts say."""
+        """Encode, wait, end the process or fail, as the prompts say."""
         text = str(groups)
         if "wait" in text:
             time.sleep(600)
+        if "end" in text:
+            os._exit(9)
         if "fail" in text:
             raise LookupError("what the chat format says")
         sequences = [[list(answer.encode()) for answer in answers] for _, answers in groups]
