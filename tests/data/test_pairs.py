@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import processes
 
 from btrm_core.data.convert import Pair
 from btrm_core.data.curate.held_out import drop_overlap, split_held_out
@@ -222,17 +221,21 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "cache" / "pairs").iterdir()) == []
 
 
+def racing(path, ready, both):
+    """Read pairs in a child, when both children are ready to."""
+    Path(ready).touch()
+    while not all(Path(one).exists() for one in both):
+        time.sleep(0.001)
+    data = load_pairs([path])
+    print(len(data), data.fingerprint, data[2999].chosen)
+
+
 def test_processes_that_race_all_succeed(tmp_path):
     path = write(tmp_path / "a.jsonl", [row(n) for n in range(3000)])
-    code = (
-        "import sys, time\nimport datasets, pyarrow\nfrom btrm_core.data import load_pairs\n"
-        "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
-        "data = load_pairs([sys.argv[1]])\nprint(len(data), data.fingerprint, data[2999].chosen)"
-    )
-    command = [sys.executable, "-c", code, path, str(time.time() + 4)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = {process.communicate(timeout=60)[0] for process in running}
-    assert [process.returncode for process in running] == [0, 0]
+    ready, logs = ([tmp_path / f"{what} {n}" for n in range(2)] for what in ("ready", "log"))
+    running = [processes.start(racing, path, ready[n], ready, log=logs[n])[0] for n in range(2)]
+    assert processes.wait(running) == [0, 0]
+    outputs = {log.read_text() for log in logs}
     assert outputs == {f"3000 {load_pairs([path]).fingerprint} yes 2999\n"}
     assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 1
 

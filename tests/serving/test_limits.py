@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from support import processes
 from support.scorer_samples import CONVERSATIONS, PROMPT, RESPONSES
 from support.serving import Held, Running, serving, until
 
@@ -263,8 +266,28 @@ def process(model: Path) -> Iterator[Any]:
         one.wait(20)
 
 
-def test_sigterm_drains_what_was_accepted(process: Any, scorer: Scorer) -> None:
-    server, url = process("--drain-seconds", "20", "--tokens-per-batch", "64")
+@pytest.fixture
+def forked(model: Path, tmp_path: Path) -> Iterator[Any]:
+    """The same in a fork of a process that has imported everything."""
+    started: list[ForkServerProcess] = []
+    log = tmp_path / "log"
+
+    def address() -> str:
+        found = re.search(r"serving.* (\S+)\n", log.read_text() if log.exists() else "")
+        return found[1] if found else ""
+
+    def start(*arguments: str) -> tuple[ForkServerProcess, str]:
+        command = ("serve", str(model), "--port", "0", *arguments)
+        started.extend(processes.start(processes.command, *command, log=log))
+        processes.until(lambda: bool(address()), started)
+        return started[0], address()
+
+    yield start
+    processes.wait(started, timeout=0)
+
+
+def test_sigterm_drains_what_was_accepted(forked: Any, scorer: Scorer) -> None:
+    server, url = forked("--drain-seconds", "20", "--tokens-per-batch", "64")
     until(lambda: ready(url), 60)
     items = [{"messages": conversation} for conversation in CONVERSATIONS] * 60
     answers: list[httpx.Response] = []
@@ -273,13 +296,13 @@ def test_sigterm_drains_what_was_accepted(process: Any, scorer: Scorer) -> None:
     )
     thread.start()
     until(lambda: queue_of(url) > 0, 30)
-    server.send_signal(signal.SIGTERM)
+    server.terminate()
     until(lambda: not takes_connections(url))
     thread.join(60)
     assert answers[0].status_code == 200
     expected = np.tile(scorer.rewards(CONVERSATIONS), 60)
     np.testing.assert_allclose([row[0] for row in answers[0].json()["rewards"]], expected, atol=1e-5)
-    assert server.wait(30) == 0
+    assert processes.wait([server], timeout=30) == [0]
 
 
 def test_what_is_not_drained_in_time_is_503_without_a_traceback(held: Held, caplog: pytest.LogCaptureFixture) -> None:
