@@ -408,7 +408,8 @@ def test_out_of_memory_goes_on_with_a_smaller_budget(
 
 
 def _of(stage: str, budget: int) -> dict[str, Any]:
-    return {"distributed__deepspeed": stage, "train__tokens_per_batch": budget, "data__max_length": 96}
+    few = {"train__max_steps": 4, "data__max_length": 96}
+    return {"distributed__deepspeed": stage, "train__tokens_per_batch": budget, **few}
 
 
 def _refuse_long_rows(module: torch.nn.Module, arguments: Any) -> None:
