@@ -39,7 +39,7 @@ from btrm_core.training.report import Reporter
 
 EXACT = 1e-6
 SEAMS = import_module("btrm_core.training.seams")
-LIVES = int(os.environ.get("BTRM_LIVES", "5"))
+LIVES = int(os.environ.get("BTRM_LIVES", "3"))
 """How often a run is killed; 20 and more must also meet it while it saves."""
 MODES: dict[str, dict[str, Any]] = {
     "zero1": {},
