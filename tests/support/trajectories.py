@@ -88,13 +88,15 @@ def branching_rows() -> list[dict[str, Any]]:
 
 
 def settings(root: Path, output: Path, **values: Any) -> dict[str, Any]:
-    """The settings of a run, to be changed by `values` ("section__key")."""
+    """The settings of a run, to be changed by `values` ("section__key").
+
+    All runs have one cache, $BTRM_CACHE: how rows of this model may be laid out is found out once.
+    """
     return {
         "family": "llama3",
         "model.name": str(root / "base"),
         "data.train": (str(root / "train.jsonl"),),
         "data.eval": (str(root / "held_out.jsonl"),),
-        "data.cache_dir": str(root / "cache"),
         "data.max_length": 128,
         "data.workers": 1,
         "train.max_steps": STEPS,

@@ -72,14 +72,9 @@ def static(port: int) -> list[list[str]]:
     return [[f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"] for node in range(2)]
 
 
-def with_own_caches(given: list[str]) -> list[str]:
-    """Settings without a cache directory: $BTRM_CACHE says it."""
-    return [flag for flag in given if "cache_dir" not in flag]
-
-
 @pytest.mark.slow
 def test_two_nodes_share_nothing_but_the_result(root: Path, tmp_path: Path) -> None:
-    given = with_own_caches(flags(root, tmp_path / "two"))
+    given = flags(root, tmp_path / "two")
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{processes.free_port()}", "--rdzv-id=one"]
     with nodes(tmp_path, [meeting, meeting], [given, given]) as started:
         alone = trajectory(root, tmp_path / "one")
@@ -100,7 +95,7 @@ def test_two_nodes_share_nothing_but_the_result(root: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_signal_to_one_node_stops_both_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    given = with_own_caches(flags(root, output, **ENDLESS, output__save_every=1000))
+    given = flags(root, output, **ENDLESS, output__save_every=1000)
     with nodes(tmp_path, static(processes.free_port()), [given, given]) as started:
         processes.until(lambda: len(metrics(output)) >= 3, started)
         started[1].terminate()
