@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,10 +136,20 @@ def test_a_file_that_breaks_off_gives_what_comes_before(workers: Struck, tmp_pat
     assert f"after line {kept} " in str(refused.value)
 
 
+def refused(model: str) -> None:
+    """In a child: say why there are no workers, which would be forks of it."""
+    forks = types.SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+    vars(sys.modules[Workers.__module__])["multiprocessing"] = forks
+    try:
+        Workers(model, ["cpu"], **OPTIONS)
+    except CheckpointError as error:
+        print(error)
+
+
 def test_a_model_that_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base", "llama3")
-    with pytest.raises(CheckpointError, match="holds no reward head"):
-        Workers(str(base), ["cpu"], **OPTIONS)
+    done = processes.ended(refused, str(base), with_children=True)
+    assert done.stdout.count("holds no reward head") == 1, done
 
 
 def leading(*arguments: str) -> None:

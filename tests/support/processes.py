@@ -108,11 +108,12 @@ def btrm(*arguments: str, timeout: float = 200) -> Ended:
     return ended(command, *arguments, timeout=timeout)
 
 
-def ended(function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> Ended:
+def ended(function: Callable[..., Any], *arguments: Any, timeout: float = 200, with_children: bool = False) -> Ended:
     """What `function` prints in such a child, and how it ends."""
     with tempfile.TemporaryDirectory() as place:
         output, errors = Path(place, "stdout"), Path(place, "stderr")
-        (code,) = wait(start(function, *arguments, log=output, errors=errors), timeout)
+        child = start(function, *arguments, log=output, errors=errors, with_children=with_children)
+        (code,) = wait(child, timeout)
         return Ended(code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8"))
 
 
