@@ -148,9 +148,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "zamba": Architecture(
         "zamba",
         {
-            "num_hidden_layers": 6,
-            "attn_layer_period": 3,
-            "attn_layer_offset": 2,
+            "num_hidden_layers": 4,
+            "attn_layer_period": 1,
+            "attn_layer_offset": 0,
             "mamba_d_state": 4,
             "mamba_dt_rank": 4,
             "n_mamba_heads": 2,
