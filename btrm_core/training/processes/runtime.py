@@ -9,6 +9,7 @@ quarter too small, and under fp32 it reports no gradient norm.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -187,7 +188,20 @@ def is_main_process() -> bool:
 
 
 def leave() -> None:
-    """Leave the process group, at the end of a process; runs within one process share it."""
+    """Leave the process group, at the end of a run; a group of one stays to the end of the process.
+
+    Other runs of the process may follow, and DeepSpeed goes on with the group that it met first.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.destroy_process_group()
+    else:
+        atexit.unregister(_leave_alone)
+        atexit.register(_leave_alone)
+
+
+def _leave_alone() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -22,12 +22,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support import processes, trajectories
 from support.trajectories import distance, flags, metrics, read, trajectory
 from transformers import AutoModelForSequenceClassification
 
 from btrm_core import errors as errors_module
 from btrm_core import run
+from btrm_core.cli import main
 from btrm_core.errors import CheckpointError, DataError
 from btrm_core.files import output_lock
 from btrm_core.model import RewardModel, build_model
@@ -302,7 +304,8 @@ def test_zero3_trains_with_the_frequencies_that_every_reader_computes(
         return made
 
     monkeypatch.setattr(run, "build_model", kept)
-    trajectories.train(tmp_path, tmp_path / "run", **_of("zero3", 300), model__dtype="bf16", train__max_steps=1)
+    few = {**_of("zero3", 300), "train__max_steps": 1}
+    trajectories.train(tmp_path, tmp_path / "run", **few, model__dtype="bf16")
     reader = AutoModelForSequenceClassification.from_pretrained(file.parent, dtype=torch.bfloat16)
     found, expected = trained[0].base_model.model.rotary_emb.inv_freq, reader.model.rotary_emb.inv_freq
     assert expected.dtype == torch.float32
@@ -444,3 +447,11 @@ def test_evaluation_needs_no_equal_shares(root: Path, tmp_path: Path) -> None:
     two = [row["loss"] for row in metrics(tmp_path / "two", "eval")]
     assert two == pytest.approx([row["loss"] for row in metrics(tmp_path / "alone", "eval")], abs=EXACT)
     assert distance(trajectories.stored(tmp_path, "two"), alone) < EXACT
+
+
+def test_one_process_trains_twice(root: Path, tmp_path: Path) -> None:
+    """As in a notebook: the first run leaves nothing behind that the second stumbles over."""
+    for name in ("one", "two"):
+        done = CliRunner().invoke(main, ["train", *flags(root, tmp_path / name, train__max_steps=1)])
+        assert done.exit_code == 0, done.output
+    assert metrics(tmp_path / "one")[0]["loss"] == metrics(tmp_path / "two")[0]["loss"]
