@@ -6,6 +6,7 @@ and under ZeRO-3 weights are gathered in between, in other pieces each time; her
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -72,14 +73,14 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Keeping(_Mode):  # type: ignore[no-untyped-call]
-    """Keeps what dear operations give, without its gradient function: that would keep the layer alive."""
+    """Keeps what dear operations give."""
 
     def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if (schema := getattr(op, "_schema", None)) is not None and schema.is_mutable:
             self._refuse_kept(op, arguments)
         result = op(*arguments, **(options or {}))
         if _is_dear(op):
-            self.kept.append((op, tree_map_only(torch.Tensor, torch.Tensor.detach, result)))
+            self.kept.append((op, _alone(result)))
         return result
 
     def _refuse_kept(self, op: Any, written: Any) -> None:
@@ -109,7 +110,12 @@ class _Reusing(_Mode):  # type: ignore[no-untyped-call]
                 f"--selective-checkpointing: where a layer of this model computed {before}, it computes {op} in the "
                 "backward pass; use --gradient-checkpointing"
             )
-        return result
+        return _alone(result)
+
+
+def _alone(result: Any) -> Any:
+    """The same numbers for autograd to make its own of: what is kept would hold what leads to it, and that holds it."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, result)
 
 
 def _places(values: Any) -> set[int]:
@@ -117,6 +123,7 @@ def _places(values: Any) -> set[int]:
     return {leaf.untyped_storage()._cdata for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
 
 
+@functools.cache
 def _is_dear(op: Any) -> bool:
     """Products, and attention, whose operations all say so in their names."""
     return op in _PRODUCTS or "attn" in str(op) or "attention" in str(op)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -131,3 +132,25 @@ def test_a_layer_that_computes_something_else_is_refused() -> None:
     query.register_forward_hook(other)
     with pytest.raises(ConfigError, match=r"where a layer of this model computed aten\.mm.*, it computes aten\.bmm"):
         computed(model, "varlen")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_stays_behind(backward: bool) -> None:
+    """Without the garbage collector's help, which comes when it comes: a layer's activations are large."""
+
+    def alive() -> int:
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    model, batch = model_of("llama3", "varlen", "products", torch.float32), collate(awkward_groups(), kernel="varlen")
+    model(batch).sum().backward()  # the batch keeps its masks
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        rewards_S = model(batch)
+        if backward:
+            torch.autograd.grad(rewards_S.sum(), list(model.parameters()))
+        del rewards_S
+        assert alive() == before
+    finally:
+        gc.enable()
