@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.candidates import CANDIDATES
 from benchmarks.gate import Gate
 from benchmarks.workload import Workload, store_of
 
@@ -24,8 +23,12 @@ def bring_in() -> None:
     import btrm_core.run  # noqa: F401
 
 
-def run_config(work: Workload, layout: str) -> Any:
-    """The settings for this workload: what every arm shares, and btrm's defaults for the rest."""
+SAVINGS = {"liger": {"model.kernels": "liger"}, "selective": {"model.selective_checkpointing": True}}
+"""Settings of arms that are `btrm-shared` but for them."""
+
+
+def run_config(work: Workload, layout: str, saving: str | None = None) -> Any:
+    """The settings for this workload: what every arm shares, what one saves by, and btrm's defaults for the rest."""
     from btrm_core.config import apply
     from btrm_core.settings import RunConfig
 
@@ -43,33 +46,31 @@ def run_config(work: Workload, layout: str) -> Any:
         "train.epochs": float(s.passes + 1),
         "train.seed": s.seed,
         "train.layout": layout,
+        **(SAVINGS[saving] if saving else {}),
     }
     return apply(RunConfig(), values)
 
 
-def load_model(
-    work: Workload, config: Any, layout: str, dtype: Any, device: Any, candidate: str | None = None
-) -> tuple[Any, Any]:
-    """The common starting weights as btrm's reward model, changed by a candidate, and the form of its rows."""
+def load_model(work: Workload, config: Any, layout: str, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """The common starting weights as btrm's reward model, and the form of its rows."""
     from btrm_core.model import RewardModel, base, choose_for
+    from btrm_core.model.savings import recompute_activations, use_kernels
     from btrm_core.packing import row_form
 
     hf = base.load_base(config.model, dtype).hf
     base.set_reward_config(hf, work.pad_id)
-    if config.model.gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if candidate is not None:
-        CANDIDATES[candidate](hf)
+    use_kernels(hf, config.model.kernels, keep_products=config.model.selective_checkpointing)
+    recompute_activations(hf, config.model)
     model = RewardModel(hf, choose_for(hf, config.model.attention, device.type))
     return model, row_form(layout, model.kernel, device.type, work.pad_id)
 
 
-def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str, candidate: str | None = None) -> None:
+def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str, saving: str | None = None) -> None:
     """Train with btrm's own loop on rows of the given layout (shared, packed or padded)."""
     from btrm_core.training import Data, Job, Progress, Schedule, Seams, Session, fit, make_engine
     from btrm_core.training.processes import runtime as runtime_module
 
-    config = run_config(work, layout)
+    config = run_config(work, layout, saving)
     stopped = False
 
     def log(split: str, step: int, figures: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ def run_btrm(work: Workload, gate: Gate, steps: range, *, layout: str, candidate
 
     with runtime_module.group(config), runtime_module.start(config) as runtime:
         pairs = store_of(work.pairs, work.prompts)
-        model, form = load_model(work, config, layout, runtime.dtype, runtime.device, candidate)
+        model, form = load_model(work, config, layout, runtime.dtype, runtime.device)
         plans = plans_of(work, pairs, form)
         check_order(work, plans)
         model.register_forward_pre_hook(partial(_count, gate))
@@ -190,7 +191,7 @@ def _causal(backbone: Any, batch: Any) -> Any:
 
 OURS: dict[str, Callable[[Workload, Gate, range], None]] = {
     **{f"btrm-{layout}": partial(run_btrm, layout=layout) for layout in ("shared", "packed", "padded")},
-    **{f"btrm-{name}": partial(run_btrm, layout="shared", candidate=name) for name in CANDIDATES},
+    **{f"btrm-{name}": partial(run_btrm, layout="shared", saving=name) for name in SAVINGS},
     "backbone": partial(run_backbone, own_attention=True),
     "backbone-causal": partial(run_backbone, own_attention=False),
 }

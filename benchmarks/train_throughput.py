@@ -15,18 +15,18 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import environment, harness, results
-from benchmarks.candidates import CANDIDATES
+from benchmarks.btrm_arms import SAVINGS
 from benchmarks.workload import Settings, build
 
 ARMS = ("trl", "seed", "btrm-padded", "btrm-packed", "btrm-shared", "backbone", "backbone-causal")
-TRIED = tuple(f"btrm-{name}" for name in CANDIDATES)
+MORE = tuple(f"btrm-{name}" for name in SAVINGS)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; every `Settings` field has a flag."""
     out = argparse.ArgumentParser(prog="python -m benchmarks.train_throughput", description=__doc__.split("\n")[0])
     out.add_argument("--name", required=True, help="name of the result: benchmarks/results/<name>.json")
-    out.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + TRIED)
+    out.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS + MORE)
     out.add_argument(
         "--schedule", choices=("interleaved", "fresh", "whole"), help="default: interleaved on CPU, whole on GPU"
     )

@@ -143,6 +143,7 @@ def test_no_result_is_written_for_uncommitted_code(tmp_path: Path) -> None:
     with pytest.raises(environment.DirtyTreeError, match="not a git checkout"):
         environment.require_clean(False, tmp_path)
     assert environment.require_clean(True, tmp_path) == {"commit": None, "dirty": True}
+    assert environment.require_clean(False, tmp_path, vouched="a" * 40) == {"commit": "a" * 40, "dirty": False}
 
 
 def test_arms_take_turns() -> None:
@@ -152,6 +153,41 @@ def test_arms_take_turns() -> None:
         ["c", "a", "b"],
         ["a", "b", "c"],
     ]
+
+
+def test_one_arm_after_another_has_the_device(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one waits with its imports done; one that ends early is named, and the others are measured."""
+    told: list[str] = []
+
+    class Worker:
+        base_memory = 5
+
+        def __init__(self, work: Workload, arm: str, first: int, last: int) -> None:
+            self.arm = arm
+            told.append(f"{arm} starts")
+
+        def load(self) -> Worker:
+            told.append(f"{self.arm} loads")
+            if self.arm == "b":
+                raise harness.ArmError("arm b ended with code 1:\nno room")
+            return self
+
+        def run(self, steps: int) -> dict[str, Any]:
+            return {"steps": [{"wall": 1.0, "cpu": 1.0, "tokens": 1}] * steps, "peak_memory": 9, "graphs": 2}
+
+        def stop(self) -> dict[str, Any]:
+            return {"losses": {"1": 0.5}}
+
+        def kill(self) -> None:
+            told.append(f"{self.arm} is gone")
+
+    monkeypatch.setattr(harness, "Worker", Worker)
+    runs = harness.measure(work, ["a", "b", "c"], schedule="whole", block=1, say=told.append)
+    assert [runs[arm].failed for arm in "abc"] == ["", "no room", ""]
+    assert [len(steps) for steps in runs["c"].passes] == [work.settings.steps] * work.settings.passes
+    assert (runs["a"].base_memory, runs["a"].peak_memory, set(runs["a"].graphs)) == (5, 9, {2})
+    assert told.index("b starts") < told.index("a is gone") < told.index("b loads") < told.index("c loads")
+    assert all(f"{arm} is gone" in told for arm in "abc")
 
 
 def test_the_gate_stops_after_the_steps_it_was_told(tmp_path: Path) -> None:
@@ -245,7 +281,7 @@ def test_the_seed_recipe_pads_each_pair_by_itself(work: Workload, tmp_path: Path
     assert tokens == [2 * 5 + 2 * 7, 2 * 2 + 2 * 3]
 
 
-@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded", "selective"])
 def test_btrm_trains_on_the_same_pairs(work: Workload, tmp_path: Path, layout: str, clean_state: None) -> None:
     from benchmarks.btrm_arms import OURS
 
@@ -253,7 +289,7 @@ def test_btrm_trains_on_the_same_pairs(work: Workload, tmp_path: Path, layout: s
     _tiny_model(work)
     loss, tokens = _first_loss(work, OURS[f"btrm-{layout}"], tmp_path)
     assert loss == pytest.approx(_expected_loss(work), abs=1e-5)
-    key = {"shared": "minimal", "packed": "conversations", "padded": "padded"}[layout]
+    key = {"packed": "conversations", "padded": "padded"}.get(layout, "minimal")
     assert tokens == [token_counts([work.pairs[i] for i in step], 2)[key] for step in work.steps[:2]]
 
 

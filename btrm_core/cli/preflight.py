@@ -113,8 +113,13 @@ def _echo(text: str, to: TextIO) -> None:
 @click.option("--lora-rank", type=int)
 @click.option("--quantize", metavar="BITS", default="none", help="4bit: frozen weights in 4 bits under the adapters.")
 @click.option("--optimizer", metavar="NAME", default="adamw", help="adamw, adamw-8bit or adamw-8bit-paged.")
-@click.option("--gradient-checkpointing", "kept", flag_value="inputs", help="Default: recompute only what has to be.")
-@click.option("--selective-checkpointing", "kept", flag_value="products", help="Keep the products of matrices.")
+@click.option(
+    "--gradient-checkpointing",
+    "kept",
+    flag_value="inputs",
+    help="Compute activations again. Default: no more than it takes.",
+)
+@click.option("--selective-checkpointing", "kept", flag_value="products", help="All but the products of matrices.")
 @click.option("--no-gradient-checkpointing", "kept", flag_value="all")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(
