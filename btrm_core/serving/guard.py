@@ -6,6 +6,7 @@ No text of a client's is ever logged. A body is read whole before the routes see
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -20,6 +21,8 @@ from btrm_core.serving.metrics import Metrics
 OPEN = frozenset({"/", "/health", "/ready"})
 """Paths that need no token: what a load balancer asks, and the page, which asks the person for it."""
 OPEN_BELOW = "/page/"
+LINGER = 1.0
+"""Seconds for which a refused body is still taken, and thrown away."""
 
 _log = logging.getLogger("btrm.serving")
 
@@ -55,6 +58,7 @@ class Guard:
         scope["btrm_since"] = since = time.monotonic()
         status: int | None = None
         held = [0]
+        rest: Receive | None = receive
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -65,11 +69,12 @@ class Guard:
         try:
             self._check_token(scope)
             body = await self._body(scope, receive, held)
+            rest = None
             if body:
                 _check_type(dict(scope["headers"]))
             await self._app(scope, _replay(body, receive), counted)
         except Refused as refused:
-            await self._refuse(refused, counted)
+            await self._refuse(refused, counted, rest)
         except asyncio.CancelledError:  # the time to drain is over
             if status is None:
                 await self._refuse(Refused(503, "stopping", "the server is stopping", {"Retry-After": "5"}), counted)
@@ -124,14 +129,21 @@ class Guard:
                 408, "body_too_slow", f"the body did not arrive within {self._limits.body_seconds:g} s"
             ) from None
 
-    async def _refuse(self, refused: Refused, send: Send) -> None:
+    async def _refuse(self, refused: Refused, send: Send, rest: Receive | None = None) -> None:
+        """Answer, and take what is left of a body before the connection is closed: else it is reset, answer and all."""
         self._metrics.refused.labels(refused.reason).inc()
         body = json.dumps(error_body(str(refused), refused.reason)).encode("ascii")
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         headers |= {name.lower(): value for name, value in refused.headers.items()}
         pairs = [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": body, "more_body": rest is not None})
+        if rest is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER):
+                    while (await rest()).get("more_body", False):
+                        pass
+            await send({"type": "http.response.body", "body": b""})
 
 
 def _check_type(headers: dict[bytes, bytes]) -> None:

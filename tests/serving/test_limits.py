@@ -56,6 +56,22 @@ def test_sizes_over_a_limit_are_refused_and_say_it(scorer: Scorer) -> None:
         assert post("/v1/rewards", json={"items": [ITEM]}).status_code == 200
 
 
+def test_a_client_that_sends_before_it_reads_gets_its_refusal(scorer: Scorer) -> None:
+    """As most do: a connection closed with bytes unread is reset, and the answer is lost with it."""
+    with serving(scorer, Limits(body_bytes=3000)) as server:
+        for number in range(200):  # the body has to arrive between the look at the head and the end
+            with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as client:
+                head = "POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                client.sendall(f"{head}Content-Length: 4000\r\n\r\n".encode())
+                time.sleep(number * 2e-5)
+                client.sendall(b" " * 4000)
+                answer = b""
+                while part := client.recv(65536):
+                    answer += part
+            assert answer.startswith(b"HTTP/1.1 413"), answer
+            assert b"3000 bytes" in answer
+
+
 def test_no_more_responses_are_compared_than_an_answer_of_their_square_may_hold(scorer: Scorer) -> None:
     body = {"prompt": "x", "responses": ["a"] * (COMPARED + 1)}
     with serving(scorer, Limits(items=10 * COMPARED)) as server:
